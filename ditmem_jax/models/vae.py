@@ -1,0 +1,315 @@
+"""The causal video VAE of Wan 2.1: pixels [B, T, H, W, 3] in [-1, 1] to latents [B, T', H', W', Z] and back.
+
+Time runs in chunks. The first frame is a chunk of its own and becomes the first latent frame; after it, every
+`temporal_stride` frames become one more. Each causal convolution keeps the last input frames that its next
+chunk needs, so that a video of any length takes two programs: the first chunk and every later one. A cache is
+the pytree of those frames, `None` before the first chunk. A chunk may hold any number of latent frames: the
+results are the same, only memory and speed differ.
+
+Source: Wan 2.1, section "Spatio-temporal variational autoencoder"; tensors of `Wan2.1_VAE.pth`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ditmem_jax.config import VAEConfig
+from ditmem_jax.errors import UserError
+
+Cache = Any  # a pytree of [B, frames, H, W, C] arrays, or None before the first chunk
+Chunk = Callable[[Cache, Array], tuple[Cache, Array]]
+
+
+class CausalConv(nnx.Module):
+    """Convolution over time, height and width that sees no later frame. `kernel` is [T, H, W, I, O].
+
+    The time taps are stacked along the channels and handed to one 2D convolution with time folded into the
+    batch: XLA's 3D convolutions are 3 to 8 times slower than that on CPUs.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, size: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1, *, rngs, dtype
+    ):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.time_stride, self.dtype = time_stride, dtype
+
+    def blank(self, x: Array) -> Array:
+        """The cache of a video that has not begun: black frames."""
+        return jnp.zeros((x.shape[0], self.kernel.shape[0] - self.time_stride, *x.shape[2:]), self.dtype)
+
+    def __call__(self, x: Array, cache: Array | None) -> tuple[Array, Array]:
+        x = jnp.concatenate([self.blank(x) if cache is None else cache, x.astype(self.dtype)], axis=1)
+        batch, frames, *grid, _ = x.shape
+        taps, height, width, _, outputs = self.kernel.shape
+        starts = frames - taps + 1
+        stacked = jnp.concatenate([x[:, tap : tap + starts : self.time_stride] for tap in range(taps)], axis=-1)
+        kernel = jnp.moveaxis(self.kernel[...], 0, 2).reshape(height, width, -1, outputs).astype(self.dtype)
+        y = jax.lax.conv_general_dilated(
+            stacked.reshape(-1, *stacked.shape[2:]), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
+        return y.reshape(batch, -1, *grid, outputs), x[:, frames - (taps - self.time_stride) :]
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square over channels, in float32."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.maximum(jnp.mean(y * y, axis=-1, keepdims=True), 1e-24))
+        return (y * self.scale[...].reshape(1, 1, 1, 1, -1)).astype(x.dtype)
+
+
+class Residual(nnx.Module):
+    """Twice norm, SiLU, convolution, next to a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs, dtype):
+        self.norm1, self.norm2 = RMSNorm(inputs), RMSNorm(outputs)
+        self.conv1 = CausalConv(inputs, outputs, rngs=rngs, dtype=dtype)
+        self.conv2 = CausalConv(outputs, outputs, rngs=rngs, dtype=dtype)
+        self.shortcut = None if inputs == outputs else nnx.Conv(inputs, outputs, (1, 1, 1), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        cache1, cache2 = cache or (None, None)
+        y, cache1 = self.conv1(nnx.silu(self.norm1(x)), cache1)
+        y, cache2 = self.conv2(nnx.silu(self.norm2(y)), cache2)
+        return y + (x if self.shortcut is None else self.shortcut(x)), (cache1, cache2)
+
+
+class FrameAttention(nnx.Module):
+    """Single-head attention over the pixels of each frame."""
+
+    def __init__(self, dim: int, *, rngs, dtype):
+        self.norm = RMSNorm(dim)
+        self.qkv = nnx.Conv(dim, 3 * dim, (1, 1), rngs=rngs, dtype=dtype)
+        self.out = nnx.Conv(dim, dim, (1, 1), kernel_init=nnx.initializers.zeros, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        batch, frames, height, width, dim = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch * frames, height * width, 1, 3 * dim)
+        y = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
+        return x + self.out(y.reshape(x.shape)), ()
+
+
+class Downsample(nnx.Module):
+    """Halves height and width, then (`in_time`) the number of frames, sparing the first."""
+
+    def __init__(self, dim: int, in_time: bool, *, rngs, dtype):
+        self.conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs, dtype=dtype)
+        self.time_conv = CausalConv(dim, dim, (3, 1, 1), time_stride=2, rngs=rngs, dtype=dtype) if in_time else None
+
+    def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        x = self.conv(x)
+        if self.time_conv is None:
+            return x, ()
+        return (x, x) if cache is None else self.time_conv(x, cache)
+
+
+class Upsample(nnx.Module):
+    """Doubles (`in_time`) the number of frames, sparing the first, then height and width; halves the channels."""
+
+    def __init__(self, dim: int, in_time: bool, *, rngs, dtype):
+        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1), rngs=rngs, dtype=dtype) if in_time else None
+        self.conv = nnx.Conv(dim, dim // 2, (3, 3), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        if self.time_conv is None:
+            cache = ()
+        elif cache is None:  # the convolution over time never sees the first frame, as released
+            cache = self.time_conv.blank(x)
+        else:
+            batch, frames, height, width, dim = x.shape
+            x, cache = self.time_conv(x, cache)
+            x = x.reshape(batch, frames, height, width, 2, dim)
+            x = jnp.moveaxis(x, 4, 2).reshape(batch, 2 * frames, height, width, dim)
+        return self.conv(x.repeat(2, axis=2).repeat(2, axis=3)), cache
+
+
+class Head(nnx.Module):
+    """Norm, SiLU and the last convolution."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs, dtype):
+        self.norm = RMSNorm(inputs)
+        self.conv = CausalConv(inputs, outputs, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        return self.conv(nnx.silu(self.norm(x)), cache)
+
+
+class Chain(nnx.Module):
+    """Layers in a row; its cache is the tuple of theirs."""
+
+    def __init__(self, layers: list[nnx.Module]):
+        self.layers = nnx.List(layers)
+
+    def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        caches = []
+        for layer, cached in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            with jax.named_scope(type(layer).__name__):
+                x, cached = layer(x, cached)
+            caches.append(cached)
+        return x, tuple(caches)
+
+
+def _middle(dim: int, **kwargs) -> list[nnx.Module]:
+    return [Residual(dim, dim, **kwargs), FrameAttention(dim, **kwargs), Residual(dim, dim, **kwargs)]
+
+
+def _encoder(config: VAEConfig, **kwargs) -> Chain:
+    dim = config.dim
+    layers = [CausalConv(3, dim, **kwargs)]
+    for level, multiple in enumerate(config.dim_mult):
+        for _ in range(config.num_res_blocks):
+            layers.append(Residual(dim, multiple * config.dim, **kwargs))
+            dim = multiple * config.dim
+        if level < len(config.temporal_downsample):
+            layers.append(Downsample(dim, config.temporal_downsample[level], **kwargs))
+    return Chain([*layers, *_middle(dim, **kwargs), Head(dim, 2 * config.z_dim, **kwargs)])
+
+
+def _decoder(config: VAEConfig, **kwargs) -> Chain:
+    dim = config.dim_mult[-1] * config.dim
+    layers = [CausalConv(config.z_dim, dim, **kwargs), *_middle(dim, **kwargs)]
+    for level, multiple in enumerate(reversed(config.dim_mult)):
+        for _ in range(config.num_res_blocks + 1):
+            layers.append(Residual(dim, multiple * config.dim, **kwargs))
+            dim = multiple * config.dim
+        if level < len(config.temporal_downsample):
+            layers.append(Upsample(dim, config.temporal_downsample[-1 - level], **kwargs))
+            dim //= 2
+    return Chain([*layers, Head(dim, 3, **kwargs)])
+
+
+class VAE(nnx.Module):
+    """Encoder and decoder, one chunk at a time.
+
+    Latents are normalised to mean 0 and deviation 1 by the statistics in `config`; `normalise` and
+    `unnormalise` lead to and from the network's own scale. Computes in `dtype`, answers in float32.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        kwargs = dict(rngs=rngs, dtype=dtype)
+        self.config = config
+        self.encoder = _encoder(config, **kwargs)
+        self.quant = nnx.Conv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **kwargs)
+        self.post_quant = nnx.Conv(config.z_dim, config.z_dim, (1, 1, 1), **kwargs)
+        self.decoder = _decoder(config, **kwargs)
+
+    def posterior_chunk(self, cache: Cache, frames: Float[Array, "B t H W 3"]) -> tuple[Cache, Float[Array, "B ..."]]:
+        """The next frames (1, then any multiple of `temporal_stride`) -> mean and log variance [B, t', h, w, 2Z]."""
+        moments, cache = self.encoder(frames, cache)
+        return cache, self.quant(moments).astype(jnp.float32)
+
+    def encode_chunk(self, cache: Cache, frames: Float[Array, "B t H W 3"]) -> tuple[Cache, Float[Array, "B ..."]]:
+        """The next frames (1, then any multiple of `temporal_stride`) -> normalised latents [B, t', h, w, Z]."""
+        cache, moments = self.posterior_chunk(cache, frames)
+        return cache, self.normalise(moments[..., : self.config.z_dim])
+
+    def decode_chunk(self, cache: Cache, latents: Float[Array, "B t h w Z"]) -> tuple[Cache, Float[Array, "B ..."]]:
+        """The next normalised latents (1, then any number) -> frames [B, t', H, W, 3], not clamped."""
+        frames, cache = self.decoder(self.post_quant(self.unnormalise(latents)), cache)
+        return cache, frames.astype(jnp.float32)
+
+    def normalise(self, latents: Float[Array, "B t h w Z"]) -> Float[Array, "B t h w Z"]:
+        return (latents - self._channels(self.config.mean)) / self._channels(self.config.std)
+
+    def unnormalise(self, latents: Float[Array, "B t h w Z"]) -> Float[Array, "B t h w Z"]:
+        return latents * self._channels(self.config.std) + self._channels(self.config.mean)
+
+    def _channels(self, values: tuple[float, ...]) -> Array:
+        return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 1, -1)
+
+
+def encode(vae: VAE, video: Float[Array, "B T H W 3"]) -> Float[Array, "B t h w Z"]:
+    """Videos in [-1, 1] -> normalised latents, by a loop on the host: compiled once for all lengths.
+
+    Raises:
+        UserError: if frames are not 1 + n * `temporal_stride` or a side is no multiple of `spatial_stride`.
+    """
+    vae.config.latent_grid(*video.shape[1:4])
+    return _host_loop(_encode_chunk, vae, video, vae.config.temporal_stride)
+
+
+def decode(vae: VAE, latents: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W 3"]:
+    """Normalised latents -> videos, not clamped, by a loop on the host: compiled once for all lengths."""
+    _check_latents(vae, latents)
+    return _host_loop(_decode_chunk, vae, latents, 1)
+
+
+def encode_scan(vae: VAE, video: Float[Array, "B T H W 3"], per_chunk: int = 1) -> Float[Array, "B t h w Z"]:
+    """`encode` as one traceable, differentiable program, `per_chunk` latent frames at a time."""
+    vae.config.latent_grid(*video.shape[1:4])
+    return _scan(vae.encode_chunk, video, per_chunk * vae.config.temporal_stride)
+
+
+def decode_scan(vae: VAE, latents: Float[Array, "B t h w Z"], per_chunk: int = 1) -> Float[Array, "B T H W 3"]:
+    """`decode` as one traceable, differentiable program, `per_chunk` latent frames at a time.
+
+    Latents on the network's own scale, as a posterior gives them, go through `vae.normalise` first.
+    """
+    _check_latents(vae, latents)
+    return _scan(vae.decode_chunk, latents, per_chunk)
+
+
+def posterior(
+    vae: VAE, video: Float[Array, "B T H W 3"], per_chunk: int = 1
+) -> tuple[Float[Array, "B t h w Z"], Float[Array, "B t h w Z"]]:
+    """Mean and log variance of the latents of `video` on the network's own scale; traceable, differentiable."""
+    vae.config.latent_grid(*video.shape[1:4])
+    moments = _scan(vae.posterior_chunk, video, per_chunk * vae.config.temporal_stride)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return mean, log_variance
+
+
+def _check_latents(vae: VAE, latents: Array) -> None:
+    if latents.ndim != 5 or latents.shape[-1] != vae.config.z_dim or latents.shape[1] == 0:
+        raise UserError(
+            "these are no latents of this VAE",
+            expected=f"[batch, time, height, width, {vae.config.z_dim}] with at least one frame",
+            found=list(latents.shape),
+            fix="the VAE that made them, or encode the videos again",
+        )
+
+
+def _scan(step: Chunk, x: Array, size: int) -> Array:
+    """`step` over frame 0 of `x` and then over `size` frames at a time."""
+    cache, first = step(None, x[:, :1])
+    batch, frames, *rest = x[:, 1:].shape
+    if frames == 0:
+        return first
+    if frames % size:
+        raise UserError("chunks do not divide the video", expected=f"1 + a multiple of {size}", found=1 + frames)
+    chunks = jnp.moveaxis(x[:, 1:].reshape(batch, frames // size, size, *rest), 1, 0)
+    _, later = jax.lax.scan(step, cache, chunks)
+    later = jnp.moveaxis(later, 0, 1)
+    return jnp.concatenate([first, later.reshape(batch, -1, *later.shape[3:])], axis=1)
+
+
+def _host_loop(step: Callable, vae: VAE, x: Array, size: int) -> Array:
+    """`step`, a compiled chunk, over frame 0 of `x` and then over `size` frames at a time."""
+    graphdef, state = nnx.split(vae)
+    cache, first = step(graphdef, state, None, x[:, :1])
+    outputs = [first]
+    for start in range(1, x.shape[1], size):
+        cache, output = step(graphdef, state, cache, x[:, start : start + size])
+        outputs.append(output)
+    return jnp.concatenate(outputs, axis=1)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _encode_chunk(graphdef: nnx.GraphDef, state: nnx.State, cache: Cache, frames: Array) -> tuple[Cache, Array]:
+    return nnx.merge(graphdef, state).encode_chunk(cache, frames)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode_chunk(graphdef: nnx.GraphDef, state: nnx.State, cache: Cache, latents: Array) -> tuple[Cache, Array]:
+    return nnx.merge(graphdef, state).decode_chunk(cache, latents)

@@ -1,0 +1,50 @@
+"""The causal video VAE against the released one."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from convert.engine import load
+from convert.vae import table
+from ditmem_jax.config import VAEConfig
+from ditmem_jax.models.vae import VAE, decode, encode
+from tests.parity.golden import Check, GoldenFile
+
+
+def recognise(golden: GoldenFile) -> str | None:
+    """Wan 2.1 convolves pixels; Wan 2.2 would convolve patches of 2 x 2 of them."""
+    weight = golden.tensors.get("w/encoder.conv1.weight")
+    return "vae_2_1" if weight is not None and weight.shape[1] == 3 else None
+
+
+def build(golden: GoldenFile) -> VAE:
+    """The VAE of a golden file, with its weights."""
+    meta, tensors = golden.meta, golden.tensors
+    config = VAEConfig(
+        dim=meta["dim"],
+        z_dim=meta["z_dim"],
+        dim_mult=tuple(meta["dim_mult"]),
+        num_res_blocks=meta["num_res_blocks"],
+        temporal_downsample=tuple(meta["temporal_downsample"]),
+        mean=tuple(tensors["mean"].tolist()),
+        std=tuple(tensors["std"].tolist()),
+    )
+    vae = VAE(config, rngs=nnx.Rngs(0))
+    load(vae, table(config), golden.under("w/"))
+    return vae
+
+
+def check(golden: GoldenFile) -> list[Check]:
+    """Latents of the golden video; pixels of the golden latents."""
+    vae = build(golden)
+    video, latents, decoded = (np.moveaxis(golden.tensors[name], 1, -1) for name in ("video", "latents", "decoded"))
+    with jax.default_matmul_precision("highest"):
+        return [
+            Check("latents", np.asarray(encode(vae, video)), latents),
+            Check("decoded", np.asarray(decode(vae, latents)), decoded),
+        ]
+
+
+KINDS: dict[str, Callable[[GoldenFile], list[Check]]] = {"vae_2_1": check}
