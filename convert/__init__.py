@@ -1,0 +1,1 @@
+"""Checkpoints in and out: tables of tensor names, and one strict engine."""

@@ -1,0 +1,1 @@
+"""Plug-and-play memory for frozen video diffusion transformers."""

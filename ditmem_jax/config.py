@@ -1,0 +1,406 @@
+"""What can be configured: one frozen dataclass per part, built strictly from a ConfigDict.
+
+Files under `configs/` hold values; this file holds their types, defaults, presets and checks. An impossible
+configuration raises in its constructor.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, Literal
+
+from ditmem_jax.errors import UserError, nearest
+
+
+def _require(condition: bool, what: str, **details: Any) -> None:
+    if not condition:
+        raise UserError(what, **details)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The Wan text-to-video transformer."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        _require(
+            self.dim % self.num_heads == 0 and (self.dim // self.num_heads) % 2 == 0,
+            "dit.dim must split into heads of even size",
+            expected=f"a multiple of 2 * num_heads = {2 * self.num_heads}",
+            found=self.dim,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """The DiT-Mem memory encoder.
+
+    `stages` lists (channels, kernel, stride, pool) of each convolution. `tokens` is either the released
+    scheme, adaptive pooling over time to that many nominal tokens per band and video, of which equal ones
+    are kept once, or a grid (t, h, w) of distinct cells per band and video.
+    """
+
+    dim: int
+    in_dim: int = 16
+    stages: tuple[tuple[int, int, int, int], ...] = ((512, 7, 4, 2), (768, 3, 1, 2))
+    latent_grid: tuple[int, int, int] = (21, 60, 104)
+    filter: Literal["released", "radial"] = "released"
+    tokens: int | tuple[int, int, int] = 100
+    num_heads: int = 8
+    norm: Literal["batch", "group"] = "batch"
+    dropout: float = 0.5
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        _require(
+            self.dim % self.num_heads == 0,
+            "memory.dim must divide into memory.num_heads",
+            expected=f"a multiple of {self.num_heads}",
+            found=self.dim,
+        )
+        _require(
+            0 <= self.dropout < 1, "memory.dropout is a probability", expected="0 <= p < 1", found=self.dropout
+        )
+        grid = self.latent_grid
+        for _, kernel, stride, pool in self.stages:
+            grid = tuple(((n + 2 * (kernel // 2) - kernel) // stride + 1) // pool for n in grid)
+        _require(
+            all(grid),
+            "memory.stages pool the latents away",
+            expected="at least one cell left on every axis",
+            found=f"{self.latent_grid} becomes {grid}",
+            fix="smaller strides or pools, or larger latents",
+        )
+
+    @property
+    def feature_grid(self) -> tuple[int, int, int]:
+        """The grid (t, h, w) that the convolutions leave of `latent_grid`."""
+        grid = self.latent_grid
+        for _, kernel, stride, pool in self.stages:
+            grid = tuple(((n + 2 * (kernel // 2) - kernel) // stride + 1) // pool for n in grid)
+        return grid
+
+
+# Statistics of Wan 2.1 latents over its training videos, one pair per channel.
+WAN21_LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN21_LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The causal video VAE of Wan 2.1."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = WAN21_LATENT_MEAN
+    std: tuple[float, ...] = WAN21_LATENT_STD
+
+    def __post_init__(self):
+        _require(
+            len(self.mean) == len(self.std) == self.z_dim,
+            "vae.mean and vae.std need one number per latent channel",
+            expected=self.z_dim,
+            found=f"{len(self.mean)} and {len(self.std)}",
+        )
+        _require(
+            len(self.temporal_downsample) == len(self.dim_mult) - 1,
+            "vae.temporal_downsample needs one entry per downsampling",
+            expected=len(self.dim_mult) - 1,
+            found=len(self.temporal_downsample),
+        )
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The latent grid (T, H, W) of a clip in pixels; raises for a clip that does not divide."""
+        time, space = self.temporal_stride, self.spatial_stride
+        nearest_frames = max(1, round((frames - 1) / time) * time + 1)
+        _require(
+            frames >= 1 and (frames - 1) % time == 0,
+            "the number of frames does not fit the VAE",
+            expected=f"{time}n + 1 frames",
+            found=frames,
+            fix=f"use {nearest_frames} frames",
+        )
+        for name, size in (("height", height), ("width", width)):
+            _require(
+                size >= space and size % space == 0,
+                f"the {name} does not fit the VAE",
+                expected=f"a multiple of {space} pixels",
+                found=size,
+                fix=f"use {max(1, round(size / space)) * space}",
+            )
+        return (frames - 1) // time + 1, height // space, width // space
+
+
+@dataclasses.dataclass(frozen=True)
+class UMT5Config:
+    """The UMT5 text encoder."""
+
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    vocab: int = 256384
+    num_buckets: int = 32
+    max_dist: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoConfig:
+    """Size of the clips in pixels, frames and frames per second."""
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+    resize: Literal["stretch", "crop"] = "stretch"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+    """Folder of converted weights (`python -m convert`), and how the frozen ones are held."""
+
+    path: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Records to train on, records that serve as the bank, and how they are read."""
+
+    records: str = ""
+    bank: str = ""
+    validation: str = ""
+    references: int = 5
+    batch_size: int = 1
+    workers: int = 0
+    cache: bool = False
+
+    def __post_init__(self):
+        _require(self.references >= 1, "data.references", expected="at least 1", found=self.references)
+        _require(self.batch_size >= 1, "data.batch_size", expected="at least 1", found=self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What a training step minimises.
+
+    `kind`: "released" is the published loss, squared error times a bell-shaped weight over timesteps;
+    "relative" divides each sample's squared error by its error without memory under the same noise;
+    "running" divides by a running mean per noise level instead, at no extra cost.
+    `density`: "shifted" draws the published shifted steps uniformly; "uniform" draws sigma uniformly from
+    `sigma_range`; "spectrum" draws sigma from the histogram in `spectrum`, evenly spaced bins over [0, 1].
+    `memory_dropout` is the chance that a sample trains without any memory.
+    """
+
+    kind: Literal["released", "relative", "running"] = "released"
+    density: Literal["shifted", "uniform", "spectrum"] = "shifted"
+    shift: float = 5.0
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+    spectrum: tuple[float, ...] = ()
+    memory_dropout: float = 0.1
+    shuffle_references: bool = True
+
+    def __post_init__(self):
+        low, high = self.sigma_range
+        _require(0 <= low < high <= 1, "objective.sigma_range", expected="0 <= low < high <= 1", found=self.sigma_range)
+        _require(
+            self.density != "spectrum" or (len(self.spectrum) > 0 and min(self.spectrum) >= 0 < sum(self.spectrum)),
+            "objective.density is 'spectrum' but objective.spectrum is no histogram",
+            expected="non-negative numbers with a positive sum",
+            found=self.spectrum,
+        )
+        _require(
+            0 <= self.memory_dropout < 1,
+            "objective.memory_dropout is a probability",
+            expected="0 <= p < 1",
+            found=self.memory_dropout,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW on float32 master weights."""
+
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip: float = 1.0
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; -1 takes the devices that the other axes leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How clips are made. `strength` scales the attention weight of the memory: 0 is exactly no memory."""
+
+    steps: int = 40
+    shift: float = 5.0
+    guidance: float = 5.0
+    strength: float = 1.0
+    memory_in_negative: bool = True
+    negative_prompt: str = ""
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.steps >= 1, "sample.steps", expected="at least 1", found=self.steps)
+        _require(self.strength >= 0, "sample.strength", expected="0 or more", found=self.strength)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The training run: length, logging, checkpoints, generator."""
+
+    out: str = "runs/default"
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 200
+    validation_batches: int = 4
+    validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
+    save_every: int = 200
+    keep: int = 3
+    remat: Literal["none", "blocks"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run needs. Fields without a value of their own keep their part's defaults."""
+
+    dit: DiTConfig
+    memory: MemoryConfig
+    vae: VAEConfig = VAEConfig()
+    text: UMT5Config = UMT5Config()
+    video: VideoConfig = VideoConfig()
+    weights: WeightsConfig = WeightsConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    sample: SampleConfig = SampleConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        pairs = (
+            ("memory.dim", self.memory.dim, "dit.dim", self.dit.dim),
+            ("memory.in_dim", self.memory.in_dim, "vae.z_dim", self.vae.z_dim),
+            ("dit.in_dim", self.dit.in_dim, "vae.z_dim", self.vae.z_dim),
+            ("dit.text_dim", self.dit.text_dim, "text.dim", self.text.dim),
+        )
+        for name, value, other, expected in pairs:
+            _require(value == expected, f"{name} must equal {other}", expected=expected, found=value)
+        grid = self.vae.latent_grid(self.video.frames, self.video.height, self.video.width)
+        for size, patch in zip(grid, self.dit.patch_size, strict=True):
+            _require(
+                size % patch == 0,
+                "the latent grid does not divide into patches of the transformer",
+                expected=f"multiples of {self.dit.patch_size}",
+                found=grid,
+            )
+
+
+DIT_PRESETS = {
+    "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan2.1-t2v-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+def build(cls: type, values: Any, where: str = "config") -> Any:
+    """Builds the dataclass `cls` from a mapping (a ConfigDict or parsed JSON), strictly.
+
+    Raises:
+        UserError: for a key that `cls` does not have (the nearest names are listed), a missing one, or a
+            value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown config key {where}.{key}", expected=f"one of: {nearest(key, fields)}")
+        kwargs[key] = _coerce(hints[key], values[key], f"{where}.{key}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in kwargs and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}", fix=f"set {where}.{missing[0]}")
+    return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`: lists become tuples, integers floats; anything else must fit as it is."""
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where} has an unknown value", expected=f"one of {list(arguments)}", found=repr(value))
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if isinstance(value, (list, tuple)) == (typing.get_origin(option) is tuple):
+                return _coerce(option, value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is Ellipsis:
+            return tuple(_coerce(arguments[0], item, where) for item in value)
+        if len(value) == len(arguments):
+            return tuple(_coerce(kind, item, where) for kind, item in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(
+        f"{where} has the wrong type", expected=getattr(hint, "__name__", hint), found=f"{type(value).__name__} {value!r}"
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain JSON-able values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

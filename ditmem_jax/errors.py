@@ -1,0 +1,28 @@
+"""The one error that users see: what is wrong, what was expected, what was found, what would fix it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input, named. Printed without a traceback by the command line tools (see `cli.run`).
+
+    Args:
+        what: the thing that is wrong, by name.
+        expected, found: both sides of the mismatch, in the user's units.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, what: str, *, expected: object = None, found: object = None, fix: str | None = None):
+        lines = [what]
+        for label, value in (("expected", expected), ("found", found), ("fix", fix)):
+            if value is not None:
+                lines.append(f"  {label + ':':<10}{value}")
+        super().__init__("\n".join(lines))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 5) -> str:
+    """The known names as text, those closest to `name` first."""
+    ranked = sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
+    more = f" and {len(ranked) - count} more" if len(ranked) > count else ""
+    return ", ".join(ranked[:count]) + more

@@ -1,0 +1,1 @@
+"""The networks: frozen video transformer, memory encoder, video VAE, text encoder."""

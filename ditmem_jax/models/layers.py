@@ -1,0 +1,91 @@
+"""Norms, rotary and sinusoidal embeddings, feed-forward: the parts that the networks share.
+
+Norms, angles and modulation are computed in float32 whatever the dtype of the weights: bfloat16 has 8 bits,
+which is too few for a position of 32,760 or a variance.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
+    """Layer norm without parameters; float32 in and out of the arithmetic, the input's dtype outside."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return normed.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias."""
+
+    def __init__(self, dim: int, eps: float, *, dtype: DTypeLike = jnp.float32):
+        self.scale = nnx.Param(jnp.ones((dim,), dtype))
+        self.bias = nnx.Param(jnp.zeros((dim,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return layer_norm(x, self.eps) * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with scale, over the last axis."""
+
+    def __init__(self, dim: int, eps: float, *, dtype: DTypeLike = jnp.float32):
+        self.scale = nnx.Param(jnp.ones((dim,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    def __init__(self, dim: int, hidden: int, out: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        self.up = nnx.Linear(dim, hidden, rngs=rngs, dtype=dtype, param_dtype=dtype)
+        self.down = nnx.Linear(hidden, out, rngs=rngs, dtype=dtype, param_dtype=dtype)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        return self.down(nnx.gelu(self.up(x), approximate=True))
+
+
+def sinusoidal_embedding(position: Float[Array, " B"], dim: int) -> Float[Array, "B dim"]:
+    """cos and sin of `position` at dim/2 frequencies from 1 down to 1/10000; frequencies from float64."""
+    half = dim // 2
+    frequency = jnp.asarray(10000.0 ** (-np.arange(half) / half), jnp.float32)
+    angle = position.astype(jnp.float32)[:, None] * frequency[None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rotary_angles(grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0) -> np.ndarray:
+    """Angles of the 3D rotary embedding, `[T*H*W, head_dim / 2]`, computed in float64 on the host.
+
+    The head splits into parts for T, H and W of sizes d - 2 (d // 3), d // 3, d // 3, with d // 3 rounded down
+    to an even number (Wan: 44, 42, 42 of 128).
+    """
+    side = head_dim // 6 * 2
+    sizes = (head_dim - 2 * side, side, side)
+    parts = []
+    for axis, (length, size) in enumerate(zip(grid, sizes, strict=True)):
+        frequency = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+        angle = np.arange(length, dtype=np.float64)[:, None] * frequency
+        shape = [1, 1, 1, size // 2]
+        shape[axis] = length
+        parts.append(np.broadcast_to(angle.reshape(shape), (*grid, size // 2)))
+    return np.concatenate(parts, axis=-1).reshape(-1, head_dim // 2)
+
+
+def rotate(x: Float[Array, "B S N K"], angles: np.ndarray) -> Float[Array, "B S N K"]:
+    """Rotates interleaved pairs of features by `angles [S, K/2]`."""
+    cos, sin = (jnp.asarray(f(angles), jnp.float32)[None, :, None, :] for f in (np.cos, np.sin))
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
