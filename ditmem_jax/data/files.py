@@ -1,0 +1,28 @@
+"""Files that are either whole or absent."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which takes the place of `path` once the block has succeeded.
+
+    The content is on the disk before the name changes, so `path` never holds half a file, even after a crash.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole UTF-8 text file, or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,208 @@
+"""Video files to arrays and back, with PyAV.
+
+Frames are picked and resized as the released DiT-Mem encodes its videos: evenly from the first to the last,
+the last one repeated when a video is short, stretched to the target size by two-tap bilinear interpolation.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange
+from jaxtyping import Float32, Int, UInt8
+
+from ditmem_jax.data.files import replacing
+from ditmem_jax.errors import UserError
+
+Frames = UInt8[np.ndarray, "T H W 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A decoded video: RGB `frames` [T, H, W, 3] and its frames per second."""
+
+    frames: Frames
+    fps: float
+
+
+def read_video(path: str | Path, minimum: int = 2) -> Video:
+    """Every frame of a video file.
+
+    Raises:
+        UserError: if the file cannot be read, or has fewer than `minimum` frames.
+    """
+    frames = [_upright(frame) for frame in _decode(path)]
+    _require_length(path, len(frames), minimum)
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        return Video(np.stack(frames), float(stream.average_rate or stream.guessed_rate))
+
+
+def read_clip(
+    path: str | Path,
+    frames: int,
+    height: int,
+    width: int,
+    mode: Literal["stretch", "crop"] = "stretch",
+    minimum: int = 2,
+) -> Float32[np.ndarray, "T H W 3"]:
+    """`frames` frames of a video file, evenly from first to last, resized with `fit`, in [-1, 1].
+
+    Holds only the resized frames, so that long videos of large frames fit in memory.
+
+    Raises:
+        UserError: if the file cannot be read, or has fewer than `minimum` frames.
+    """
+    expected = _declared_length(path)
+    while True:
+        wanted = sample_frames(expected, frames).tolist() if expected else []
+        kept, length = _decode_some(path, set(wanted), lambda frame: fit(frame[None], height, width, mode)[0])
+        if length == expected:
+            break
+        expected = length  # the container was wrong about its length, the decoder is right
+    _require_length(path, length, minimum)
+    return np.stack([kept[index] for index in wanted])
+
+
+def sample_frames(total: int, count: int) -> Int[np.ndarray, " count"]:
+    """`count` indices into `total` frames, first to last evenly; the last repeated if there are fewer."""
+    if total >= count:
+        return np.linspace(0, total - 1, count, dtype=int)
+    return np.minimum(np.arange(count), total - 1)
+
+
+def fit(
+    frames: Frames, height: int, width: int, mode: Literal["stretch", "crop"] = "stretch"
+) -> Float32[np.ndarray, "T {height} {width} 3"]:
+    """Frames resized to `height` x `width` pixels and scaled to [-1, 1].
+
+    "stretch" gives up the aspect ratio and takes two taps per axis at any scale, as the released code does.
+    "crop" keeps the aspect ratio, cuts what stands over on both sides alike, and averages when it shrinks.
+    """
+    if mode == "crop":
+        rows, columns = frames.shape[1:3]
+        scale = max(height / rows, width / columns)
+        centre_rows, centre_columns = height / scale, width / scale
+        frames = _resize(frames, 1, height, (rows - centre_rows) / 2, centre_rows, smooth=True)
+        frames = _resize(frames, 2, width, (columns - centre_columns) / 2, centre_columns, smooth=True)
+    else:
+        frames = _resize(frames, 1, height, 0, frames.shape[1], smooth=False)
+        frames = _resize(frames, 2, width, 0, frames.shape[2], smooth=False)
+    return np.rint(frames).astype(np.float32) / 127.5 - 1  # whole grey levels, as in the 8-bit original
+
+
+def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 10) -> None:
+    """Writes an H.264 mp4 that browsers play. `crf` is x264's quality: 0 is lossless, 23 its default.
+
+    The same frames give the same bytes on any number of cores.
+
+    Raises:
+        UserError: for odd or empty sizes, which 4:2:0 video does not have.
+    """
+    count, height, width, _ = frames.shape
+    if not count or not height or not width or height % 2 or width % 2:
+        raise UserError(
+            f"cannot write {path}",
+            expected="at least one frame of even height and width",
+            found=f"{count} frames of {height} x {width}",
+        )
+    with (
+        replacing(Path(path)) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
+        rate = Fraction(fps).limit_denominator(100_000)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.thread_count = 1
+        # BT.601, which readers that ignore the mark assume, and marked for those that heed it.
+        stream.codec_context.colorspace, stream.codec_context.color_range = _BT601, ColorRange.MPEG
+        for frame in frames:
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            image = image.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+
+
+_BT601 = 6  # SMPTE 170M in H.264's table of colour matrices
+
+
+def _open(path: str | Path) -> av.container.InputContainer:
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"cannot read {path}", expected="a video file", found=error.strerror) from error
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path} holds no video", found="only sound or other streams")
+    index = container.streams.video[0].index_entries
+    end, size = (index[-1].pos + index[-1].size if len(index) else 0), container.size
+    if end > size:
+        container.close()
+        raise UserError(f"{path} is cut off", expected=f"at least {end} bytes", found=size)
+    return container
+
+
+def _decode(path: str | Path) -> Iterator[av.VideoFrame]:
+    with _open(path) as container:
+        count = 0
+        try:
+            for frame in container.decode(video=0):
+                yield frame
+                count += 1
+        except av.FFmpegError as error:
+            raise UserError(f"{path} is damaged", found=f"{error.strerror} after {count} frames") from error
+
+
+def _decode_some(path: str | Path, wanted: set[int], use: Callable) -> tuple[dict[int, np.ndarray], int]:
+    """`use(frame)` of the wanted frames by index, and the number of frames that there are."""
+    kept, length = {}, 0
+    for index, frame in enumerate(_decode(path)):
+        length = index + 1
+        if index in wanted:
+            kept[index] = use(_upright(frame))
+    return kept, length
+
+
+def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels, turned as a phone's rotation mark asks for."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _declared_length(path: str | Path) -> int:
+    """The number of frames as the container tells it, or its number of packets where it does not."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+
+
+def _require_length(path: str | Path, length: int, minimum: int) -> None:
+    if length < minimum:
+        raise UserError(f"{path} is too short", expected=f"at least {minimum} frames", found=length)
+
+
+def _resize(
+    pixels: np.ndarray, axis: int, size: int, start: int | float, extent: int | float, *, smooth: bool
+) -> np.ndarray:
+    """Resamples `extent` pixels from `start` on along `axis` to `size`, linearly between pixel centres.
+
+    `smooth` widens the interpolating triangle when shrinking, so that no pixel is left out.
+    """
+    step = extent / size
+    if step == 1 and start == 0:
+        return pixels
+    radius = max(step, 1.0) if smooth else 1.0
+    centres = start + (np.arange(size) + 0.5) * step - 0.5
+    first = np.floor(centres - radius).astype(int) + 1
+    other_axes = tuple(i for i in range(pixels.ndim) if i != axis)
+    total, norm = 0.0, 0.0
+    for tap in range(int(np.ceil(2 * radius))):
+        weight = np.maximum(1 - np.abs(first + tap - centres) / radius, 0).astype(np.float32)
+        source = np.clip(first + tap, 0, pixels.shape[axis] - 1)
+        weight *= source == first + tap  # nothing lies beyond the edge
+        total = total + np.take(pixels, source, axis) * np.expand_dims(weight, other_axes)
+        norm = norm + weight
+    return total / np.expand_dims(norm, other_axes)
