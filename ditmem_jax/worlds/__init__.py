@@ -6,6 +6,8 @@ from ditmem_jax.worlds.laws import RANGES as RANGES
 from ditmem_jax.worlds.laws import Splits as Splits
 from ditmem_jax.worlds.laws import World as World
 from ditmem_jax.worlds.laws import splits as splits
+from ditmem_jax.worlds.measure import Measurement as Measurement
+from ditmem_jax.worlds.measure import measure as measure
 from ditmem_jax.worlds.render import Camera as Camera
 from ditmem_jax.worlds.simulate import Clip as Clip
 from ditmem_jax.worlds.simulate import sample_clip as sample_clip

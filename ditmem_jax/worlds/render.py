@@ -55,6 +55,9 @@ class Camera:
         return np.arange(self.frames) / self.fps
 
 
+CAMERA = Camera()
+
+
 @dataclass(frozen=True)
 class Look:
     """Appearance: radius in metres (half the side for a block), colours as red, green, blue from 0 to 255."""

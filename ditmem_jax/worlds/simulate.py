@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 
 from ditmem_jax.worlds.laws import World
 from ditmem_jax.worlds.motion import MOTIONS
-from ditmem_jax.worlds.render import BACKGROUNDS, BODIES, FLOOR, Camera, Look, render
+from ditmem_jax.worlds.render import BACKGROUNDS, BODIES, CAMERA, FLOOR, Camera, Look, render
 
 # Each word of a caption stands for a narrow band of values; within it the value is drawn evenly.
 SIZES = {"small": (0.40, 0.46), "large": (0.52, 0.58)}  # radius, m
@@ -128,7 +128,7 @@ def sample_scene(rng: np.random.Generator, world: World, phenomenon: str) -> Sce
     return Scene(phenomenon, words, start, world.shown_by(phenomenon), look)
 
 
-def sample_clip(rng: np.random.Generator, world: World, phenomenon: str, camera: Camera = Camera()) -> Clip:
+def sample_clip(rng: np.random.Generator, world: World, phenomenon: str, camera: Camera = CAMERA) -> Clip:
     """Draws a scene and renders it. Laid out for 4 m and 1.5 s; a longer clip lets some bodies leave the view."""
     scene = sample_scene(rng, world, phenomenon)
     path = MOTIONS[phenomenon](camera.times, **scene.start, **scene.constants)

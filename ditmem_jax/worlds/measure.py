@@ -1,0 +1,128 @@
+"""Reads a law's constants off a clip, from its pixels alone: track the bodies, then fit the law's own motion to the track."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from scipy.optimize import least_squares
+
+from ditmem_jax.worlds.laws import PHENOMENA, RANGES
+from ditmem_jax.worlds.motion import MOTIONS, PIVOT
+from ditmem_jax.worlds.render import CAMERA, Camera
+from ditmem_jax.worlds.track import Track, track
+
+ROBUST_PX = 0.2  # tracking errors beyond this count linearly, not squared
+FLOOR_PX = 0.01  # no track is taken to be better than this when uncertainties are told
+LAWLESS_PX = 1.5  # a clip that strays further from every motion of its law does not show the law
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a clip shows.
+
+    Attributes:
+        constants: measured constants by name, units as in `laws.RANGES`; empty if nothing could be fitted.
+        sigma: relative standard error of each, from the residual and the curvature of the fit; infinite where the clip says nothing.
+        residual_px: root mean square distance in pixels between the track and the fitted motion.
+        ok: whether body and motion were found as the phenomenon has them. `why` tells what was wrong.
+    """
+
+    constants: dict[str, float] = field(default_factory=dict)
+    sigma: dict[str, float] = field(default_factory=dict)
+    residual_px: float = float("inf")
+    ok: bool = False
+    why: str = ""
+
+
+def _fall(found: Track, times: np.ndarray) -> dict[str, float]:
+    x, y = found.position[:, 0].T
+    return {"x": np.median(x), "y": y[0], "rest": y.min()}
+
+
+def _throw(found: Track, times: np.ndarray) -> dict[str, float]:
+    x, y = found.position[:, 0].T
+    vx, vy = (found.position[2, 0] - found.position[0, 0]) / (times[2] - times[0])
+    return {"x": x[0], "y": y[0], "rest": y.min(), "vx": vx, "vy": vy}
+
+
+def _pendulum(found: Track, times: np.ndarray) -> dict[str, float]:
+    arm = found.position[:, 0] - PIVOT
+    return {"angle": np.arctan2(arm[0, 0], -arm[0, 1]), "length": np.median(np.hypot(*arm.T))}
+
+
+def _spring(found: Track, times: np.ndarray) -> dict[str, float]:
+    x, y = found.position[:, 0].T
+    middle = (x.min() + x.max()) / 2
+    return {"x": middle, "y": np.median(y), "stretch": x[0] - middle}
+
+
+def _slide(found: Track, times: np.ndarray) -> dict[str, float]:
+    x, y = found.position[:, 0].T
+    return {"x": x[0], "y": np.median(y), "vx": (x[2] - x[0]) / (times[2] - times[0])}
+
+
+def _collision(found: Track, times: np.ndarray) -> dict[str, float]:
+    (left, right), (left_later, right_later) = found.position[0, :, 0], found.position[4, :, 0]
+    y, elapsed = np.median(found.position[..., 1]), times[4] - times[0]
+    return {
+        "left": left, "right": right, "y": y, "radius": found.radius,
+        "v_left": (left_later - left) / elapsed, "v_right": (right_later - right) / elapsed,
+    }  # fmt: skip
+
+
+_STARTS: dict[str, Callable[[Track, np.ndarray], dict[str, float]]] = {
+    "fall": _fall, "throw": _throw, "pendulum": _pendulum, "spring": _spring, "slide": _slide, "collision": _collision
+}  # fmt: skip
+
+
+def measure(
+    video: UInt8[np.ndarray, "T H W 3"] | Float[np.ndarray, "T H W 3"],
+    phenomenon: str,
+    camera: Camera = CAMERA,
+) -> Measurement:
+    """Measures the constants that `phenomenon` shows. Colours go from 0 to 255, also in float videos."""
+    found = track(video.astype(np.float32), phenomenon, camera)
+    seen = found.seen
+    if seen.mean() < 0.6 or not seen[[0, 2, 4]].any():
+        return Measurement(why=f"the body was found in {seen.mean():.0%} of the frames only")
+    return fit(found, phenomenon, camera)
+
+
+def fit(found: Track, phenomenon: str, camera: Camera = CAMERA) -> Measurement:
+    """Fits a phenomenon's motion to a track: the best start of a coarse grid, then robust least squares over everything unknown.
+
+    Constants are fitted as logarithms, so that their errors are relative and they stay positive.
+    """
+    times = camera.times
+    start = _STARTS[phenomenon](found, times)
+    names, constants = list(start), PHENOMENA[phenomenon]
+    motion, trusted = MOTIONS[phenomenon], found.seen[..., None] * camera.scale
+
+    def error_px(values: np.ndarray) -> np.ndarray:
+        known = dict(zip(names, values[: len(names)], strict=True))
+        laws = dict(zip(constants, np.exp(values[len(names) :]), strict=True))
+        return ((motion(times, **known, **laws) - found.position) * trusted).ravel()
+
+    grid = np.stack(
+        np.meshgrid(*[np.log([RANGES[c].at(f) for f in np.linspace(0, 1, 9)]) for c in constants]), -1
+    )
+    guesses = [np.concatenate([list(start.values()), laws]) for laws in grid.reshape(-1, len(constants))]
+    best = min(guesses, key=lambda guess: np.abs(error_px(guess)).sum())
+    result = least_squares(error_px, best, loss="soft_l1", f_scale=ROBUST_PX, x_scale="jac", max_nfev=60)
+
+    error = error_px(result.x)
+    count = found.seen.sum()
+    residual = float(np.sqrt((error**2).sum() / count))
+    scale = max(np.sqrt((error**2).sum() / max(2 * count - len(best), 1)), FLOOR_PX)
+    variance = scale**2 * np.diag(np.linalg.pinv(result.jac.T @ result.jac))[len(names) :]
+    silent = np.abs(result.jac[:, len(names) :]).max(axis=0) < 1e-6
+    sigma = np.where(silent, np.inf, np.sqrt(variance))
+    ok = residual < LAWLESS_PX
+    return Measurement(
+        constants=dict(zip(constants, np.exp(result.x[len(names) :]).tolist(), strict=True)),
+        sigma=dict(zip(constants, sigma.tolist(), strict=True)),
+        residual_px=residual,
+        ok=ok,
+        why="" if ok else f"the body strays {residual:.1f} pixels from any such motion",
+    )
