@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ class GoldenFile:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from None
 
     def sibling(self, name: str) -> "GoldenFile":
-        """The file `name`.safetensors in the same folder."""
-        return GoldenFile.read(self.path.with_name(f"{name}.safetensors"))
+        """The file in the same folder that the note names ("weights are those of NAME"), by default `name`."""
+        named = re.search(r"those of (\w[\w-]*)", self.meta.get("note", ""))
+        return GoldenFile.read(self.path.with_name(f"{named.group(1) if named else name}.safetensors"))
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """The tensors whose names start with `prefix`, without it."""
