@@ -1,0 +1,357 @@
+"""Encoded videos on disk: safetensors bytes in ArrayRecord shards, for training sets and banks alike.
+
+A folder of records holds
+
+    index.json                  format, what the records have in common, what made them, the finished shards
+    records-00000.array_record  the records of a shard, each the bytes of one safetensors file
+    records-00000.jsonl         id, caption, source and extra columns of the same, a JSON object a line
+    prompts.safetensors         text embeddings that belong to no video, such as the empty prompt's
+
+Every file appears whole, and `index.json` names a shard only once the shard is on the disk. So a writer that
+was killed leaves a folder that the next writer continues after the last finished shard.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float
+
+from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.errors import UserError, nearest
+
+FORMAT = 1
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A record without its arrays. `extra` holds whatever else the user's table says about the video."""
+
+    id: str
+    caption: str
+    source: str
+    extra: dict[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record(Entry):
+    """One encoded video: normalised VAE latents, and its caption's embedding without padding."""
+
+    latents: Float[np.ndarray, "T H W C"]
+    text_embedding: Float[np.ndarray, "L D"]
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.id, self.caption, self.source, extra=self.extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What the records of a folder have in common: latent shape (T, H, W, C), text width, number type.
+
+    `made_by` is whatever identifies their making, JSON values by name; records of another making do not mix.
+    """
+
+    latents: tuple[int, int, int, int]
+    text_dim: int
+    dtype: Literal["float32", "bfloat16"]
+    made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "Meta":
+        return Meta(**values | {"latents": tuple(values["latents"])})
+
+
+def to_bytes(record: Record) -> bytes:
+    """The record as a safetensors file, with its entry as metadata."""
+    metadata = dataclasses.asdict(record.entry) | {"extra": json.dumps(record.extra)}
+    tensors = {"latents": record.latents, "text_embedding": record.text_embedding}
+    return _to_safetensors(tensors, metadata)
+
+
+def from_bytes(data: bytes) -> Record:
+    """The inverse of `to_bytes`.
+
+    Raises:
+        ValueError: if `data` is no such record.
+    """
+    tensors, metadata = _from_safetensors(data)
+    try:
+        entry = metadata | {"extra": json.loads(metadata["extra"])}
+        return Record(**entry, **tensors)
+    except (KeyError, TypeError) as error:
+        raise ValueError("a safetensors file, but not of a record") from error
+
+
+def _to_safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+
+
+def _from_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata. By hand: safetensors' loader for numpy knows neither bfloat16 nor metadata."""
+    try:
+        tensors = {
+            name: np.frombuffer(info["data"], _SAFETENSORS_DTYPES[info["dtype"]]).reshape(info["shape"])
+            for name, info in safetensors.deserialize(data)
+        }
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"not a safetensors file of float32 or bfloat16: {error}") from error
+    header_length = int.from_bytes(data[:8], "little")
+    return tensors, json.loads(data[8 : 8 + header_length]).get("__metadata__", {})
+
+
+class RecordWriter:
+    """Writes records shard by shard, and continues a folder that a killed writer left.
+
+    Use as a context manager: the folder is complete once the block ends without an error. `entries` are those
+    of the shards that were finished before.
+
+    Raises:
+        UserError: if the folder holds something else, or records of another making. Nothing is touched then.
+    """
+
+    def __init__(self, folder: str | Path, meta: Meta, shard_size: int = 64):
+        self.folder, self.meta, self.shard_size = Path(folder), meta, shard_size
+        self._waiting: list[Record] = []
+        self._shards = self._finished_shards()
+        self.entries = [entry for shard in self._shards for entry in _read_entries(self.folder, shard)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "index.json").exists():
+            self._write_index(complete=False)
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None:
+            self._write_shard()
+            if not self._shards:
+                raise UserError(f"no record was written to {self.folder}", expected="at least one")
+            self._write_index(complete=True)
+
+    def add(self, record: Record) -> None:
+        """Stores a record, its numbers as `meta.dtype`. It is safe on the disk when its shard is full."""
+        found = (record.latents.shape, record.text_embedding.shape[1])
+        if found != (self.meta.latents, self.meta.text_dim):
+            raise UserError(
+                f"record {record.id!r} does not fit the others",
+                expected=f"latents {list(self.meta.latents)}, text width {self.meta.text_dim}",
+                found=f"latents {list(found[0])}, text width {found[1]}",
+            )
+        dtype = DTYPES[self.meta.dtype]
+        arrays = {
+            "latents": record.latents.astype(dtype),
+            "text_embedding": record.text_embedding.astype(dtype),
+        }
+        self._waiting.append(dataclasses.replace(record, **arrays))
+        if len(self._waiting) == self.shard_size:
+            self._write_shard()
+
+    def add_prompts(self, prompts: dict[str, Float[np.ndarray, "L D"]]) -> None:
+        """Stores the embeddings, without padding, of texts that belong to no video."""
+        names = {f"prompt.{i}": text for i, text in enumerate(prompts)}
+        tensors = {name: prompts[text].astype(DTYPES[self.meta.dtype]) for name, text in names.items()}
+        with replacing(self.folder / "prompts.safetensors") as temporary:
+            temporary.write_bytes(_to_safetensors(tensors, names))
+
+    def _finished_shards(self) -> list[dict[str, Any]]:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file", expected="a folder for the records")
+        if not (self.folder / "index.json").exists():
+            others = sorted(path.name for path in self.folder.glob("*") if path.suffix != ".tmp")
+            if others:
+                raise UserError(
+                    f"{self.folder} holds something else",
+                    expected="records or an empty folder",
+                    found=", ".join(others[:5]),
+                    fix="another output folder",
+                )
+            return []
+        index = _read_index(self.folder)
+        differences = _differences(self.meta.to_json(), index["meta"])
+        if differences:
+            raise UserError(
+                f"{self.folder} holds the records of another run",
+                expected="; ".join(f"{name} = {ours}" for name, ours, _ in differences),
+                found="; ".join(f"{name} = {theirs}" for name, _, theirs in differences),
+                fix="another output folder, or the settings of that run",
+            )
+        return index["shards"]
+
+    def _write_shard(self) -> None:
+        if not self._waiting:
+            return
+        name = f"records-{len(self._shards):05d}"
+        lines = [json.dumps(dataclasses.asdict(record.entry), ensure_ascii=False) for record in self._waiting]
+        write_text(self.folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        with replacing(self.folder / f"{name}.array_record") as temporary:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            for record in self._waiting:
+                writer.write(to_bytes(record))
+            writer.close()
+            size = temporary.stat().st_size
+        self._shards.append({"name": name, "records": len(self._waiting), "bytes": size})
+        self._waiting = []
+        self._write_index(complete=False)
+
+    def _write_index(self, complete: bool) -> None:
+        index = {"format": FORMAT, "complete": complete, "meta": self.meta.to_json(), "shards": self._shards}
+        write_text(self.folder / "index.json", json.dumps(index, indent=1) + "\n")
+
+
+class RecordReader:
+    """The records of a folder as a sequence; safe to share between threads and to hand to other processes.
+
+    Raises:
+        UserError: if the folder is no complete folder of records; and for an altered record when it is read.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        if not index["complete"]:
+            raise UserError(
+                f"the records in {self.folder} are not complete",
+                found=f"{sum(shard['records'] for shard in index['shards'])} records so far",
+                fix="run the command that makes them once more; it continues",
+            )
+        self.meta = Meta.from_json(index["meta"])
+        self._shards = index["shards"]
+        for shard in self._shards:
+            self._check_size(shard)
+        self._source = ArrayRecordDataSource([_Shard.of(self.folder, shard) for shard in self._shards])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            record = from_bytes(self._source[index])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"record {index} of {self.folder} is damaged",
+                found=str(error)[:200],
+                fix="encode the videos again",
+            ) from error
+        if record.entry != self.entries[index]:
+            raise UserError(
+                f"record {index} of {self.folder} is not the one that its list names",
+                expected=self.entries[index],
+                found=record.entry,
+                fix="encode the videos again",
+            )
+        return record
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    @functools.cached_property
+    def entries(self) -> list[Entry]:
+        """The records without their arrays, read from the small lists beside the shards."""
+        return [entry for shard in self._shards for entry in _read_entries(self.folder, shard)]
+
+    def captions(self) -> list[str]:
+        return [entry.caption for entry in self.entries]
+
+    @functools.cached_property
+    def prompts(self) -> dict[str, np.ndarray]:
+        """Embeddings [L, D], without padding, of texts that belong to no video, by text."""
+        path = self.folder / "prompts.safetensors"
+        try:
+            tensors, names = _from_safetensors(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}", found=error, fix="encode the videos again") from error
+        return {names[name]: tensor for name, tensor in tensors.items()}
+
+    def prompt(self, text: str) -> np.ndarray:
+        """The embedding [L, D] of a text that `prompts` holds."""
+        if text not in self.prompts:
+            raise UserError(
+                f"the embedding of the prompt {text!r} is not in {self.folder}",
+                found=nearest(text, map(repr, self.prompts)),
+                fix="run the encoding once more with this config; it continues",
+            )
+        return self.prompts[text]
+
+    def _check_size(self, shard: dict[str, Any]) -> None:
+        path = self.folder / f"{shard['name']}.array_record"
+        size = path.stat().st_size if path.exists() else "no such file"
+        if size != shard["bytes"]:
+            raise UserError(
+                f"{path} is not as it was written",
+                expected=f"{shard['bytes']} bytes",
+                found=size,
+                fix="copy the folder once more, or encode the videos again",
+            )
+
+
+class _Shard(NamedTuple):
+    """A shard as ArrayRecord's data source wants it told, which saves it opening every file to count."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+    @classmethod
+    def of(cls, folder: Path, shard: dict[str, Any]) -> "_Shard":
+        return cls(str(folder / f"{shard['name']}.array_record"), 0, shard["records"], shard["records"])
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version = index["format"]
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no folder of records",
+            expected=path,
+            found=error.strerror,
+            fix="python -m ditmem_jax.encode",
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged", found=repr(error), fix="encode the videos again") from error
+    if version != FORMAT:
+        raise UserError(
+            f"{folder} has another format",
+            expected=f"format {FORMAT}",
+            found=f"format {version}",
+            fix="the version of ditmem_jax that made it, or encode the videos again",
+        )
+    return index
+
+
+def _read_entries(folder: Path, shard: dict[str, Any]) -> list[Entry]:
+    path = folder / f"{shard['name']}.jsonl"
+    try:
+        entries = [Entry(**json.loads(line)) for line in path.read_text(encoding="utf-8").strip().split("\n")]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}", found=error, fix="encode the videos again") from error
+    if len(entries) != shard["records"]:
+        raise UserError(f"{path} is damaged", expected=f"{shard['records']} lines", found=len(entries))
+    return entries
+
+
+def _differences(ours: Any, theirs: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, ours, theirs) of the leaves in which two JSON values differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = sorted(ours.keys() | theirs.keys())
+        prefix = f"{name}." if name else ""
+        return [d for key in keys for d in _differences(ours.get(key), theirs.get(key), prefix + key)]
+    return [] if ours == theirs else [(name, ours, theirs)]
