@@ -39,13 +39,9 @@ class Range:
 RANGES = {
     "gravity": Range(2.0, 12.0, True, "m/s^2"),
     "bounciness": Range(0.3, 0.95, False, ""),  # coefficient of restitution: speed after over speed before
-    "drag": Range(0.3, 2.5, True, "1/s"),  # linear: acceleration = -drag * velocity
-    "friction": Range(
-        0.6, 5.0, True, "m/s^2"
-    ),  # deceleration of a sliding body (friction coefficient times gravity)
-    "stiffness": Range(
-        8.0, 80.0, True, "1/s^2"
-    ),  # spring constant over mass, the square of the angular frequency
+    "drag": Range(0.5, 3.0, True, "1/s"),  # linear: acceleration = -drag * velocity
+    "friction": Range(0.8, 5.0, True, "m/s^2"),  # deceleration of a sliding body, mu * g
+    "stiffness": Range(8.0, 80.0, True, "1/s^2"),  # spring constant over mass: the angular frequency squared
 }
 
 PHENOMENA = {

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from scipy.optimize import least_squares
 
+from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.worlds.laws import PHENOMENA, RANGES
 from ditmem_jax.worlds.motion import MOTIONS, PIVOT
 from ditmem_jax.worlds.render import CAMERA, Camera
@@ -81,11 +82,25 @@ def measure(
     phenomenon: str,
     camera: Camera = CAMERA,
 ) -> Measurement:
-    """Measures the constants that `phenomenon` shows. Colours go from 0 to 255, also in float videos."""
+    """Measures the constants that `phenomenon` shows. Colours go from 0 to 255, also in float videos.
+
+    A clip without such a body or motion gives a `Measurement` that is not `ok`.
+
+    Raises:
+        UserError: for an unknown phenomenon or a video that is not what `camera` takes.
+    """
+    if phenomenon not in PHENOMENA:
+        raise UserError(
+            f"unknown phenomenon {phenomenon!r}", expected=nearest(phenomenon, PHENOMENA, len(PHENOMENA))
+        )
+    expected = (camera.frames, camera.size, camera.size, 3)
+    if video.shape != expected:
+        raise UserError(
+            "video and camera do not fit together", expected=f"shape {expected}", found=f"shape {video.shape}"
+        )
     found = track(video.astype(np.float32), phenomenon, camera)
-    seen = found.seen
-    if seen.mean() < 0.6 or not seen[[0, 2, 4]].any():
-        return Measurement(why=f"the body was found in {seen.mean():.0%} of the frames only")
+    if found.seen.mean() < 0.6:
+        return Measurement(why=f"the body was found in {found.seen.mean():.0%} of the frames only")
     return fit(found, phenomenon, camera)
 
 
@@ -105,7 +120,7 @@ def fit(found: Track, phenomenon: str, camera: Camera = CAMERA) -> Measurement:
         return ((motion(times, **known, **laws) - found.position) * trusted).ravel()
 
     grid = np.stack(
-        np.meshgrid(*[np.log([RANGES[c].at(f) for f in np.linspace(0, 1, 9)]) for c in constants]), -1
+        np.meshgrid(*[np.log([RANGES[c].at(f) for f in np.linspace(0, 1, 7)]) for c in constants]), -1
     )
     guesses = [np.concatenate([list(start.values()), laws]) for laws in grid.reshape(-1, len(constants))]
     best = min(guesses, key=lambda guess: np.abs(error_px(guess)).sum())

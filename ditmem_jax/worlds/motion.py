@@ -39,8 +39,10 @@ def throw(
     terminal = gravity / drag
     reach = (vy + terminal) / drag
     # y + reach * (1 - exp(-drag t)) - terminal * t = rest, solved for its later root by Lambert's W.
+    # A path that stays below `rest` has no such root; -1/e, the double root, then stops it at its highest point.
     level = (y - rest + reach) / terminal
-    landing = level + lambertw(-reach / terminal * drag * np.exp(-drag * level)).real / drag
+    argument = -reach / terminal * drag * np.exp(np.minimum(-drag * level, 50.0))
+    landing = level + lambertw(max(argument, -1 / np.e)).real / drag
     t = np.minimum(times, landing)
     decay = -np.expm1(-drag * t)
     return _path(x + vx / drag * decay, y + reach * decay - terminal * t, times)

@@ -60,7 +60,7 @@ def _fall(rng: np.random.Generator, radius: float) -> tuple[dict, dict]:
 def _throw(rng: np.random.Generator, radius: float) -> tuple[dict, dict]:
     height, clearance = _pick(rng, THROWS)
     side = str(rng.choice(list(SIDES)))
-    x, vx = CENTRE - SIDES[side] * rng.uniform(1.15, 1.28), SIDES[side] * rng.uniform(1.6, 2.0)
+    x, vx = CENTRE - SIDES[side] * rng.uniform(1.15, 1.28), SIDES[side] * rng.uniform(1.9, 2.25)
     rest = FLOOR + radius
     return {"height": height, "side": side}, {
         "x": x, "y": rest + clearance, "rest": rest, "vx": vx, "vy": rng.uniform(1.5, 1.9)
@@ -88,7 +88,7 @@ def _spring(rng: np.random.Generator, radius: float) -> tuple[dict, dict]:
 
 def _slide(rng: np.random.Generator, radius: float) -> tuple[dict, dict]:
     side = str(rng.choice(list(SIDES)))
-    x, vx = CENTRE - SIDES[side] * rng.uniform(1.15, 1.28), SIDES[side] * rng.uniform(1.7, 2.05)
+    x, vx = CENTRE - SIDES[side] * rng.uniform(1.15, 1.28), SIDES[side] * rng.uniform(1.9, 2.2)
     return {"side": side}, {"x": x, "y": FLOOR + radius, "vx": vx}
 
 
