@@ -14,9 +14,10 @@ was killed leaves a folder that the next writer continues after the last finishe
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import ml_dtypes
 import numpy as np
@@ -237,7 +238,8 @@ class RecordReader:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:

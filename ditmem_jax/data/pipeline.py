@@ -1,0 +1,169 @@
+"""The stream of training batches, with grain: shuffled, repeated, divided among processes, resumable."""
+
+import dataclasses
+import operator
+import sys
+from typing import SupportsIndex
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int
+
+from ditmem_jax.data.records import Record, RecordReader
+from ditmem_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+READ_AHEAD = grain.ReadOptions(
+    num_threads=2, prefetch_buffer_size=4
+)  # in batches; grain's 500 fill the memory
+
+
+def training_data(
+    records: RecordReader,
+    matches: Int[np.ndarray, "n R"],
+    batch_size: int,
+    *,
+    seed: int,
+    text_len: int,
+    bank: RecordReader | None = None,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    drop_remainder: bool = True,
+    cache: bool = False,
+) -> grain.IterDataset:
+    """Batches of records with their reference videos, for ever or for `epochs`; the same for the same seed.
+
+    `iter()` of the result has `get_state()` and `set_state()`; what follows a restored state is bit for bit
+    what would have followed it before. A batch holds, with numbers of the type that they are stored in,
+
+        id              [B] text
+        latents         [B, T, H, W, C]
+        context         [B, L, D] text embeddings, zero past the text; L is `text_len`
+        context_mask    [B, L] true on the text
+        references      [B, R, T, H, W, C] latents of the reference videos, zero where there is none
+        present         [B, R] true where there is a reference
+
+    Args:
+        records: what to train on.
+        matches: for each record, the indices of its reference videos in `bank`; -1 for none.
+        batch_size: of all processes together; each gets an equal part of every batch.
+        bank: where references come from; `records` itself by default.
+        workers: processes that read ahead; 0 reads in this one.
+        drop_remainder: leaves out a last batch that is not full.
+        cache: keeps all records that were read in memory (of each worker).
+
+    Raises:
+        UserError: if records, bank, matches and sizes do not go together.
+    """
+    bank = records if bank is None else bank
+    _check(records, bank, matches, batch_size, epochs, process_count, drop_remainder)
+    part = batch_size // process_count
+    rows = slice(process_index * part, (process_index + 1) * part)
+    indices = grain.MapDataset.range(len(records))
+    if shuffle:
+        indices = indices.shuffle(seed)
+    batches = indices.repeat(epochs).batch(batch_size, drop_remainder=drop_remainder)
+    data = batches.map(_Load(records, bank, matches, text_len, rows, cache)).to_iter_dataset(READ_AHEAD)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS(
+                sys.argv[:1]
+            )  # grain hands absl's flags to its workers, and notebooks never parse them
+        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return data
+
+
+def _check(
+    records: RecordReader,
+    bank: RecordReader,
+    matches: np.ndarray,
+    batch_size: int,
+    epochs: int | None,
+    process_count: int,
+    drop_remainder: bool,
+) -> None:
+    ours, theirs = records.meta, bank.meta
+    if (ours.latents, ours.dtype) != (theirs.latents, theirs.dtype):
+        raise UserError(
+            f"the bank {bank.folder} does not fit the records {records.folder}",
+            expected=f"latents {ours.latents} in {ours.dtype}",
+            found=f"latents {theirs.latents} in {theirs.dtype}",
+            fix="encode both with one config",
+        )
+    if len(matches) != len(records):
+        raise UserError("matches need a row for each record", expected=len(records), found=len(matches))
+    if matches.size and not -1 <= matches.min() <= matches.max() < len(bank):
+        raise UserError(
+            "matches point outside the bank",
+            expected=f"-1 to {len(bank) - 1}",
+            found=f"{matches.min()} to {matches.max()}",
+            fix="search the bank again",
+        )
+    if epochs is not None and drop_remainder and batch_size > epochs * len(records):
+        raise UserError(
+            "the data does not fill one batch", expected=f"at least {batch_size} records", found=len(records)
+        )
+    if batch_size % process_count or (process_count > 1 and not drop_remainder):
+        raise UserError(
+            "batches must divide among the processes",
+            expected=f"a multiple of {process_count}, the last batch dropped unless full",
+            found=f"{batch_size}, drop_remainder={drop_remainder}",
+        )
+
+
+@dataclasses.dataclass
+class _Load:
+    """Indices of a batch -> this process's part of the batch."""
+
+    records: RecordReader
+    bank: RecordReader
+    matches: np.ndarray
+    text_len: int
+    rows: slice
+    cache: bool
+
+    def __post_init__(self):
+        self.read: dict[tuple[bool, int], Record] = {}
+
+    def record(self, in_bank: bool, index: SupportsIndex) -> Record:
+        key = (in_bank and self.bank is not self.records, operator.index(index))
+        if key in self.read:
+            return self.read[key]
+        record = (self.bank if in_bank else self.records)[key[1]]
+        if self.cache:
+            self.read[key] = record
+        return record
+
+    def __call__(self, indices: np.ndarray) -> Batch:
+        indices = indices[self.rows]
+        samples = [self.record(False, index) for index in indices]
+        matches = self.matches[indices]
+        size, width = len(samples), self.records.meta.text_dim
+        dtype = samples[0].latents.dtype
+        context = np.zeros((size, self.text_len, width), dtype)
+        lengths = np.array([len(sample.text_embedding) for sample in samples])
+        if lengths.max() > self.text_len:
+            raise UserError(
+                f"a text embedding of {self.records.folder} is too long",
+                expected=f"at most dit.text_len = {self.text_len}",
+                found=lengths.max(),
+                fix="encode with this config",
+            )
+        references = np.zeros((*matches.shape, *self.records.meta.latents), dtype)
+        for row, sample in enumerate(samples):
+            context[row, : lengths[row]] = sample.text_embedding
+            for column, match in enumerate(matches[row]):
+                if match >= 0:
+                    references[row, column] = self.record(True, match).latents
+        return {
+            "id": np.array([sample.id for sample in samples]),
+            "latents": np.stack([sample.latents for sample in samples]),
+            "context": context,
+            "context_mask": np.arange(self.text_len)[None] < lengths[:, None],
+            "references": references,
+            "present": matches >= 0,
+        }
