@@ -12,14 +12,36 @@ from ditmem_jax.models.dit import DiT
 from ditmem_jax.types import Memory
 from tests.parity.golden import Check, GoldenFile
 
-FIELDS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch_size", "eps")
+FIELDS = (
+    "dim",
+    "ffn_dim",
+    "num_heads",
+    "num_layers",
+    "in_dim",
+    "out_dim",
+    "text_dim",
+    "freq_dim",
+    "patch_size",
+    "eps",
+)
 
 
 def make_dit(meta: dict, weights: dict[str, np.ndarray]) -> DiT:
     """The transformer that a golden file describes, filled with its weights."""
-    dit = DiT(build(DiTConfig, {key: meta[key] for key in FIELDS}), rngs=nnx.Rngs(0))
+    config = build(DiTConfig, {key: meta[key] for key in FIELDS})
+    dit = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))  # all of it comes from the file
     load(dit, names.table(), weights)
     return dit
+
+
+def velocity(
+    dit: DiT, latents: jax.Array, time: jax.Array, context: jax.Array, memory: Memory | None = None
+) -> jax.Array:
+    """The transformer's output, compiled."""
+    graph, state = nnx.split(dit)
+    return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(
+        state, latents, time, context, memory
+    )
 
 
 def channels_last(latents: np.ndarray) -> jax.Array:
@@ -48,19 +70,26 @@ def check_memory(golden: GoldenFile) -> list[Check]:
     """Outputs without and with memory, gradients with respect to memory and latents."""
     dit = make_dit(golden.meta, golden.under("w/"))
     tensors = golden.tensors
-    latents, time, context = channels_last(tensors["latents"]), tensors["timestep"], jnp.asarray(tensors["context"])
-    time = jnp.asarray(time)
+    latents, context = channels_last(tensors["latents"]), jnp.asarray(tensors["context"])
+    time = jnp.asarray(tensors["timestep"])
     checks = []
     if "out/no_memory" in tensors:
-        checks.append(Check("out/no_memory", channels_first(dit(latents, time, context)), tensors["out/no_memory"]))
-
-    def run(latents, rows):
-        return dit(latents, time, context, Memory(rows, jnp.zeros(rows.shape[:2])))
-
-    out, pull = jax.vjp(run, latents, jnp.asarray(tensors["memory"]))
+        out = velocity(dit, latents, time, context)
+        checks.append(Check("out/no_memory", channels_first(out), tensors["out/no_memory"]))
+    out = velocity(dit, latents, time, context, plain_memory(tensors["memory"]))
     checks.append(Check("out/memory", channels_first(out), tensors["out/memory"]))
     if "cotangent" in tensors:
-        grad_latents, grad_memory = pull(channels_last(tensors["cotangent"]))
+        graph, state = nnx.split(dit)
+
+        @jax.jit
+        def gradients(state, latents, tokens, cotangent):
+            def run(latents, tokens):
+                return nnx.merge(graph, state)(latents, time, context, plain_memory(tokens))
+
+            return jax.vjp(run, latents, tokens)[1](cotangent)
+
+        cotangent = channels_last(tensors["cotangent"])
+        grad_latents, grad_memory = gradients(state, latents, jnp.asarray(tensors["memory"]), cotangent)
         checks.append(Check("grad/latents", channels_first(grad_latents), tensors["grad/latents"], 1e-4))
         checks.append(Check("grad/memory", np.asarray(grad_memory), tensors["grad/memory"], 1e-4))
     return checks
@@ -75,14 +104,17 @@ def check_repeated(golden: GoldenFile) -> list[Check]:
     distinct, repeated = golden.tensors["memory_distinct"], golden.tensors["memory_repeated"]
     equal = (distinct[:, None, :, :] == repeated[:, :, None, :]).all(-1)  # [B, repeated, distinct]
     bias = jnp.asarray(np.log(equal.sum(1)), jnp.float32)
-    want = golden.tensors["out/memory"]
+    memories = {
+        "rows repeated": plain_memory(repeated),
+        "log-multiplicity bias": Memory(jnp.asarray(distinct), bias),
+    }
     return [
-        Check("out/memory (rows repeated)", channels_first(dit(latents, time, context, plain_memory(repeated))), want),
         Check(
-            "out/memory (log-multiplicity bias)",
-            channels_first(dit(latents, time, context, Memory(jnp.asarray(distinct), bias))),
-            want,
-        ),
+            f"out/memory ({name})",
+            channels_first(velocity(dit, latents, time, context, memory)),
+            golden.tensors["out/memory"],
+        )
+        for name, memory in memories.items()
     ]
 
 
