@@ -66,9 +66,8 @@ class Tokenizer:
             text = clean(prompt)
             if not text and not allow_empty:
                 raise UserError("a prompt is empty", expected="some text", found=repr(prompt))
-            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids[: self.length - 1] + [
-                self.end
-            ]
+            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids[: self.length - 1]
+            tokens = [*tokens, self.end]
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = True
         return ids, mask

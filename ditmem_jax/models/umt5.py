@@ -1,8 +1,8 @@
 """The UMT5 text encoder: token numbers to one embedding per token.
 
-A T5 v1.1 encoder (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward), with two peculiarities: scores are
-not scaled, since the initialisation of the query projection takes care of it, and every block has a table of
-relative positions of its own (UMT5, Chung et al. 2023). Tensors of `models_t5_umt5-xxl-enc-bf16.pth`.
+A T5 v1.1 encoder (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward), with two peculiarities: scores
+are not scaled, since the initialisation of the query projection takes care of it, and every block has a table
+of relative positions of its own (UMT5, Chung et al. 2023). Tensors of `models_t5_umt5-xxl-enc-bf16.pth`.
 """
 
 import jax
@@ -106,7 +106,7 @@ class UMT5(nnx.Module):
         self.norm = RMSNorm(config.dim, EPS, dtype=dtype)
 
     def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Embeddings of the tokens `ids`; rows where `mask` is False are zero and are seen by no other row."""
+        """Embeddings of the tokens `ids`; rows where `mask` is False are zero and no other sees them."""
         buckets = position_buckets(ids.shape[1], self.config.num_buckets, self.config.max_dist)
         unseen = jnp.finfo(jnp.float32).min  # not -inf, which would give NaN for a prompt without tokens
         mask_bias = jnp.where(mask, 0.0, unseen)[:, None, None, :]

@@ -70,7 +70,7 @@ def test_bfloat16_throughout():
 
 
 def test_position_buckets_by_hand():
-    # 8 buckets: 0 to 3 look back, 4 to 7 look ahead; distances 0 and 1 have their own, 2 to 5 share one, 6 on the last.
+    # 0 to 3 look back, 4 to 7 ahead; distances 0 and 1 stand alone, 2 to 5 share one, 6 and more the last.
     row = position_buckets(20, num_buckets=8, max_dist=16)[10]
     np.testing.assert_array_equal(row, [3, 3, 3, 3, 3, 2, 2, 2, 2, 1, 0, 5, 6, 6, 6, 6, 7, 7, 7, 7])
 
