@@ -49,8 +49,8 @@ def read_clip(
     width: int,
     mode: Literal["stretch", "crop"] = "stretch",
     minimum: int = 2,
-) -> Float32[np.ndarray, "T H W 3"]:
-    """`frames` frames of a video file, evenly from first to last, resized with `fit`, in [-1, 1].
+) -> Frames:
+    """`frames` frames of a video file, evenly from first to last, resized with `fit`.
 
     Holds only the resized frames, so that long videos of large frames fit in memory.
 
@@ -77,8 +77,8 @@ def sample_frames(total: int, count: int) -> Int[np.ndarray, " count"]:
 
 def fit(
     frames: Frames, height: int, width: int, mode: Literal["stretch", "crop"] = "stretch"
-) -> Float32[np.ndarray, "T {height} {width} 3"]:
-    """Frames resized to `height` x `width` pixels and scaled to [-1, 1].
+) -> UInt8[np.ndarray, "T {height} {width} 3"]:
+    """Frames resized to `height` x `width` pixels.
 
     "stretch" gives up the aspect ratio and takes two taps per axis at any scale, as the released code does.
     "crop" keeps the aspect ratio, cuts what stands over on both sides alike, and averages when it shrinks.
@@ -92,7 +92,12 @@ def fit(
     else:
         frames = _resize(frames, 1, height, 0, frames.shape[1], smooth=False)
         frames = _resize(frames, 2, width, 0, frames.shape[2], smooth=False)
-    return np.rint(frames).astype(np.float32) / 127.5 - 1  # whole grey levels, as in the 8-bit original
+    return np.rint(frames).astype(np.uint8)
+
+
+def to_unit(frames: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Pixels as the VAE takes them: 0 to 255 becomes -1 to 1."""
+    return frames.astype(np.float32) / 127.5 - 1
 
 
 def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 10) -> None:
@@ -169,7 +174,11 @@ def _decode_some(path: str | Path, wanted: set[int], use: Callable) -> tuple[dic
 
 def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels, turned as a phone's rotation mark asks for."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    try:
+        pixels = frame.to_ndarray(format="rgb24")
+    except av.FFmpegError as error:
+        raise UserError(f"no way to convert {frame.format.name} to RGB", found=error.strerror) from error
+    return np.rot90(pixels, round(frame.rotation / 90))
 
 
 def _declared_length(path: str | Path) -> int:

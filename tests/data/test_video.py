@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from ditmem_jax.data.video import fit, read_clip, read_video, sample_frames, write_video
+from ditmem_jax.data.video import fit, read_clip, read_video, sample_frames, to_unit, write_video
 from ditmem_jax.errors import UserError
 
 
@@ -76,14 +76,14 @@ def test_sample_frames():
 def test_read_clip_picks_frames_evenly(tmp_path, name, codec):
     write_container(tmp_path / name, grey(range(20, 220, 10)), codec)  # mkv and webm do not tell their length
     clip = read_clip(tmp_path / name, 5, 16, 32)
-    assert clip.dtype == np.float32
-    np.testing.assert_allclose((clip.mean((1, 2, 3)) + 1) * 127.5, [20, 60, 110, 160, 210], atol=3)
+    assert clip.dtype == np.uint8
+    np.testing.assert_allclose(clip.mean((1, 2, 3)), [20, 60, 110, 160, 210], atol=3)
 
 
 def test_read_clip_repeats_the_last_frame_of_a_short_video(tmp_path):
     write_video(tmp_path / "a.mp4", grey([50, 100, 150]), fps=16)
     clip = read_clip(tmp_path / "a.mp4", 5, 16, 32)
-    np.testing.assert_allclose((clip.mean((1, 2, 3)) + 1) * 127.5, [50, 100, 150, 150, 150], atol=2)
+    np.testing.assert_allclose(clip.mean((1, 2, 3)), [50, 100, 150, 150, 150], atol=2)
 
 
 def test_read_clip_is_read_video_sampled_and_fitted(tmp_path):
@@ -105,25 +105,31 @@ def test_stretch_interpolates_between_two_pixels():
     def row(levels):
         return np.tile(np.array(levels, np.uint8)[None, None, :, None], (1, 1, 1, 3))
 
-    levels = (fit(row([0, 100, 200, 50]), 1, 8)[0, 0, :, 0] + 1) * 127.5
-    np.testing.assert_allclose(levels, [0, 25, 75, 125, 175, 162, 88, 50], atol=0.51)
-    shrunk = (fit(row(range(0, 180, 20)), 1, 3)[0, 0, :, 0] + 1) * 127.5
-    np.testing.assert_allclose(shrunk, [20, 80, 140], atol=1e-4)  # the middle pixel of three, not their mean
+    levels = fit(row([0, 100, 200, 50]), 1, 8)[0, 0, :, 0]
+    np.testing.assert_array_equal(levels, [0, 25, 75, 125, 175, 162, 88, 50])
+    shrunk = fit(row(range(0, 180, 20)), 1, 3)[0, 0, :, 0]
+    np.testing.assert_array_equal(shrunk, [20, 80, 140])  # the middle pixel of three, not their mean
 
 
 def test_crop_keeps_the_aspect_ratio_and_the_centre():
     frames = np.zeros((1, 4, 12, 3), np.uint8)
     frames[:, :, 4:8] = 200
-    np.testing.assert_allclose(fit(frames, 4, 4, "crop"), 200 / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(fit(frames, 4, 4, "crop"), 200)
     checker = np.indices((8, 8)).sum(0)[None, :, :, None] % 2 * np.array([254, 254, 254])
-    smooth = (fit(checker.astype(np.uint8), 2, 2, "crop") + 1) * 127.5
-    np.testing.assert_allclose(smooth, 127, atol=1)  # averaged, not one of the two
+    smooth = fit(checker.astype(np.uint8), 2, 2, "crop")
+    np.testing.assert_allclose(smooth.astype(int), 127, atol=1)  # averaged, not one of the two
 
 
 def test_fit_of_the_right_size_is_exact():
     frames = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     for mode in ("stretch", "crop"):
-        np.testing.assert_array_equal(fit(frames, 8, 8, mode), frames.astype(np.float32) / 127.5 - 1)
+        np.testing.assert_array_equal(fit(frames, 8, 8, mode), frames)
+
+
+def test_pixels_for_the_vae():
+    np.testing.assert_array_equal(
+        to_unit(np.array([0, 51, 255], np.uint8)), np.array([-1, -0.6, 1], np.float32)
+    )
 
 
 def broken_files(folder):
