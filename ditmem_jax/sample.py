@@ -1,0 +1,341 @@
+"""Clips from prompts: a schedule, an Euler stepper and a scan, with or without memory.
+
+python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder.safetensors --prompt "..."
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ditmem_jax import cli, flow
+from ditmem_jax.bank import Bank
+from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
+from ditmem_jax.config import Config, to_dict
+from ditmem_jax.data.files import write_text
+from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.tokenizer import Tokenizer
+from ditmem_jax.data.video import write_video
+from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.umt5 import UMT5
+from ditmem_jax.models.vae import VAE, decode
+from ditmem_jax.types import Memory
+
+Velocity = Callable[[Float[Array, "B T H W C"], Float[Array, ""]], Float[Array, "B T H W C"]]
+"""Velocity of noisy latents at a noise level sigma."""
+
+
+def denoise(
+    velocity: Velocity,
+    noise: Float[Array, "B T H W C"],
+    sigmas: Float[np.ndarray, " steps"],
+    on_step: Callable[[], None] | None = None,
+) -> Float[Array, "B T H W C"]:
+    """Euler steps from noise at `sigmas[0]` = 1 down to clean latents at 0.
+
+    Args:
+        on_step: called on the host after every step.
+    """
+
+    def step(x, now):
+        sigma, change = now
+        x = x + change * velocity(x, sigma)
+        if on_step is not None:
+            jax.debug.callback(lambda _: on_step(), x[0, 0, 0, 0, 0])  # the value makes it wait for the step
+        return x, None
+
+    schedule = jnp.asarray(sigmas, jnp.float32), jnp.asarray(flow.euler_steps(sigmas), jnp.float32)
+    return jax.lax.scan(step, noise, schedule)[0]
+
+
+def guided(
+    dit: DiT,
+    positive: Float[Array, "B L E"],
+    negative: Float[Array, "B L E"],
+    memory: Memory | None,
+    scale: float,
+    *,
+    memory_in_negative: bool = True,
+) -> Velocity:
+    """Classifier-free guidance, negative + scale (positive - negative), with both branches in one batch.
+
+    Args:
+        positive, negative: text embeddings, zero past their lengths.
+        memory_in_negative: give the memory to both branches, as released; otherwise guidance pushes towards it.
+    """
+
+    def plain(x, sigma):
+        return dit(x, jnp.full(x.shape[:1], flow.TRAIN_STEPS * sigma), positive, memory)
+
+    def both(x, sigma):
+        time = jnp.full((2 * x.shape[0],), flow.TRAIN_STEPS * sigma)
+        toward, away = jnp.split(dit(_twice(x), time, context, memories), 2)
+        return away + scale * (toward - away)
+
+    if scale == 1:
+        return plain
+    context = jnp.concatenate([positive, negative])
+    memories = None
+    if memory is not None:
+        other = memory.bias if memory_in_negative else jnp.full_like(memory.bias, -jnp.inf)
+        memories = Memory(_twice(memory.tokens), jnp.concatenate([memory.bias, other]))
+    return both
+
+
+def _twice(x: Float[Array, "B ..."]) -> Float[Array, "C ..."]:
+    return jnp.concatenate([x, x])
+
+
+def scaled(memory: Memory, strength: float | Float[Array, ""]) -> Memory:
+    """The memory with its attention weights times `strength`, before they are normalised; 0 is no memory, exactly."""
+    return Memory(memory.tokens, memory.bias + jnp.log(jnp.asarray(strength, jnp.float32)))
+
+
+class Sampler:
+    """The networks that make clips; compiled once per number of prompts and of reference videos.
+
+    Args:
+        encoder: None for a sampler without memory.
+        on_step: called after every denoising step, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dit: DiT,
+        vae: VAE,
+        text: tuple[UMT5, Tokenizer],
+        encoder: MemoryEncoder | None = None,
+        on_step: Callable[[], None] | None = None,
+    ):
+        self.config, self.vae = config, vae
+        self._text, self._tokenizer = text
+        self._networks, self._states = zip(*(nnx.split(network) for network in (dit, encoder)), strict=True)
+        self._on_step = on_step
+        self._encode_text = nnx.jit(UMT5.__call__)
+        self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
+        self._denoise = jax.jit(self._denoised)
+
+    @classmethod
+    def load(
+        cls, config: Config, encoder: str | Path | None = None, on_step: Callable[[], None] | None = None
+    ) -> "Sampler":
+        """From `config.weights` and the file of a trained encoder.
+
+        Raises:
+            UserError: if a file is missing or does not fit the config.
+        """
+        memory = None
+        if encoder is not None:
+            config = with_encoder(config, encoder)
+            memory = load_encoder(encoder)
+        return cls(config, load_dit(config), load_vae(config), load_umt5(config), memory, on_step)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        references: Float[np.ndarray, "B R t h w C"] | None = None,
+        strength: float | None = None,
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
+        """One clip per prompt, as pixels.
+
+        Args:
+            seeds: of each clip's noise; a clip does not depend on the others of its batch.
+            references: latents of the reference videos of each prompt; None is no memory.
+            strength: instead of `config.sample.strength`.
+        Raises:
+            UserError: for an empty prompt, or references that do not fit the encoder.
+        """
+        config = self.config
+        if references is not None and self._networks[1] is None:
+            raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
+        video = config.video
+        shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+        noise = jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+        latents = self._denoise(
+            self._states,
+            noise,
+            self._embed(prompts),
+            jnp.repeat(self._negative, len(prompts), axis=0),
+            None if references is None else jnp.asarray(references, jnp.float32),
+            config.sample.strength if strength is None else strength,
+        )
+        pixels = np.clip(np.asarray(decode(self.vae, latents)), -1, 1)
+        return np.rint((pixels + 1) * 127.5).astype(np.uint8)
+
+    def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
+        ids, mask = self._tokenizer(prompts, allow_empty=allow_empty)
+        return self._encode_text(self._text, jnp.asarray(ids), jnp.asarray(mask))
+
+    def _denoised(self, states, noise, positive, negative, references, strength):
+        dit, encoder = (nnx.merge(*network) for network in zip(self._networks, states, strict=True))
+        settings = self.config.sample
+        memory = None if references is None else scaled(encoder(references, training=False), strength)
+        velocity = guided(
+            dit, positive, negative, memory, settings.guidance, memory_in_negative=settings.memory_in_negative
+        )
+        return denoise(velocity, noise, flow.shifted_sigmas(settings.steps, settings.shift), self._on_step)
+
+
+def with_encoder(config: Config, path: str | Path) -> Config:
+    """`config` with the memory that the encoder in `path` was trained with.
+
+    Raises:
+        UserError: if there is no such encoder, or it is for a transformer of another width or for other latents.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"no encoder at {path}", expected="the encoder.safetensors of a run of ditmem_jax.train"
+        )
+    memory, _ = encoder_metadata(path)
+    wanted, found = (config.dit.dim, config.vae.z_dim), (memory.dim, memory.in_dim)
+    if found != wanted:
+        raise UserError(
+            f"the encoder in {path} does not fit the networks of the config",
+            expected="width {}, {} latent channels".format(*wanted),
+            found="width {}, {} latent channels".format(*found),
+            fix="the config that it was trained with, or an encoder trained with this one",
+        )
+    return dataclasses.replace(config, memory=memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieved:
+    """Records of the bank for one prompt, the score of each (None if the user named it), and their latents."""
+
+    entries: tuple[Entry, ...]
+    scores: tuple[float | None, ...]
+    latents: Float[np.ndarray, "R T H W C"]
+
+
+def retrieve(config: Config, prompt: str, ids: Sequence[str] | None = None) -> Retrieved:
+    """The `config.data.references` records of the bank nearest to `prompt`, or those with the given ids.
+
+    Raises:
+        UserError: if there is no bank, it is smaller than that, or has no such id.
+    """
+    records = RecordReader(config.data.bank)
+    if ids is None:
+        found, scores = Bank.from_records(config.data.bank).search([prompt], config.data.references)
+        ids, scores = found[0], scores[0].tolist()
+    else:
+        scores = [None] * len(ids)
+    rows = {entry.id: row for row, entry in enumerate(records.entries)}
+    for name in ids:
+        if name not in rows:
+            raise UserError(
+                f"the bank {config.data.bank} has no record {name!r}", expected=nearest(name, rows)
+            )
+    found = [records[rows[name]] for name in ids]
+    latents = np.stack([record.latents.astype(np.float32) for record in found])
+    return Retrieved(tuple(record.entry for record in found), tuple(scores), latents)
+
+
+def make_clips(
+    config: Config,
+    prompt: str,
+    out: str | Path,
+    encoder: str | Path | None = None,
+    memory: Literal["auto", "none"] | Sequence[str] = "auto",
+    seeds: Sequence[int] = (0,),
+) -> list[Path]:
+    """Makes one clip of `prompt` per seed, and beside each a JSON file about its making, under a progress bar.
+
+    Args:
+        out: a folder, or the name of the only clip.
+        encoder: file of a trained memory encoder, needed unless `memory` is "none".
+        memory: "auto" takes the records that the bank finds for the prompt; or ids of records.
+    Raises:
+        UserError: for an empty prompt, a missing or unfit file, or a bank that cannot give the records.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
+    paths = _paths(Path(out), prompt, "plain" if memory == "none" else "memory", seeds)
+    about = {"prompt": prompt, "strength": config.sample.strength, "memory": [], "encoder": None}
+    references = None
+    if memory == "none":
+        encoder = None
+    else:
+        if encoder is None:
+            raise UserError("no encoder is named", fix="--encoder=FILE, or --memory=none")
+        config, encoder = with_encoder(config, encoder), Path(encoder)
+        retrieved = retrieve(config, prompt, None if memory == "auto" else memory)
+        references = retrieved.latents[None]
+        for entry, score in zip(retrieved.entries, retrieved.scores, strict=True):
+            print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {entry.id}  {entry.caption}")
+            about["memory"].append({"id": entry.id, "caption": entry.caption, "score": score})
+        about["encoder"] = {"file": encoder.name, "sha256": hashlib.sha256(encoder.read_bytes()).hexdigest()}
+    about["config"] = to_dict(config)
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("loading", total=config.sample.steps * len(paths))
+        sampler = Sampler.load(config, encoder, lambda: progress.advance(bar))
+        for seed, path in zip(seeds, paths, strict=True):
+            progress.update(bar, description=f"steps of seed {seed}")
+            clip = sampler.generate([prompt], [seed], references)[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_video(path, clip, config.video.fps)
+            write_text(path.with_suffix(".json"), json.dumps(about | {"seed": seed}, indent=1) + "\n")
+            progress.console.print(str(path), highlight=False, soft_wrap=True)
+    return paths
+
+
+def _paths(out: Path, prompt: str, kind: str, seeds: Sequence[int]) -> list[Path]:
+    """The file of each seed: `out` itself, or named after the prompt in the folder `out`."""
+    if out.suffix == ".mp4":
+        if len(seeds) > 1:
+            raise UserError(
+                f"{len(seeds)} clips do not fit into {out}", fix="a folder as --out, or --count=1"
+            )
+        return [out]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file", expected="a folder, or a name that ends in .mp4")
+    words = "-".join(re.findall(r"\w+", prompt.lower()))[:60]
+    return [out / f"{words}-{kind}-{seed}.mp4" for seed in seeds]
+
+
+def main() -> None:
+    config = cli.load_config(CONFIG)
+    given = {"strength": STRENGTH.value, "seed": SEED.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
+    memory = MEMORY.value
+    if memory not in ("auto", "none"):
+        memory = [name.strip() for name in memory.split(",")]
+    seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
+    make_clips(config, PROMPT.value, OUT.value, ENCODER.value, memory, seeds)
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config()
+    ENCODER = flags.DEFINE_string(
+        "encoder", None, "File of a trained memory encoder; --memory=none needs none."
+    )
+    PROMPT = flags.DEFINE_string("prompt", None, "What the clip shows.", required=True)
+    MEMORY = flags.DEFINE_string(
+        "memory", "auto", "auto: what the bank finds for the prompt; none; or ids: ID,ID."
+    )
+    COUNT = flags.DEFINE_integer("count", 1, "Number of clips, with seeds from the first on.", lower_bound=1)
+    SEED = flags.DEFINE_integer(
+        "seed", None, "Seed of the first clip, instead of sample.seed.", lower_bound=0
+    )
+    STRENGTH = flags.DEFINE_float(
+        "strength", None, "Weight of the memory, instead of sample.strength; 0 is none."
+    )
+    OUT = flags.DEFINE_string("out", "samples", "Folder for the clips, or one clip.mp4.")
+    cli.run(main)
