@@ -1,4 +1,4 @@
-"""Physics with known answers: made-up planets with their own constants, simulated, rendered, captioned and measured again from pixels."""
+"""Physics with known answers: made-up planets, simulated, rendered, captioned, measured again from pixels."""
 
 from ditmem_jax.worlds.captions import caption as caption
 from ditmem_jax.worlds.laws import PHENOMENA as PHENOMENA

@@ -1,4 +1,4 @@
-"""`python -m ditmem_jax.worlds --out DIR`: writes clips of made-up worlds as mp4 files and a CSV of captions."""
+"""`python -m ditmem_jax.worlds --out DIR`: writes clips of made-up worlds as mp4 files and a CSV."""
 
 from pathlib import Path
 from typing import get_args

@@ -1,7 +1,7 @@
-"""Captions: short, lower case, no punctuation, a closed vocabulary. They say everything about a clip but, if so asked, its law.
+"""Captions: short, lower case, no punctuation, a closed vocabulary. They tell all of a clip except its law.
 
-Three forms of the same sentence: bare, with the planet's name, with the constants stated in words or numbers. Numbers are followed
-by a word, so a tokenizer that splits at spaces holds each as one token.
+Three forms of the same sentence: bare, with the planet's name, with the constants stated in words or numbers.
+Numbers stand between spaces, so a tokenizer that splits there holds each as one token.
 """
 
 from typing import Literal
@@ -32,7 +32,7 @@ def strength(constant: str, value: float) -> str:
 
 
 def caption(clip: Clip, planet: str | None = None, state: Literal["words", "numbers"] | None = None) -> str:
-    """The caption of a clip: with `planet` it begins "on planet ...", with `state` the constants that the clip shows are stated."""
+    """The caption of a clip: bare, with the planet's name, with its constants stated, or with both."""
     scene = clip.scene
     text = TEMPLATES[scene.phenomenon] + " against a {shade} {background} background"
     text = text.format(**scene.words)

@@ -1,7 +1,7 @@
 """Worlds: made-up planets, each with its own constants of nature, and the phenomena that show them.
 
-Every phenomenon isolates its own constants: a dropped ball feels no drag, a thrown one no friction. So a clip is explained by its
-caption, its start and the constants listed for it in `PHENOMENA`, and by nothing else.
+Every phenomenon isolates its own constants: a dropped ball feels no drag, a thrown one no friction.
+So a clip is explained by its caption, its start and the constants that `PHENOMENA` lists, by nothing else.
 """
 
 import math
@@ -34,8 +34,8 @@ class Range:
         return (value - self.low) / (self.high - self.low)
 
 
-# Chosen so that 1.5 seconds in a view of four metres show each constant: the slowest ball still bounces, the weakest spring
-# still passes half a period, the faintest drag still bends the path by more than a pixel.
+# Chosen so that 1.5 seconds in a view of four metres show each constant: the slowest ball still bounces, the
+# weakest spring still passes half a period, the faintest drag still bends the path by more than a pixel.
 RANGES = {
     "gravity": Range(2.0, 12.0, True, "m/s^2"),
     "bounciness": Range(0.3, 0.95, False, ""),  # coefficient of restitution: speed after over speed before
@@ -72,15 +72,21 @@ class World:
 
 @dataclass(frozen=True)
 class Splits:
-    """Three disjoint sets of worlds: unnamed ones for the backbone, named ones to train the memory, unseen ones for the bank only."""
+    """Disjoint sets: unnamed worlds for the backbone, named to train the memory, unseen for the bank only."""
 
     backbone: tuple[World, ...]
     train: tuple[World, ...]
     unseen: tuple[World, ...]
 
 
-_FIRST = "zor mel tav quin bor sil nar pyx dra fen gal hux jor kel lum myr nol orb pel ryn sar tul ulm vor wex xan yll zem brix cal dov eth"
-_LAST = "vex dara mir thos gan lux bel neth rio sha dun zar phi kor wen tash yol rax pim luth gor vane ska duun fyr mos jax hal tev nook bri zu"
+_FIRST = (
+    "zor mel tav quin bor sil nar pyx dra fen gal hux jor kel lum myr "
+    "nol orb pel ryn sar tul ulm vor wex xan yll zem brix cal dov eth"
+)
+_LAST = (
+    "vex dara mir thos gan lux bel neth rio sha dun zar phi kor wen tash "
+    "yol rax pim luth gor vane ska duun fyr mos jax hal tev nook bri zu"
+)
 
 
 def planet_names(seed: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes the clips of many worlds as a user's data would come: a folder of mp4 files and a CSV of captions."""
+"""Writes the clips of many worlds as a user's data would come: a folder of mp4 files and a CSV."""
 
 import csv
 from collections.abc import Iterator
@@ -25,7 +25,8 @@ def clips_of(
 ) -> Iterator[tuple[int, World, Clip, str]]:
     """Yields `clips` clips of each world with their captions, the phenomena in turn.
 
-    Captions of named worlds name the planet and state nothing; of unnamed ones half state the constants, in words or numbers.
+    Captions of named worlds name the planet and state nothing; half of the others state
+    their constants, in words or numbers.
     A clip depends on the seed, the split and its place only, not on how many are made.
     """
     phenomena = list(PHENOMENA)

@@ -1,5 +1,6 @@
-"""Reads a law's constants off a clip, from its pixels alone: track the bodies, then fit the law's own motion to the track."""
+"""Reads a law's constants off a clip's pixels: track the bodies, fit the law's own motion to the track."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +16,8 @@ from ditmem_jax.worlds.track import Track, track
 
 ROBUST_PX = 0.2  # tracking errors beyond this count linearly, not squared
 FLOOR_PX = 0.01  # no track is taken to be better than this when uncertainties are told
-LAWLESS_PX = 1.5  # a clip that strays further from every motion of its law does not show the law
+LAWLESS_PX = 1.0  # a clip that strays further from every motion of its law does not show the law
+SILENT = 0.5  # a constant that is no better known than this has not been measured
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Measurement:
 
     Attributes:
         constants: measured constants by name, units as in `laws.RANGES`; empty if nothing could be fitted.
-        sigma: relative standard error of each, from the residual and the curvature of the fit; infinite where the clip says nothing.
+        sigma: relative standard error of each, from the residual of the fit; infinite where nothing is shown.
         residual_px: root mean square distance in pixels between the track and the fitted motion.
-        ok: whether body and motion were found as the phenomenon has them. `why` tells what was wrong.
+        ok: whether body and motion were found and tell every constant. If not, `why` says what is wrong.
     """
 
     constants: dict[str, float] = field(default_factory=dict)
@@ -73,7 +75,8 @@ def _collision(found: Track, times: np.ndarray) -> dict[str, float]:
 
 
 _STARTS: dict[str, Callable[[Track, np.ndarray], dict[str, float]]] = {
-    "fall": _fall, "throw": _throw, "pendulum": _pendulum, "spring": _spring, "slide": _slide, "collision": _collision
+    "fall": _fall, "throw": _throw, "pendulum": _pendulum,
+    "spring": _spring, "slide": _slide, "collision": _collision,
 }  # fmt: skip
 
 
@@ -105,7 +108,7 @@ def measure(
 
 
 def fit(found: Track, phenomenon: str, camera: Camera = CAMERA) -> Measurement:
-    """Fits a phenomenon's motion to a track: the best start of a coarse grid, then robust least squares over everything unknown.
+    """Fits a phenomenon's motion to a track: best of a coarse grid, then robust least squares.
 
     Constants are fitted as logarithms, so that their errors are relative and they stay positive.
     """
@@ -119,25 +122,36 @@ def fit(found: Track, phenomenon: str, camera: Camera = CAMERA) -> Measurement:
         laws = dict(zip(constants, np.exp(values[len(names) :]), strict=True))
         return ((motion(times, **known, **laws) - found.position) * trusted).ravel()
 
-    grid = np.stack(
-        np.meshgrid(*[np.log([RANGES[c].at(f) for f in np.linspace(0, 1, 7)]) for c in constants]), -1
-    )
-    guesses = [np.concatenate([list(start.values()), laws]) for laws in grid.reshape(-1, len(constants))]
+    grid = itertools.product(*[[np.log(RANGES[c].at(f)) for f in np.linspace(0, 1, 7)] for c in constants])
+    guesses = [np.array([*start.values(), *laws]) for laws in grid]
     best = min(guesses, key=lambda guess: np.abs(error_px(guess)).sum())
-    result = least_squares(error_px, best, loss="soft_l1", f_scale=ROBUST_PX, x_scale="jac", max_nfev=60)
+    # Five times beyond the range on both sides: room to tell a wrong constant, none for overflow.
+    limits = [(0.1 if name == "length" else -9.0, 9.0) for name in names]
+    limits += [(np.log(RANGES[c].low / 5), np.log(RANGES[c].high * 5)) for c in constants]
+    low, high = np.array(limits).T
+    best = np.clip(best, low + 1e-6, high - 1e-6)
+    robust = {"loss": "soft_l1", "f_scale": ROBUST_PX, "x_scale": "jac"}
+    result = least_squares(error_px, best, bounds=(low, high), ftol=1e-6, max_nfev=60, **robust)
 
     error = error_px(result.x)
     count = found.seen.sum()
     residual = float(np.sqrt((error**2).sum() / count))
     scale = max(np.sqrt((error**2).sum() / max(2 * count - len(best), 1)), FLOOR_PX)
-    variance = scale**2 * np.diag(np.linalg.pinv(result.jac.T @ result.jac))[len(names) :]
-    silent = np.abs(result.jac[:, len(names) :]).max(axis=0) < 1e-6
-    sigma = np.where(silent, np.inf, np.sqrt(variance))
-    ok = residual < LAWLESS_PX
+    # Every parameter is given an effect of 0.01 pixels, so that one without any gets a huge error and not none.
+    effect = np.concatenate([result.jac, FLOOR_PX * np.eye(len(best))])
+    sigma = scale * np.linalg.norm(np.linalg.pinv(effect), axis=1)[len(names) :]
+    at_limit = np.minimum(result.x - low, high - result.x)[len(names) :] < 0.01
+    sigma = np.where(at_limit | (sigma > SILENT), np.inf, sigma)
+    if residual > LAWLESS_PX:
+        why = f"the body strays {residual:.1f} pixels from any such motion"
+    elif (sigma == np.inf).any():
+        why = "the motion does not tell " + " or ".join(np.array(constants)[sigma == np.inf])
+    else:
+        why = ""
     return Measurement(
         constants=dict(zip(constants, np.exp(result.x[len(names) :]).tolist(), strict=True)),
         sigma=dict(zip(constants, sigma.tolist(), strict=True)),
         residual_px=residual,
-        ok=ok,
-        why="" if ok else f"the body strays {residual:.1f} pixels from any such motion",
+        ok=not why,
+        why=why,
     )

@@ -1,4 +1,4 @@
-"""Motion under each law, in SI units and in closed form: times [T] in seconds to positions [T, bodies, 2] in metres (x right, y up).
+"""Motion under each law in closed form: times [T] (s) to positions [T, bodies, 2] (m; x right, y up).
 
 Clips are made with these functions and measured by fitting them, so a constant has one meaning throughout.
 """
@@ -20,7 +20,7 @@ def _path(x: float | Times, y: float | Times, times: Times) -> Path:
 def fall(times: Times, *, x: float, y: float, rest: float, gravity: float, bounciness: float) -> Path:
     """Dropped from rest at height `y`; each bounce at height `rest` keeps `bounciness` of the speed."""
     drop_time = np.sqrt(2 * max(y - rest, 0.0) / gravity)
-    # Bounce n (from 1) leaves the floor with speed g * drop_time * e^n and is in the air for 2 * drop_time * e^n.
+    # Bounce n (from 1) leaves the floor with speed g * drop_time * e^n and lasts 2 * drop_time * e^n.
     powers = bounciness ** np.arange(1, 64)
     landings = drop_time + np.concatenate([[0.0], np.cumsum(2 * drop_time * powers)])
     bounce = np.searchsorted(landings, times, side="right") - 1  # -1 before the first landing
@@ -39,10 +39,10 @@ def throw(
     terminal = gravity / drag
     reach = (vy + terminal) / drag
     # y + reach * (1 - exp(-drag t)) - terminal * t = rest, solved for its later root by Lambert's W.
-    # A path that stays below `rest` has no such root; -1/e, the double root, then stops it at its highest point.
+    # A path that stays below `rest` has none; -1/e, the double root, then stops it at its highest point.
     level = (y - rest + reach) / terminal
     argument = -reach / terminal * drag * np.exp(np.minimum(-drag * level, 50.0))
-    landing = level + lambertw(max(argument, -1 / np.e)).real / drag
+    landing = max(0.0, level + lambertw(max(argument, 1e-12 - 1 / np.e)).real / drag)
     t = np.minimum(times, landing)
     decay = -np.expm1(-drag * t)
     return _path(x + vx / drag * decay, y + reach * decay - terminal * t, times)
@@ -51,7 +51,7 @@ def throw(
 def pendulum(
     times: Times, *, angle: float, length: float, gravity: float, pivot: tuple[float, float] = PIVOT
 ) -> Path:
-    """Released from rest at `angle` (radians from straight down, right is positive): the exact elliptic solution, any angle."""
+    """Released from rest at `angle` (radians from straight down, right is positive); exact for any angle."""
     modulus = np.sin(angle / 2) ** 2
     _, cn, dn, _ = ellipj(np.sqrt(gravity / length) * times, modulus)
     now = 2 * np.arcsin(np.sin(angle / 2) * cn / dn)
@@ -85,8 +85,8 @@ def collision(
     radius: float,
     bounciness: float,
 ) -> Path:
-    """Two equal masses of one `radius` on a line at height `y`; momentum is kept, `bounciness` of the closing speed comes back."""
-    meeting = (right - left - 2 * radius) / (v_left - v_right)
+    """Two equal masses meet head-on: momentum is kept, `bounciness` of the closing speed comes back."""
+    meeting = (right - left - 2 * radius) / max(v_left - v_right, 1e-3)  # if ever
     before, after = np.minimum(times, meeting), np.maximum(times - meeting, 0.0)
     mean, half = (v_left + v_right) / 2, bounciness * (v_left - v_right) / 2
     a = left + v_left * before + (mean - half) * after

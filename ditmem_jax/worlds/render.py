@@ -1,7 +1,7 @@
 """Renders paths of bodies to soft, anti-aliased video.
 
-Edges are smooth ramps of the signed distance, about two pixels wide, so that a body's position survives to a small fraction of a
-pixel. Backgrounds change only from top to bottom; the edge of the view is the wall that springs are fixed to.
+Edges are smooth ramps of the signed distance, two pixels wide, so that positions survive to a small fraction
+of a pixel. Backgrounds change only from top to bottom; springs are fixed to the left edge of the view.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ HAS_FLOOR = ("fall", "throw", "slide")
 ROD = (128.0, 128.0, 128.0)  # colour of rods, pivots and springs: grey, so no body's colour
 ROD_WIDTH, PIVOT_RADIUS = 0.14, 0.12  # m
 
-# Bodies are saturated and of middling brightness, backgrounds pale or dark: any pair keeps its contrast through video compression.
+# Bodies are saturated and of middling brightness, backgrounds pale or dark: any pair survives H.264.
 BODIES = {
     "red": (208, 42, 42),
     "green": (30, 150, 60),
@@ -36,7 +36,7 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class Camera:
-    """Square view of `metres` with its lower left corner at the origin; `softness` is the width of an edge in pixels."""
+    """Square view of `metres`, lower left corner at the origin; `softness` is the width of edges (px)."""
 
     size: int = 32
     frames: int = 25
@@ -69,7 +69,7 @@ class Look:
 
 
 def _coverage(distance: np.ndarray, camera: Camera) -> np.ndarray:
-    """Signed distance to an outline (metres, negative inside) to coverage from 0 to 1, by a smoothstep across the edge."""
+    """Signed distance to an outline (metres, negative inside) to coverage: a smoothstep across the edge."""
     ramp = np.clip(0.5 - distance * (camera.scale / camera.softness), 0, 1)
     return ramp * ramp * (3 - 2 * ramp)
 
@@ -95,7 +95,7 @@ def _backdrop(phenomenon: str, look: Look, y: np.ndarray, camera: Camera) -> np.
 def render(
     path: Float[np.ndarray, "T bodies 2"], phenomenon: str, look: Look, camera: Camera
 ) -> UInt8[np.ndarray, "T H W 3"]:
-    """Frames of the bodies along `path` (metres, x right, y up), with the floor, rod or spring that the phenomenon has."""
+    """Frames of the bodies along `path` (metres), with the floor, rod or spring that the phenomenon has."""
     path = path.astype(np.float32)
     pixel = (np.arange(camera.size, dtype=np.float32) + 0.5) / np.float32(camera.scale)
     x, y = pixel[None, :], np.float32(camera.metres) - pixel[:, None]

@@ -22,7 +22,7 @@ CENTRE = 2.0  # of the view, m; starts to the left are those to the right mirror
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a clip is made from: the phenomenon, the words of its caption, start values, shown constants, appearance."""
+    """What a clip is made from: phenomenon, words of its caption, start, constants, appearance."""
 
     phenomenon: str
     words: dict[str, str]
@@ -96,18 +96,19 @@ def _collision(rng: np.random.Generator, radius: float) -> tuple[dict, dict]:
     v_left, v_right = rng.uniform(0.8, 0.95), -rng.uniform(0.8, 0.95)
     meeting, x = rng.uniform(0.66, 0.74), rng.uniform(1.97, 2.03)
     return {}, {
-        "left": x - radius - v_left * meeting, "right": x + radius - v_right * meeting, "y": rng.uniform(1.9, 2.1),
-        "v_left": v_left, "v_right": v_right, "radius": radius,
+        "left": x - radius - v_left * meeting, "right": x + radius - v_right * meeting,
+        "y": rng.uniform(1.9, 2.1), "v_left": v_left, "v_right": v_right, "radius": radius,
     }  # fmt: skip
 
 
 _STARTS: dict[str, Callable] = {
-    "fall": _fall, "throw": _throw, "pendulum": _pendulum, "spring": _spring, "slide": _slide, "collision": _collision
+    "fall": _fall, "throw": _throw, "pendulum": _pendulum,
+    "spring": _spring, "slide": _slide, "collision": _collision,
 }  # fmt: skip
 
 
 def sample_scene(rng: np.random.Generator, world: World, phenomenon: str) -> Scene:
-    """A scene of `phenomenon` on `world`. Start and appearance do not depend on the world, so only the motion tells of it."""
+    """A scene of `phenomenon`. Start and appearance do not depend on the world, only the motion does."""
     size, radius = _pick(rng, SIZES)
     colour, other = (str(name) for name in rng.choice(list(BODIES), size=2, replace=False))
     background, shade = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(["plain", "shaded"]))
@@ -129,7 +130,7 @@ def sample_scene(rng: np.random.Generator, world: World, phenomenon: str) -> Sce
 
 
 def sample_clip(rng: np.random.Generator, world: World, phenomenon: str, camera: Camera = CAMERA) -> Clip:
-    """Draws a scene and renders it. Laid out for 4 m and 1.5 s; a longer clip lets some bodies leave the view."""
+    """Draws a scene and renders it. Laid out for 4 m and 1.5 s; in longer clips bodies may leave."""
     scene = sample_scene(rng, world, phenomenon)
     path = MOTIONS[phenomenon](camera.times, **scene.start, **scene.constants)
     return Clip(render(path, phenomenon, scene.look, camera), scene, path)

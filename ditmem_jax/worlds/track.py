@@ -1,8 +1,8 @@
 """Finds the bodies of a clip: pixels to one sub-pixel position per body and frame.
 
-Each pixel is written as background plus shares of the bodies' colours (and of the grey of rods), a small linear system; a body's
-position is the centroid of its share. What is known beforehand: how many bodies and whether there is a rod (the phenomenon), the
-palette, and that backgrounds change only from top to bottom.
+Each pixel is written as background plus shares of the bodies' colours (and of the grey of rods), a small
+linear system; a body's position is the centroid of its share. Known beforehand are the palette, the number of
+bodies, whether there is a rod, and that backgrounds change only from top to bottom.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _PALETTE = np.array(list(BODIES.values()), np.float32)
 
 @dataclass(frozen=True)
 class Track:
-    """Positions in metres (x right, y up), where each was `seen` (interpolated elsewhere), and the mean radius in metres."""
+    """Positions (m; x right, y up), interpolated where a body was not `seen`; mean radius (m)."""
 
     position: Float[np.ndarray, "T bodies 2"]
     seen: Bool[np.ndarray, "T bodies"]
@@ -27,7 +27,7 @@ class Track:
 def background(
     frames: Float[np.ndarray, "T H W 3"], phenomenon: str, camera: Camera
 ) -> Float[np.ndarray, "H 3"]:
-    """Colour of each row behind the bodies: the row's median, and above the floor a straight line through these.
+    """Colour of each row behind the bodies: its median, and above the floor a straight line through these.
 
     The line (Theil-Sen: median of all slopes) forgives the few rows that bodies cover for the most part.
     """
@@ -59,7 +59,7 @@ def _shares(frames: np.ndarray, behind: np.ndarray, colours: np.ndarray, rod: bo
 
 
 def track(frames: Float[np.ndarray, "T H W 3"], phenomenon: str, camera: Camera) -> Track:
-    """Tracks the bodies of a clip with colours from 0 to 255. Of two bodies the left one (in the first frames) comes first."""
+    """Tracks the bodies of a clip with colours from 0 to 255. The one that starts on the left comes first."""
     count = 2 if phenomenon == "collision" else 1
     share = _shares(
         frames,
@@ -74,22 +74,19 @@ def track(frames: Float[np.ndarray, "T H W 3"], phenomenon: str, camera: Camera)
         safe = np.maximum(total, 1e-6)
         return total, weight.sum(2) @ pixel / safe, weight.sum(3) @ pixel / safe
 
-    area, column, row = centroid(np.where(share > 0.4, share, 0))
+    whole, column, row = centroid(np.where(share > 0.4, share, 0))
+    area = whole
     for _ in range(2):  # again, with all of the share but only near the body
         reach = np.sqrt(np.median(area, axis=1) / np.pi)[:, None] + camera.softness / 2 + 0.5
-        near = (
-            np.hypot(pixel - column[..., None, None], pixel[:, None] - row[..., None, None])
-            < reach[..., None, None]
-        )
-        area, column, row = centroid(np.where(near & (share > 0.01), share, 0))
+        distance = np.hypot(pixel - column[..., None, None], pixel[:, None] - row[..., None, None])
+        area, column, row = centroid(np.where((distance < reach[..., None, None]) & (share > 0.01), share, 0))
 
     usual = np.median(area, axis=1, keepdims=True)
     radius = np.sqrt(usual / np.pi)
-    inside = (
-        np.minimum(np.minimum(column, camera.size - column), np.minimum(row, camera.size - row))
-        > radius - 0.25
-    )
-    seen = inside & (area > 0.6 * usual) & (area < 1.5 * usual) & (usual > 4)
+    margin = np.minimum.reduce([column, camera.size - column, row, camera.size - row])
+    likely = (radius > 0.2 * camera.scale) & (radius < 0.9 * camera.scale)
+    likely = likely & (area > 0.5 * whole)  # one body, not specks all over
+    seen = likely & (margin > radius - 0.25) & (area > 0.6 * usual) & (area < 1.5 * usual)
     position = np.stack([column / camera.scale, camera.metres - row / camera.scale], axis=-1)
     for k, axis in np.ndindex(count, 2):
         if seen[k].any():  # bridge the gaps

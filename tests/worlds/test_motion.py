@@ -11,7 +11,7 @@ def at(*times: float) -> np.ndarray:
 
 
 def test_fall_and_bounces():
-    # From 3 m to 1 m at 4 m/s^2: lands after 1 s at 4 m/s, leaves at 2 m/s, is back after 1 s more, then leaves at 1 m/s.
+    # From 3 m to 1 m at 4 m/s^2: lands after 1 s at 4 m/s, leaves at 2 m/s, is back 1 s later.
     path = fall(at(0, 0.5, 1, 1.5, 2, 2.25, 2.5, 60), x=1.5, y=3.0, rest=1.0, gravity=4.0, bounciness=0.5)[
         :, 0
     ]
