@@ -137,7 +137,7 @@ def fit(found: Track, phenomenon: str, camera: Camera = CAMERA) -> Measurement:
     count = found.seen.sum()
     residual = float(np.sqrt((error**2).sum() / count))
     scale = max(np.sqrt((error**2).sum() / max(2 * count - len(best), 1)), FLOOR_PX)
-    # Every parameter is given an effect of 0.01 pixels, so that one without any gets a huge error and not none.
+    # Every parameter is given an effect of 0.01 pixels, so that one without any gets a huge error, not none.
     effect = np.concatenate([result.jac, FLOOR_PX * np.eye(len(best))])
     sigma = scale * np.linalg.norm(np.linalg.pinv(effect), axis=1)[len(names) :]
     at_limit = np.minimum(result.x - low, high - result.x)[len(names) :] < 0.01

@@ -1,6 +1,8 @@
 """Worlds, clips and captions: what is drawn from a seed and what a caption may say."""
 
 import csv
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,3 +106,16 @@ def test_make_writes_a_user_s_data(tmp_path):
     assert measured["gravity"] == pytest.approx(float(row["gravity"]), rel=0.05)
     with pytest.raises(UserError, match="exists already"):
         make(tmp_path, split="unseen", worlds=2, clips=6, seed=1)
+
+
+def test_the_command_line_makes_the_same_files_again_but_not_over_others(tmp_path):
+    def run(folder: str) -> subprocess.CompletedProcess:
+        sizes = ["--worlds=1", "--clips=2", "--split=backbone", "--seed=7"]
+        command = [sys.executable, "-m", "ditmem_jax.worlds", f"--out={tmp_path / folder}", *sizes]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("a").returncode == 0 and run("b").returncode == 0
+    for name in ("captions.csv", "videos/backbone_000000.mp4", "videos/backbone_000001.mp4"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    again = run("a")
+    assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
