@@ -34,16 +34,17 @@ from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, decode
 from ditmem_jax.types import Memory
 
-Velocity = Callable[[Float[Array, "B T H W C"], Float[Array, ""]], Float[Array, "B T H W C"]]
+Latents = Float[Array, "B T H W C"]
+Velocity = Callable[[Latents, Float[Array, ""]], Latents]
 """Velocity of noisy latents at a noise level sigma."""
 
 
 def denoise(
     velocity: Velocity,
-    noise: Float[Array, "B T H W C"],
+    noise: Latents,
     sigmas: Float[np.ndarray, " steps"],
     on_step: Callable[[], None] | None = None,
-) -> Float[Array, "B T H W C"]:
+) -> Latents:
     """Euler steps from noise at `sigmas[0]` = 1 down to clean latents at 0.
 
     Args:
@@ -62,7 +63,7 @@ def denoise(
 
 
 def guided(
-    dit: DiT,
+    dit: Callable[..., Latents],
     positive: Float[Array, "B L E"],
     negative: Float[Array, "B L E"],
     memory: Memory | None,
@@ -73,6 +74,7 @@ def guided(
     """Classifier-free guidance, negative + scale (positive - negative), with both branches in one batch.
 
     Args:
+        dit: velocity of (latents, timestep, text embeddings, memory), such as a `DiT`.
         positive, negative: text embeddings, zero past their lengths.
         memory_in_negative: give the memory to both branches, as released; otherwise guidance pushes towards it.
     """
@@ -123,6 +125,7 @@ class Sampler:
     ):
         self.config, self.vae = config, vae
         self._text, self._tokenizer = text
+        self._with_memory = encoder is not None
         self._networks, self._states = zip(*(nnx.split(network) for network in (dit, encoder)), strict=True)
         self._on_step = on_step
         self._encode_text = nnx.jit(UMT5.__call__)
@@ -151,7 +154,19 @@ class Sampler:
         references: Float[np.ndarray, "B R t h w C"] | None = None,
         strength: float | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
-        """One clip per prompt, as pixels.
+        """One clip per prompt, as pixels; arguments and errors as `latents`."""
+        latents = self.latents(prompts, seeds, references, strength)
+        pixels = np.clip(np.asarray(decode(self.vae, latents)), -1, 1)
+        return np.rint((pixels + 1) * 127.5).astype(np.uint8)
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        references: Float[np.ndarray, "B R t h w C"] | None = None,
+        strength: float | None = None,
+    ) -> Latents:
+        """One clip per prompt, as normalised latents.
 
         Args:
             seeds: of each clip's noise; a clip does not depend on the others of its batch.
@@ -161,12 +176,12 @@ class Sampler:
             UserError: for an empty prompt, or references that do not fit the encoder.
         """
         config = self.config
-        if references is not None and self._networks[1] is None:
+        if references is not None and not self._with_memory:
             raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
         video = config.video
         shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
-        latents = self._denoise(
+        return self._denoise(
             self._states,
             noise,
             self._embed(prompts),
@@ -174,8 +189,6 @@ class Sampler:
             None if references is None else jnp.asarray(references, jnp.float32),
             config.sample.strength if strength is None else strength,
         )
-        pixels = np.clip(np.asarray(decode(self.vae, latents)), -1, 1)
-        return np.rint((pixels + 1) * 127.5).astype(np.uint8)
 
     def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
         ids, mask = self._tokenizer(prompts, allow_empty=allow_empty)
@@ -265,7 +278,13 @@ def make_clips(
     if not prompt.strip():
         raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
     paths = _paths(Path(out), prompt, "plain" if memory == "none" else "memory", seeds)
-    about = {"prompt": prompt, "strength": config.sample.strength, "memory": [], "encoder": None}
+    about = {
+        "prompt": prompt,
+        "seed": None,
+        "strength": config.sample.strength,
+        "memory": [],
+        "encoder": None,
+    }
     references = None
     if memory == "none":
         encoder = None

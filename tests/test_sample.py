@@ -1,0 +1,164 @@
+"""Sampling: the stepper and the guidance against hand-written arrays, exactness of no memory, clips and their errors."""
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ditmem_jax import flow
+from ditmem_jax.checkpoint import save_encoder
+from ditmem_jax.data.video import read_video
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.state import abstract
+from ditmem_jax.sample import Sampler, denoise, guided, make_clips, retrieve, scaled
+from ditmem_jax.types import Memory
+from tests.tiny import make_tiny, random_arrays, replace
+
+PROMPT = "A ball falls on planet Brux"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = make_tiny(tmp_path_factory.mktemp("tiny"))
+    return replace(config, "sample", steps=3)
+
+
+@pytest.fixture(scope="module")
+def encoder(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    write_encoder(path, config.memory)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampler(config, encoder):
+    return Sampler.load(config, encoder)
+
+
+def write_encoder(path, memory):
+    arrays = random_arrays(abstract(lambda: MemoryEncoder(memory, rngs=nnx.Rngs(0)))[1])
+    save_encoder(path, arrays, memory, {})
+
+
+def test_denoise_takes_euler_steps():
+    noise = jnp.full((1, 1, 1, 1, 1), 8.0)
+    steps = []
+    out = denoise(lambda x, sigma: x * sigma, noise, np.array([1.0, 0.5]), lambda: steps.append(1))
+    jax.effects_barrier()
+    # 8 - 0.5 * (8 * 1) = 4, then 4 - 0.5 * (4 * 0.5) = 3
+    np.testing.assert_array_equal(out, np.full(noise.shape, 3.0))
+    assert len(steps) == 2
+
+
+def test_denoise_is_exact_for_straight_paths():
+    key = jax.random.split(jax.random.key(0))
+    clean, noise = (jax.random.normal(k, (2, 1, 2, 2, 3)) for k in key)
+    out = denoise(lambda x, sigma: noise - clean, noise, flow.shifted_sigmas(7, 5.0))
+    np.testing.assert_allclose(out, clean, atol=1e-5)
+
+
+def echo(latents, time, context, memory):
+    """A stand-in for the transformer that shows what it is given."""
+    rows = jnp.zeros(len(latents)) if memory is None else jnp.exp(memory.bias).sum(1)
+    return jnp.broadcast_to((context.sum((1, 2)) + 10 * rows + time).reshape(-1, 1, 1, 1, 1), latents.shape)
+
+
+@pytest.mark.parametrize(
+    ("in_negative", "scale", "expected"),
+    # positive 1 + 20 + 500, negative 3 + 20 (or 0) + 500; negative + scale (positive - negative)
+    [(True, 3.0, 523 + 3 * -2), (False, 3.0, 503 + 3 * 18), (False, 1.0, 521)],
+)
+def test_guidance_by_hand(in_negative, scale, expected):
+    x = jnp.zeros((1, 1, 2, 2, 1))
+    positive, negative = jnp.full((1, 1, 1), 1.0), jnp.full((1, 1, 1), 3.0)
+    memory = Memory(jnp.ones((1, 2, 4)), jnp.zeros((1, 2)))
+    velocity = guided(echo, positive, negative, memory, scale, memory_in_negative=in_negative)
+    np.testing.assert_allclose(velocity(x, jnp.float32(0.5)), np.full(x.shape, float(expected)), rtol=1e-6)
+
+
+def test_strength_scales_attention_weights():
+    memory = Memory(jnp.ones((1, 3, 4)), jnp.array([[0.0, jnp.log(5.0), -jnp.inf]]))
+    np.testing.assert_allclose(jnp.exp(scaled(memory, 2.0).bias), [[2, 10, 0]], rtol=1e-6)
+    assert np.all(np.asarray(scaled(memory, 0.0).bias) == -np.inf)
+
+
+def test_strength_0_is_no_memory_to_the_last_bit(config, sampler):
+    references = retrieve(config, PROMPT).latents[None]
+    plain = sampler.latents([PROMPT], [0])
+    silent = sampler.latents([PROMPT], [0], references, strength=0.0)
+    heard = sampler.latents([PROMPT], [0], references, strength=1.0)
+    np.testing.assert_array_equal(silent, plain)
+    assert np.abs(heard - plain).max() > 1e-3
+
+
+def test_a_clip_does_not_depend_on_its_batch(sampler):
+    prompts = [PROMPT, "A ball falls on planet Cyta"]
+    both = sampler.latents(prompts, [5, 6])
+    alone = sampler.latents(prompts[1:], [6])
+    np.testing.assert_allclose(both[1:], alone, atol=1e-4)
+    assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+def test_clips_and_what_is_written_beside_them(config, encoder, tmp_path, capsys):
+    paths = make_clips(config, PROMPT, tmp_path / "new", encoder, seeds=[3, 4])
+    assert [path.name for path in paths] == [
+        f"a-ball-falls-on-planet-brux-memory-{seed}.mp4" for seed in (3, 4)
+    ]
+    clips = [read_video(path) for path in paths]
+    assert clips[0].frames.shape == (9, 32, 32, 3)
+    assert clips[0].fps == 8
+    assert (clips[0].frames != clips[1].frames).any()
+    about = json.loads(paths[1].with_suffix(".json").read_text())
+    assert (about["prompt"], about["seed"], about["strength"]) == (PROMPT, 4, 1.0)
+    assert about["encoder"]["sha256"] == hashlib.sha256(encoder.read_bytes()).hexdigest()
+    assert about["config"]["sample"]["steps"] == 3
+    found = [(row["id"], row["caption"]) for row in about["memory"]]
+    assert len(found) == 2
+    assert all("Brux" in caption for _, caption in found)
+    printed = capsys.readouterr().out
+    assert all(name in printed and caption in printed for name, caption in found)
+    assert sorted(path.suffix for path in (tmp_path / "new").iterdir()) == [".json", ".json", ".mp4", ".mp4"]
+
+
+def test_memory_by_id_and_no_memory(config, encoder, tmp_path):
+    (named,) = make_clips(config, PROMPT, tmp_path / "named.mp4", encoder, ["video2_3"])
+    assert [row["id"] for row in json.loads(named.with_suffix(".json").read_text())["memory"]] == ["video2_3"]
+    (plain,) = make_clips(config, PROMPT, tmp_path / "plain.mp4", memory="none")
+    about = json.loads(plain.with_suffix(".json").read_text())
+    assert about["memory"] == []
+    assert about["encoder"] is None
+
+
+def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):
+    wide, short = tmp_path / "wide.safetensors", tmp_path / "short.safetensors"
+    write_encoder(wide, dataclasses.replace(config.memory, dim=64))
+    short.write_bytes(encoder.read_bytes()[:-100])
+    many = replace(config, "data", references=13)
+    cases = [
+        (dict(prompt="  "), "the prompt is missing or empty"),
+        (dict(encoder=None), "no encoder is named"),
+        (dict(encoder=tmp_path / "absent.safetensors"), "no encoder at"),
+        (dict(encoder=wide), "width 64"),
+        (dict(encoder=short), "cannot read"),
+        (dict(config=many), "the bank cannot give 13 records"),
+        (dict(memory=["video2_33"]), "video2_3"),
+        (dict(config=replace(config, "data", bank=str(tmp_path / "nowhere"))), "no folder of records"),
+        (dict(out=tmp_path / "one.mp4", seeds=[0, 1]), "2 clips do not fit"),
+        (dict(out=encoder), "is a file"),
+        (
+            dict(config=replace(config, "weights", path=str(tmp_path / "nowhere"))),
+            "no folder of converted weights",
+        ),
+    ]
+    good = dict(config=config, prompt=PROMPT, out=tmp_path / "out", encoder=encoder)
+    for bad, message in cases:
+        with pytest.raises(UserError, match=message):
+            make_clips(**good | bad)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "one.mp4").exists()
