@@ -29,6 +29,7 @@ from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, decode
@@ -99,11 +100,6 @@ def guided(
 
 def _twice(x: Float[Array, "B ..."]) -> Float[Array, "C ..."]:
     return jnp.concatenate([x, x])
-
-
-def scaled(memory: Memory, strength: float | Float[Array, ""]) -> Memory:
-    """The memory with its attention weights times `strength`, before they are normalised; 0 is no memory, exactly."""
-    return Memory(memory.tokens, memory.bias + jnp.log(jnp.asarray(strength, jnp.float32)))
 
 
 class Sampler:
@@ -197,7 +193,7 @@ class Sampler:
     def _denoised(self, states, noise, positive, negative, references, strength):
         dit, encoder = (nnx.merge(*network) for network in zip(self._networks, states, strict=True))
         settings = self.config.sample
-        memory = None if references is None else scaled(encoder(references, training=False), strength)
+        memory = None if references is None else with_strength(encoder(references, training=False), strength)
         velocity = guided(
             dit, positive, negative, memory, settings.guidance, memory_in_negative=settings.memory_in_negative
         )

@@ -14,9 +14,10 @@ from ditmem_jax import flow
 from ditmem_jax.checkpoint import save_encoder
 from ditmem_jax.data.video import read_video
 from ditmem_jax.errors import UserError
+from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
-from ditmem_jax.sample import Sampler, denoise, guided, make_clips, retrieve, scaled
+from ditmem_jax.sample import Sampler, denoise, guided, make_clips, retrieve
 from ditmem_jax.types import Memory
 from tests.tiny import make_tiny, random_arrays, replace
 
@@ -84,8 +85,8 @@ def test_guidance_by_hand(in_negative, scale, expected):
 
 def test_strength_scales_attention_weights():
     memory = Memory(jnp.ones((1, 3, 4)), jnp.array([[0.0, jnp.log(5.0), -jnp.inf]]))
-    np.testing.assert_allclose(jnp.exp(scaled(memory, 2.0).bias), [[2, 10, 0]], rtol=1e-6)
-    assert np.all(np.asarray(scaled(memory, 0.0).bias) == -np.inf)
+    np.testing.assert_allclose(jnp.exp(with_strength(memory, 2.0).bias), [[2, 10, 0]], rtol=1e-6)
+    assert np.all(np.asarray(with_strength(memory, 0.0).bias) == -np.inf)
 
 
 def test_strength_0_is_no_memory_to_the_last_bit(config, sampler):

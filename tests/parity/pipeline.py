@@ -10,6 +10,7 @@ from flax import nnx
 from ditmem_jax import flow, objective
 from ditmem_jax.config import ObjectiveConfig
 from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.ditmem import predict
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.sample import denoise, guided
 from tests.parity.dit import channels_first, channels_last, make_dit
@@ -34,19 +35,22 @@ def check_training(golden: GoldenFile) -> list[Check]:
     """The released loss through the frozen transformer, and its gradient for every weight of the encoder."""
     tensors = golden.tensors
     dit, encoder, references = _networks(golden)
-    latents, noise = channels_last(tensors["latents"]), channels_last(tensors["noise"])
-    time, context = jnp.asarray(tensors["timestep"]), jnp.asarray(tensors["context"])
+    noise, sigma = channels_last(tensors["noise"]), jnp.asarray(tensors["timestep"]) / flow.TRAIN_STEPS
+    batch = {
+        "latents": channels_last(tensors["latents"]),
+        "context": jnp.asarray(tensors["context"]),
+        "references": references,
+        "present": jnp.ones(references.shape[:2], bool),
+    }
     frozen, dit_state = nnx.split(dit)
     structure, params, rest = nnx.split(encoder, nnx.Param, ...)
 
     @jax.jit
     def step(params, rest, dit_state):
         def loss(params):
-            memory = nnx.merge(structure, params, rest, copy=True)(references, training=True)
-            sigma = time / flow.TRAIN_STEPS
-            noisy = flow.add_noise(latents, noise, sigma)
-            prediction = nnx.merge(frozen, dit_state)(noisy, time, context, memory)
-            error = jnp.square(prediction - flow.target(latents, noise)).mean((1, 2, 3, 4))
+            encoder = nnx.merge(structure, params, rest, copy=True)
+            prediction = predict(nnx.merge(frozen, dit_state), encoder, batch, sigma, noise, training=True)
+            error = jnp.square(prediction - flow.target(batch["latents"], noise)).mean((1, 2, 3, 4))
             return objective.loss(ObjectiveConfig(kind="released"), sigma, error, error), prediction
 
         return jax.value_and_grad(loss, has_aux=True)(params)
