@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 from flax import nnx
 
 from convert.engine import Rule, Table
@@ -28,24 +27,25 @@ PARTS = {
 
 def table(config: VAEConfig) -> Table:
     """The rules for a VAE of this configuration."""
-    model = nnx.eval_shape(lambda: vae.VAE(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    model = nnx.eval_shape(lambda: vae.VAE(config, rngs=nnx.Rngs(0)))
     rules = [*_rules("conv1", "quant", "conv3d"), *_rules("conv2", "post_quant", "conv3d")]
     for chain, names in (("encoder", _encoder_names(model)), ("decoder", _decoder_names(model))):
         for number, (layer, name) in enumerate(zip(getattr(model, chain).layers, names, strict=True)):
             for source, target, kind in PARTS[type(layer)]:
                 if target == "" or getattr(layer, target) is not None:
-                    rules += _rules(_join(chain, name, source), _join(chain, "layers", str(number), target), kind)
+                    path = _join(chain, "layers", str(number), target)
+                    rules += _rules(_join(chain, name, source), path, kind)
     return Table(rules)
 
 
 def _encoder_names(model: vae.VAE) -> list[str]:
-    downsamples = len(model.encoder.layers) - 5
-    return ["conv1", *(f"downsamples.{i}" for i in range(downsamples)), "middle.0", "middle.1", "middle.2", "head"]
+    downsamples = (f"downsamples.{i}" for i in range(len(model.encoder.layers) - 5))
+    return ["conv1", *downsamples, "middle.0", "middle.1", "middle.2", "head"]
 
 
 def _decoder_names(model: vae.VAE) -> list[str]:
-    upsamples = len(model.decoder.layers) - 5
-    return ["conv1", "middle.0", "middle.1", "middle.2", *(f"upsamples.{i}" for i in range(upsamples)), "head"]
+    upsamples = (f"upsamples.{i}" for i in range(len(model.decoder.layers) - 5))
+    return ["conv1", "middle.0", "middle.1", "middle.2", *upsamples, "head"]
 
 
 def _rules(source: str, target: str, kind: str) -> Iterator[Rule]:

@@ -3,8 +3,8 @@
 Time runs in chunks. The first frame is a chunk of its own and becomes the first latent frame; after it, every
 `temporal_stride` frames become one more. Each causal convolution keeps the last input frames that its next
 chunk needs, so that a video of any length takes two programs: the first chunk and every later one. A cache is
-the pytree of those frames, `None` before the first chunk. A chunk may hold any number of latent frames: the
-results are the same, only memory and speed differ.
+the pytree of those frames, `None` before the first chunk. A chunk may hold any number of latent frames, the
+first one too: the results are the same, only memory and speed differ.
 
 Source: Wan 2.1, section "Spatio-temporal variational autoencoder"; tensors of `Wan2.1_VAE.pth`.
 """
@@ -16,11 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ditmem_jax.config import VAEConfig
 from ditmem_jax.errors import UserError
+from ditmem_jax.models.attention import attention
 
+Pixels = Float[Array, "B T H W 3"]
+Latents = Float[Array, "B t h w Z"]
 Cache = Any  # a pytree of [B, frames, H, W, C] arrays, or None before the first chunk
 Chunk = Callable[[Cache, Array], tuple[Cache, Array]]
 
@@ -32,9 +36,7 @@ class CausalConv(nnx.Module):
     batch: XLA's 3D convolutions are 3 to 8 times slower than that on CPUs.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, size: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1, *, rngs, dtype
-    ):
+    def __init__(self, inputs: int, outputs: int, size=(3, 3, 3), time_stride: int = 1, *, rngs, dtype):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*size, inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
         self.time_stride, self.dtype = time_stride, dtype
@@ -45,16 +47,17 @@ class CausalConv(nnx.Module):
 
     def __call__(self, x: Array, cache: Array | None) -> tuple[Array, Array]:
         x = jnp.concatenate([self.blank(x) if cache is None else cache, x.astype(self.dtype)], axis=1)
-        batch, frames, *grid, _ = x.shape
+        frames = x.shape[1]
         taps, height, width, _, outputs = self.kernel.shape
         starts = frames - taps + 1
-        stacked = jnp.concatenate([x[:, tap : tap + starts : self.time_stride] for tap in range(taps)], axis=-1)
+        views = [x[:, tap : tap + starts : self.time_stride] for tap in range(taps)]
+        stacked = jnp.concatenate(views, axis=-1)
         kernel = jnp.moveaxis(self.kernel[...], 0, 2).reshape(height, width, -1, outputs).astype(self.dtype)
-        y = jax.lax.conv_general_dilated(
-            stacked.reshape(-1, *stacked.shape[2:]), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = stacked.reshape(-1, *stacked.shape[2:])
+        y = jax.lax.conv_general_dilated(y, kernel, (1, 1), "SAME", dimension_numbers=layout)
         y = y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
-        return y.reshape(batch, -1, *grid, outputs), x[:, frames - (taps - self.time_stride) :]
+        return y.reshape(*stacked.shape[:-1], outputs), x[:, frames - (taps - self.time_stride) :]
 
 
 class RMSNorm(nnx.Module):
@@ -73,10 +76,11 @@ class Residual(nnx.Module):
     """Twice norm, SiLU, convolution, next to a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs, dtype):
+        kwargs = dict(rngs=rngs, dtype=dtype)
         self.norm1, self.norm2 = RMSNorm(inputs), RMSNorm(outputs)
-        self.conv1 = CausalConv(inputs, outputs, rngs=rngs, dtype=dtype)
-        self.conv2 = CausalConv(outputs, outputs, rngs=rngs, dtype=dtype)
-        self.shortcut = None if inputs == outputs else nnx.Conv(inputs, outputs, (1, 1, 1), rngs=rngs, dtype=dtype)
+        self.conv1 = CausalConv(inputs, outputs, **kwargs)
+        self.conv2 = CausalConv(outputs, outputs, **kwargs)
+        self.shortcut = None if inputs == outputs else nnx.Conv(inputs, outputs, (1, 1, 1), **kwargs)
 
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         cache1, cache2 = cache or (None, None)
@@ -96,26 +100,35 @@ class FrameAttention(nnx.Module):
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         batch, frames, height, width, dim = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch * frames, height * width, 1, 3 * dim)
-        y = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
+        y = attention(*jnp.split(qkv, 3, axis=-1))
         return x + self.out(y.reshape(x.shape)), ()
+
+
+def _spare_first(x: Array, cache: Cache) -> tuple[Array, Array]:
+    """The first frame, if the video begins here, and the others."""
+    spared = 1 if cache is None else 0
+    return x[:, :spared], x[:, spared:]
 
 
 class Downsample(nnx.Module):
     """Halves height and width, then (`in_time`) the number of frames, sparing the first."""
 
     def __init__(self, dim: int, in_time: bool, *, rngs, dtype):
-        self.conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs, dtype=dtype)
-        self.time_conv = CausalConv(dim, dim, (3, 1, 1), time_stride=2, rngs=rngs, dtype=dtype) if in_time else None
+        kwargs = dict(rngs=rngs, dtype=dtype)
+        self.conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding=((0, 1), (0, 1)), **kwargs)
+        self.time_conv = CausalConv(dim, dim, (3, 1, 1), time_stride=2, **kwargs) if in_time else None
 
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         x = self.conv(x)
         if self.time_conv is None:
             return x, ()
-        return (x, x) if cache is None else self.time_conv(x, cache)
+        first, rest = _spare_first(x, cache)
+        rest, cache = self.time_conv(rest, first if cache is None else cache)
+        return jnp.concatenate([first, rest], axis=1), cache
 
 
 class Upsample(nnx.Module):
-    """Doubles (`in_time`) the number of frames, sparing the first, then height and width; halves the channels."""
+    """Doubles (`in_time`) the frames, sparing the first, then height and width; halves the channels."""
 
     def __init__(self, dim: int, in_time: bool, *, rngs, dtype):
         self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1), rngs=rngs, dtype=dtype) if in_time else None
@@ -124,13 +137,12 @@ class Upsample(nnx.Module):
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         if self.time_conv is None:
             cache = ()
-        elif cache is None:  # the convolution over time never sees the first frame, as released
-            cache = self.time_conv.blank(x)
         else:
-            batch, frames, height, width, dim = x.shape
-            x, cache = self.time_conv(x, cache)
-            x = x.reshape(batch, frames, height, width, 2, dim)
-            x = jnp.moveaxis(x, 4, 2).reshape(batch, 2 * frames, height, width, dim)
+            first, rest = _spare_first(x, cache)
+            batch, frames, height, width, dim = rest.shape
+            rest, cache = self.time_conv(rest, cache)  # never sees the first frame, as released
+            rest = jnp.moveaxis(rest.reshape(batch, frames, height, width, 2, dim), 4, 2)
+            x = jnp.concatenate([first, rest.reshape(batch, 2 * frames, height, width, dim)], axis=1)
         return self.conv(x.repeat(2, axis=2).repeat(2, axis=3)), cache
 
 
@@ -196,7 +208,7 @@ class VAE(nnx.Module):
     `unnormalise` lead to and from the network's own scale. Computes in `dtype`, answers in float32.
     """
 
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         kwargs = dict(rngs=rngs, dtype=dtype)
         self.config = config
         self.encoder = _encoder(config, **kwargs)
@@ -204,32 +216,35 @@ class VAE(nnx.Module):
         self.post_quant = nnx.Conv(config.z_dim, config.z_dim, (1, 1, 1), **kwargs)
         self.decoder = _decoder(config, **kwargs)
 
-    def posterior_chunk(self, cache: Cache, frames: Float[Array, "B t H W 3"]) -> tuple[Cache, Float[Array, "B ..."]]:
-        """The next frames (1, then any multiple of `temporal_stride`) -> mean and log variance [B, t', h, w, 2Z]."""
+    def posterior_chunk(self, cache: Cache, frames: Pixels) -> tuple[Cache, Float[Array, "B t h w Z2"]]:
+        """The next frames -> mean and log variance of their latents, 2Z channels on the network's own scale.
+
+        A video begins (`cache` None) with 1 + n * temporal_stride frames and goes on with n * temporal_stride.
+        """
         moments, cache = self.encoder(frames, cache)
         return cache, self.quant(moments).astype(jnp.float32)
 
-    def encode_chunk(self, cache: Cache, frames: Float[Array, "B t H W 3"]) -> tuple[Cache, Float[Array, "B ..."]]:
-        """The next frames (1, then any multiple of `temporal_stride`) -> normalised latents [B, t', h, w, Z]."""
+    def encode_chunk(self, cache: Cache, frames: Pixels) -> tuple[Cache, Latents]:
+        """The next frames, as many as `posterior_chunk` takes -> normalised latents."""
         cache, moments = self.posterior_chunk(cache, frames)
         return cache, self.normalise(moments[..., : self.config.z_dim])
 
-    def decode_chunk(self, cache: Cache, latents: Float[Array, "B t h w Z"]) -> tuple[Cache, Float[Array, "B ..."]]:
-        """The next normalised latents (1, then any number) -> frames [B, t', H, W, 3], not clamped."""
+    def decode_chunk(self, cache: Cache, latents: Latents) -> tuple[Cache, Pixels]:
+        """The next normalised latents, any number -> pixels, not clamped."""
         frames, cache = self.decoder(self.post_quant(self.unnormalise(latents)), cache)
         return cache, frames.astype(jnp.float32)
 
-    def normalise(self, latents: Float[Array, "B t h w Z"]) -> Float[Array, "B t h w Z"]:
+    def normalise(self, latents: Latents) -> Latents:
         return (latents - self._channels(self.config.mean)) / self._channels(self.config.std)
 
-    def unnormalise(self, latents: Float[Array, "B t h w Z"]) -> Float[Array, "B t h w Z"]:
+    def unnormalise(self, latents: Latents) -> Latents:
         return latents * self._channels(self.config.std) + self._channels(self.config.mean)
 
     def _channels(self, values: tuple[float, ...]) -> Array:
         return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 1, -1)
 
 
-def encode(vae: VAE, video: Float[Array, "B T H W 3"]) -> Float[Array, "B t h w Z"]:
+def encode(vae: VAE, video: Pixels) -> Latents:
     """Videos in [-1, 1] -> normalised latents, by a loop on the host: compiled once for all lengths.
 
     Raises:
@@ -239,20 +254,26 @@ def encode(vae: VAE, video: Float[Array, "B T H W 3"]) -> Float[Array, "B t h w 
     return _host_loop(_encode_chunk, vae, video, vae.config.temporal_stride)
 
 
-def decode(vae: VAE, latents: Float[Array, "B t h w Z"]) -> Float[Array, "B T H W 3"]:
+def decode(vae: VAE, latents: Latents) -> Pixels:
     """Normalised latents -> videos, not clamped, by a loop on the host: compiled once for all lengths."""
     _check_latents(vae, latents)
     return _host_loop(_decode_chunk, vae, latents, 1)
 
 
-def encode_scan(vae: VAE, video: Float[Array, "B T H W 3"], per_chunk: int = 1) -> Float[Array, "B t h w Z"]:
-    """`encode` as one traceable, differentiable program, `per_chunk` latent frames at a time."""
+def encode_scan(vae: VAE, video: Pixels, per_chunk: int = 0) -> Latents:
+    """`encode` as one traceable, differentiable program.
+
+    Args:
+        per_chunk: latent frames per step of the scan over what follows the first frame; fewer need less
+            memory. 0 takes the whole video in one step without a scan, whose backward pass is some 30 times
+            slower on CPUs.
+    """
     vae.config.latent_grid(*video.shape[1:4])
     return _scan(vae.encode_chunk, video, per_chunk * vae.config.temporal_stride)
 
 
-def decode_scan(vae: VAE, latents: Float[Array, "B t h w Z"], per_chunk: int = 1) -> Float[Array, "B T H W 3"]:
-    """`decode` as one traceable, differentiable program, `per_chunk` latent frames at a time.
+def decode_scan(vae: VAE, latents: Latents, per_chunk: int = 0) -> Pixels:
+    """`decode` as one traceable, differentiable program; `per_chunk` as in `encode_scan`.
 
     Latents on the network's own scale, as a posterior gives them, go through `vae.normalise` first.
     """
@@ -260,10 +281,11 @@ def decode_scan(vae: VAE, latents: Float[Array, "B t h w Z"], per_chunk: int = 1
     return _scan(vae.decode_chunk, latents, per_chunk)
 
 
-def posterior(
-    vae: VAE, video: Float[Array, "B T H W 3"], per_chunk: int = 1
-) -> tuple[Float[Array, "B t h w Z"], Float[Array, "B t h w Z"]]:
-    """Mean and log variance of the latents of `video` on the network's own scale; traceable, differentiable."""
+def posterior(vae: VAE, video: Pixels, per_chunk: int = 0) -> tuple[Latents, Latents]:
+    """Mean and log variance of the latents of `video` on the network's own scale, to train the VAE by.
+
+    Traceable and differentiable; `per_chunk` as in `encode_scan`.
+    """
     vae.config.latent_grid(*video.shape[1:4])
     moments = _scan(vae.posterior_chunk, video, per_chunk * vae.config.temporal_stride)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -281,14 +303,16 @@ def _check_latents(vae: VAE, latents: Array) -> None:
 
 
 def _scan(step: Chunk, x: Array, size: int) -> Array:
-    """`step` over frame 0 of `x` and then over `size` frames at a time."""
+    """`step` over frame 0 of `x` and then over `size` frames at a time; 0 for all in one step."""
+    if size == 0 or x.shape[1] == 1:
+        return step(None, x)[1]
     cache, first = step(None, x[:, :1])
-    batch, frames, *rest = x[:, 1:].shape
-    if frames == 0:
-        return first
+    x = x[:, 1:]
+    batch, frames, *rest = x.shape
     if frames % size:
-        raise UserError("chunks do not divide the video", expected=f"1 + a multiple of {size}", found=1 + frames)
-    chunks = jnp.moveaxis(x[:, 1:].reshape(batch, frames // size, size, *rest), 1, 0)
+        expected = f"1 + a multiple of {size} frames"
+        raise UserError("the chunks do not divide the video", expected=expected, found=1 + frames)
+    chunks = jnp.moveaxis(x.reshape(batch, frames // size, size, *rest), 1, 0)
     _, later = jax.lax.scan(step, cache, chunks)
     later = jnp.moveaxis(later, 0, 1)
     return jnp.concatenate([first, later.reshape(batch, -1, *later.shape[3:])], axis=1)
@@ -306,10 +330,10 @@ def _host_loop(step: Callable, vae: VAE, x: Array, size: int) -> Array:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _encode_chunk(graphdef: nnx.GraphDef, state: nnx.State, cache: Cache, frames: Array) -> tuple[Cache, Array]:
+def _encode_chunk(graphdef, state, cache: Cache, frames: Array) -> tuple[Cache, Array]:
     return nnx.merge(graphdef, state).encode_chunk(cache, frames)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode_chunk(graphdef: nnx.GraphDef, state: nnx.State, cache: Cache, latents: Array) -> tuple[Cache, Array]:
+def _decode_chunk(graphdef, state, cache: Cache, latents: Array) -> tuple[Cache, Array]:
     return nnx.merge(graphdef, state).decode_chunk(cache, latents)
