@@ -1,29 +1,47 @@
-"""What every command line tool shares: `--debug`, errors in a few lines, and the `--config` flag."""
+"""What every command line tool shares: `--config` with overrides, `--debug`, and errors in a few lines."""
 
+import ast
+import re
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from ditmem_jax.config import Config, build
-from ditmem_jax.errors import UserError
+from ditmem_jax.config import Config, build, to_dict
+from ditmem_jax.errors import UserError, nearest
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the Python traceback of an error.")
+OVERRIDES = flags.DEFINE_multi_string("set", [], "PART.NAME=VALUE, what --config.PART.NAME=VALUE means.")
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """Defines `--config FILE.py` with overrides such as `--config.optim.learning_rate=1e-4`."""
-    return config_flags.DEFINE_config_file(
+    return flags.DEFINE_string(
         "config", default, "Python file with get_config(); override a value with --config.part.name=value."
     )
 
 
 def load_config(holder: flags.FlagHolder) -> Config:
-    """The strict `Config` behind a `define_config` flag."""
+    """The strict `Config` of the file behind a `define_config` flag, with the overrides of the command line."""
     if holder.value is None:
         raise UserError("--config is missing", expected="a file such as configs/tiny.py")
-    return build(Config, holder.value)
+    return read_config(holder.value, OVERRIDES.value)
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The strict `Config` of a file, after overrides such as "optim.learning_rate=1e-4".
+
+    Raises:
+        UserError: if there is no such file, or it or an override does not fit `Config`.
+    """
+    values = to_dict(build(Config, _run_config(Path(path))))
+    for override in overrides:
+        _override(values, *override.partition("=")[::2])
+    return build(Config, values)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,28 +49,59 @@ def run(main: Callable[[], None]) -> None:
     for name in ("debug", "config"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # listed by --help
-    app.run(lambda _: _guarded(main), flags_parser=_parse)
+    app.run(lambda rest: _guarded(main, rest[1:]), [re.sub(r"^--?config\.", "--set=", a) for a in sys.argv])
 
 
-def _parse(argv: list[str]) -> list[str]:
-    def parse():
-        rest = app.parse_flags_with_usage(argv)[1:]
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}", fix="flags start with --; see --help")
-        return argv[:1]
-
+def _guarded(main: Callable[[], None], unexpected: list[str]) -> None:
     try:
-        return _guarded(parse)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if "--debug" in argv:
-            raise
-        sys.exit(f"error: the config and its overrides do not fit together: {error}")
-
-
-def _guarded(action: Callable):
-    try:
-        return action()
+        if unexpected:
+            raise UserError(f"unexpected argument {unexpected[0]!r}", fix="flags start with --; see --help")
+        main()
     except UserError as error:
-        if "--debug" in sys.argv:
+        if DEBUG.value:
             raise
         sys.exit(f"error: {error}")
+
+
+def _run_config(path: Path) -> dict[str, Any] | ConfigDict:
+    """What get_config() in the file returns."""
+    if not path.is_file():
+        raise UserError(f"no config file {path}")
+    try:
+        module = runpy.run_path(str(path))
+        if "get_config" not in module:
+            raise UserError(f"{path} has no get_config()")
+        values = module["get_config"]()
+    except (SyntaxError, ImportError, NameError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not run", found=f"{type(error).__name__}: {error}") from error
+    if not isinstance(values, (dict, ConfigDict)):
+        raise UserError(
+            f"get_config() of {path} returns no config", expected="a ConfigDict", found=repr(values)
+        )
+    return values
+
+
+def _override(values: dict[str, Any], name: str, text: str) -> None:
+    """Sets the value with the dotted `name` in the nested `values` to what `text` says."""
+    where, path = "config", name.split(".")
+    for depth, part in enumerate(path, start=1):
+        if part not in values:
+            raise UserError(f"unknown config key {where}.{part}", expected=f"one of: {nearest(part, values)}")
+        where += f".{part}"
+        if isinstance(values[part], dict) != (depth < len(path)):
+            raise UserError(
+                f"{where} cannot be set to {text!r}",
+                expected="--config.part.name=value",
+                found=f"--config.{name}",
+            )
+        if depth < len(path):
+            values = values[part]
+    values[part] = text if isinstance(values[part], str) else _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """The value that `text` spells, as in Python or JSON; itself if it spells none."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        return text
