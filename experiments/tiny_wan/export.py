@@ -1,0 +1,69 @@
+"""Writes the trained networks in original Wan names: `python -m experiments.tiny_wan.export`.
+
+The transformer goes to bfloat16, the dtype that it is frozen in; VAE and text encoder stay float32.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+from absl import app
+from safetensors.numpy import load_file, save_file
+
+from convert import dit, umt5, vae
+from convert.engine import Table
+from experiments.tiny_wan.common import BUILD, DIT_CONFIG, TEXT_CONFIG, VAE_CONFIG, WEIGHTS
+
+CHANNELS = DIT_CONFIG.in_dim
+BACK = {
+    "copy": lambda x, _: x,
+    "linear": lambda x, _: x.T,
+    "conv2d": lambda x, _: x.transpose(3, 2, 0, 1),
+    "conv3d": lambda x, _: x.transpose(4, 3, 0, 1, 2),
+    "patch": lambda x, _: x.reshape(*DIT_CONFIG.patch_size, CHANNELS, -1).transpose(4, 3, 0, 1, 2),
+    "flatten": lambda x, name: (
+        x.reshape(-1, 1, 1) if name.endswith("middle.1.norm.gamma") else x.reshape(-1, 1, 1, 1)
+    ),
+    "squeeze0": lambda x, _: x[None],
+}
+
+
+def original(table: Table, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our arrays under the names, and in the layouts, of original checkpoints."""
+    tensors = {}
+    for rule in table.rules:
+        value = arrays[rule.target]
+        if "{i}" in rule.source:
+            for layer, part in enumerate(value):
+                tensors[rule.source.format(i=layer)] = BACK[rule.transform](part, rule.source)
+        else:
+            tensors[rule.source] = BACK[rule.transform](value, rule.source)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def main(_) -> None:
+    statistics = json.loads((BUILD / "latent_stats.json").read_text())
+    vae_config = dataclasses.replace(VAE_CONFIG, **{key: tuple(value) for key, value in statistics.items()})
+    WEIGHTS.mkdir(exist_ok=True)
+    networks = {"dit": dit.table(), "vae": vae.table(vae_config), "text": umt5.table()}
+    for name, table in networks.items():
+        tensors = original(table, load_file(BUILD / f"{name}.safetensors"))
+        if name == "dit":
+            tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
+        save_file(tensors, WEIGHTS / f"{name}.safetensors")
+    shutil.copyfile(BUILD / "tokenizer.json", WEIGHTS / "tokenizer.json")
+    config = {
+        "model_type": "t2v",
+        **dataclasses.asdict(DIT_CONFIG),
+        "vae": dataclasses.asdict(vae_config),
+        "text": dataclasses.asdict(TEXT_CONFIG),
+    }
+    (WEIGHTS / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    for path in sorted(WEIGHTS.iterdir()):
+        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
+
+
+if __name__ == "__main__":
+    app.run(main)
