@@ -16,7 +16,9 @@ TRAIN_STEPS = 1000
 def shifted_sigmas(steps: int, shift: float) -> np.ndarray:
     """Noise levels `[steps]`, from 1 downwards, without the final 0; float64 on the host."""
     if steps < 1 or shift <= 0:
-        raise UserError("impossible schedule", expected="steps >= 1, shift > 0", found=f"steps {steps}, shift {shift}")
+        raise UserError(
+            "impossible schedule", expected="steps >= 1, shift > 0", found=f"steps {steps}, shift {shift}"
+        )
     even = np.linspace(1.0, 0.0, steps + 1)[:-1]
     return shift * even / (1 + (shift - 1) * even)
 

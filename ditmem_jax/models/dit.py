@@ -53,7 +53,9 @@ class Block(nnx.Module):
         self.cross_attention = Projections(config, rngs=rngs, dtype=dtype)
         self.cross_norm = LayerNorm(config.dim, config.eps, dtype=dtype)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dim, rngs=rngs, dtype=dtype)
-        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.dim), dtype) * config.dim**-0.5)
+        self.modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (6, config.dim), dtype) * config.dim**-0.5
+        )
         self.eps = config.eps
 
     def __call__(
@@ -76,13 +78,17 @@ class Block(nnx.Module):
                 attended = attention(query, key, value)
             else:
                 memory_rows = _modulate(layer_norm(memory.tokens.astype(x.dtype), self.eps), shift, scale)
-                attended = attention(query, key, value, *self.self_attention.key_value(memory_rows), memory.bias)
+                attended = attention(
+                    query, key, value, *self.self_attention.key_value(memory_rows), memory.bias
+                )
             x = x + _gated(self.self_attention.out(attended), gate)
         with jax.named_scope("cross_attention"):
             query = self.cross_attention.query(self.cross_norm(x))
             x = x + self.cross_attention.out(attention(query, *self.cross_attention.key_value(context)))
         with jax.named_scope("feed_forward"):
-            return x + _gated(self.feed_forward(_modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)), ffn_gate)
+            return x + _gated(
+                self.feed_forward(_modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)), ffn_gate
+            )
 
 
 class DiT(nnx.Module):
@@ -105,10 +111,12 @@ class DiT(nnx.Module):
         self.time_embedding = nnx.List([linear(config.freq_dim, config.dim), linear(config.dim, config.dim)])
         self.time_projection = linear(config.dim, 6 * config.dim)
         self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, dtype=dtype), in_axes=0, out_axes=0)(
-            rngs.fork(split=config.num_layers)
+            rngs.split(config.num_layers)
         )
         self.head = linear(config.dim, config.out_dim * patch)
-        self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, config.dim), dtype) * config.dim**-0.5)
+        self.head_modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (2, config.dim), dtype) * config.dim**-0.5
+        )
         self.dtype = dtype
 
     def __call__(
@@ -129,9 +137,17 @@ class DiT(nnx.Module):
         """
         config = self.config
         if latents.shape[-1] != config.in_dim:
-            raise UserError("latents do not fit the transformer", expected=f"{config.in_dim} channels", found=latents.shape)
+            raise UserError(
+                "latents do not fit the transformer",
+                expected=f"{config.in_dim} channels",
+                found=latents.shape,
+            )
         if memory is not None and memory.tokens.shape[-1] != config.dim:
-            raise UserError("memory does not fit the transformer", expected=f"width {config.dim}", found=memory.tokens.shape)
+            raise UserError(
+                "memory does not fit the transformer",
+                expected=f"width {config.dim}",
+                found=memory.tokens.shape,
+            )
         grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
         angles = rotary_angles(grid, config.head_dim)
 

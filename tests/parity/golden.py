@@ -39,7 +39,9 @@ class GoldenFile:
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """The tensors whose names start with `prefix`, without it."""
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)
+        }
 
 
 @dataclasses.dataclass(frozen=True)
