@@ -7,7 +7,8 @@ shape and a value that is not finite are all reported together, in one error.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -153,13 +154,15 @@ def _shape_after(transform: str, shape: tuple[int, ...]) -> tuple[int, ...] | No
         return None
 
 
-def convert(
-    table: Table, tensors: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, np.ndarray]:
-    """Target path -> array in the module's layout and dtype.
+def stream(
+    table: Table, tensors: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields target path and array, in the module's layout and dtype, in the order of `wanted`.
 
+    Args:
+        tensors: anything with a shape that numpy can turn into an array; turned into one only when it is needed.
     Raises:
-        UserError: as `assign`, and for aliases that differ and values that are not finite.
+        UserError: as `assign`; and at the end for aliases that differ and values that are not finite.
     """
     assignments, equal = assign(table, {name: tuple(x.shape) for name, x in tensors.items()}, wanted)
     problems = []
@@ -167,7 +170,6 @@ def convert(
         for other in names[1:]:
             if not np.array_equal(tensors[names[0]], tensors[other]):
                 problems.append(f"{names[0]} and {other} are names of one tensor but differ")
-    result = {}
     for path, assignment in assignments.items():
         parts = [TRANSFORMS[assignment.transform](np.asarray(tensors[name])) for name in assignment.sources]
         problems += [
@@ -175,10 +177,16 @@ def convert(
             for name, part in zip(assignment.sources, parts, strict=True)
             if not np.all(np.isfinite(part.astype(np.float32) if part.dtype.itemsize < 4 else part))
         ]
-        result[path] = (np.stack(parts) if assignment.stacked else parts[0]).astype(wanted[path].dtype)
+        yield path, (np.stack(parts) if assignment.stacked else parts[0]).astype(wanted[path].dtype)
     if problems:
         raise UserError("the weights are not usable:\n  " + "\n  ".join(problems[:20]))
-    return result
+
+
+def convert(
+    table: Table, tensors: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
+    """The whole of `stream`: target path -> array."""
+    return dict(stream(table, tensors, wanted))
 
 
 def fill(module: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:

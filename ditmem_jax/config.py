@@ -249,6 +249,12 @@ class ObjectiveConfig:
             expected="0 <= p < 1",
             found=self.memory_dropout,
         )
+        _require(
+            self.kind != "running" or self.memory_dropout > 0,
+            "objective.kind 'running' needs samples without memory",
+            expected="objective.memory_dropout above 0",
+            found=self.memory_dropout,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +269,10 @@ class OptimConfig:
     b2: float = 0.999
     clip: float = 1.0
     accumulate: int = 1
+
+    def __post_init__(self):
+        _require(self.accumulate >= 1, "optim.accumulate", expected="at least 1", found=self.accumulate)
+        _require(self.clip >= 0, "optim.clip", expected="a norm, or 0 for none", found=self.clip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +316,16 @@ class RunConfig:
     save_every: int = 200
     keep: int = 3
     remat: Literal["none", "blocks"] = "none"
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep"):
+            _require(getattr(self, name) >= 1, f"run.{name}", expected="at least 1", found=getattr(self, name))
+        _require(
+            len(self.validation_sigmas) > 0 and all(0 < sigma <= 1 for sigma in self.validation_sigmas),
+            "run.validation_sigmas",
+            expected="noise levels above 0, up to 1",
+            found=self.validation_sigmas,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +377,8 @@ def build(cls: type, values: Any, where: str = "config") -> Any:
         UserError: for a key that `cls` does not have (the nearest names are listed), a missing one, or a
             value of another type.
     """
+    if not hasattr(values, "keys"):
+        raise UserError(f"{where} has the wrong type", expected="values by name", found=repr(values))
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     kwargs = {}

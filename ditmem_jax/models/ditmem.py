@@ -1,0 +1,100 @@
+"""A frozen transformer and a memory encoder together: reference videos and noisy latents in, velocity out.
+
+Pure functions, the same for training, validation and sampling.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from ditmem_jax.flow import TRAIN_STEPS, add_noise, target
+from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.state import Structure
+from ditmem_jax.types import Memory
+
+Batch = dict[str, Array]
+"""`latents` [B, T, H, W, C], `context` [B, L, D], and for a memory `references` [B, R, T, H, W, C], `present` [B, R]."""
+
+
+class Networks(NamedTuple):
+    """Structures of the frozen transformer and of the encoder; their arrays are passed beside them."""
+
+    dit: Structure
+    encoder: Structure
+
+
+def encode(
+    encoder: MemoryEncoder, batch: Batch, *, training: bool = False, rngs: nnx.Rngs | None = None
+) -> Memory:
+    """The memory of each sample's reference videos."""
+    references = batch["references"].astype(jnp.float32)
+    return encoder(references, batch["present"], training=training, rngs=rngs)
+
+
+def keep_only(memory: Memory, keep: Bool[Array, " B"]) -> Memory:
+    """The memory without that of the samples that are not kept: for them attention is exactly that without memory."""
+    return memory.replace(bias=jnp.where(keep[:, None], memory.bias, -jnp.inf))
+
+
+def with_strength(memory: Memory, strength: float | Float[Array, ""]) -> Memory:
+    """The memory with the attention weight of its rows multiplied by `strength`; 0 is exactly no memory."""
+    return memory.replace(bias=memory.bias + jnp.log(jnp.asarray(strength, jnp.float32))[None, None])
+
+
+def velocity(
+    dit: DiT,
+    memory: Memory | None,
+    batch: Batch,
+    sigma: Float[Array, " B"],
+    noise: Float[Array, "B T H W C"],
+    *,
+    remat: bool = False,
+    unroll: bool = False,
+) -> Float[Array, "B T H W C"]:
+    """Velocity of the batch's latents at noise level `sigma`, one per sample; for `remat`, `unroll` see `DiT`."""
+    noisy = add_noise(batch["latents"].astype(jnp.float32), noise, sigma)
+    return dit(noisy, TRAIN_STEPS * sigma, batch["context"], memory, remat=remat, unroll=unroll)
+
+
+def errors(
+    dit: DiT,
+    memory: Memory | None,
+    batch: Batch,
+    sigma: Float[Array, " B"],
+    noise: Float[Array, "B T H W C"],
+    *,
+    remat: bool = False,
+    unroll: bool = False,
+) -> Float[Array, " B"]:
+    """Mean squared error of the velocity, per sample."""
+    latents = batch["latents"].astype(jnp.float32)
+    predicted = velocity(dit, memory, batch, sigma, noise, remat=remat, unroll=unroll)
+    return jnp.square(predicted - target(latents, noise)).mean(axis=(1, 2, 3, 4))
+
+
+def predict(
+    dit: DiT,
+    encoder: MemoryEncoder,
+    batch: Batch,
+    sigma: Float[Array, " B"],
+    noise: Float[Array, "B T H W C"],
+    *,
+    training: bool = False,
+    rngs: nnx.Rngs | None = None,
+    keep: Bool[Array, " B"] | None = None,
+    remat: bool = False,
+    unroll: bool = False,
+) -> Float[Array, "B T H W C"]:
+    """Velocity with the memory of the batch's references.
+
+    Args:
+        training: statistics of the batch and dropout in the encoder (from `rngs.dropout`).
+        keep: samples that keep their memory; all of them by default.
+    """
+    memory = encode(encoder, batch, training=training, rngs=rngs)
+    if keep is not None:
+        memory = keep_only(memory, keep)
+    return velocity(dit, memory, batch, sigma, noise, remat=remat, unroll=unroll)

@@ -1,0 +1,360 @@
+"""Trains a memory encoder against a frozen transformer: `python -m ditmem_jax.train --config configs/tiny.py`.
+
+One jitted step for any mesh. The encoder's weights are float32 and its optimiser's state lies beside them; the
+transformer's are an argument of their own that is neither differentiated nor given away. Everything random in a
+step comes from the seed and the number of the step, and the data's position is in every checkpoint, so a run
+that was killed and started again ends bit for bit where it would have ended.
+"""
+
+import collections
+import contextlib
+import itertools
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh
+
+from ditmem_jax import cli, objective, runs
+from ditmem_jax.bank import Bank, retrieve_for
+from ditmem_jax.checkpoint import DTYPES, TrainingCheckpoints, load_dit, save_encoder
+from ditmem_jax.config import Config, OptimConfig
+from ditmem_jax.data.pipeline import training_data
+from ditmem_jax.data.records import RecordReader
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.ditmem import Batch, Networks, encode, errors, keep_only
+from ditmem_jax.models.memory import MemoryEncoder, shuffle_videos
+from ditmem_jax.models.state import Arrays, abstract, split
+from ditmem_jax.objective import Baseline
+from ditmem_jax.sharding import (
+    array_sharding,
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    replicated,
+    tree_shardings,
+)
+from ditmem_jax.types import Memory
+from ditmem_jax.validate import Validator
+
+# What becomes of an array, by its path in the whole model; the first match wins.
+ROLES = (
+    (r"^dit\.", "frozen"),
+    (r"\.filter\.complex_weight$", "frozen"),
+    (r"\.norm\.(mean|var)$", "running statistics"),
+    (r"^encoder\.", "trained"),
+)
+ON_DEVICE = ("latents", "context", "references", "present")
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes from step to step."""
+
+    step: Any  # int32
+    params: Arrays  # of the encoder, trained: float32
+    rest: Arrays  # of the encoder: running statistics and stored filters
+    optimizer: Any  # optax's state
+    baseline: Any  # Baseline
+
+
+# --- one step ---------------------------------------------------------------------------------------------------
+
+
+def make_train_step(
+    config: Config, networks: Networks, optimizer: optax.GradientTransformation, *, unroll: bool = False
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure step (state, frozen weights, batch) -> (state, metrics).
+
+    Args:
+        unroll: lay out the blocks of the transformer, for counting operations.
+    """
+    goal = config.objective
+
+    def train_step(state: TrainState, backbone: Arrays, batch: Batch):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.run.seed), state.step), 5)
+        size = len(batch["latents"])
+        sigma = objective.draw_sigma(goal, keys[0], size)
+        noise = jax.random.normal(keys[1], batch["latents"].shape)
+        keep = jax.random.bernoulli(keys[2], 1 - goal.memory_dropout, (size,)) & batch["present"].any(axis=1)
+        if goal.shuffle_references:
+            references, present = shuffle_videos(batch["references"], batch["present"], keys[3])
+            batch = batch | {"references": references, "present": present}
+        dit = networks.dit.merge(jax.lax.stop_gradient(backbone))
+
+        def errors_with(memory: Memory | None) -> jax.Array:
+            return errors(dit, memory, batch, sigma, noise, remat=config.run.remat == "blocks", unroll=unroll)
+
+        alone = errors_with(None) if goal.kind == "relative" else None
+
+        def loss(params: Arrays):
+            encoder = networks.encoder.merge(params | state.rest)
+            memory = encode(encoder, batch, training=True, rngs=nnx.Rngs(dropout=keys[4]))
+            error = errors_with(keep_only(memory, keep))
+            expected = state.baseline.expected(sigma, error) if alone is None else alone
+            _, arrays = split(encoder)  # its running statistics have moved
+            rest = {path: arrays[path] for path in state.rest}
+            return objective.loss(goal, sigma, error, expected), (error, expected, rest)
+
+        (value, (error, expected, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        if alone is None:
+            baseline = state.baseline.observe(sigma, error, ~keep)
+        else:
+            baseline = state.baseline.observe(sigma, alone, jnp.ones_like(keep))
+        gains = jnp.where(keep, 1 - error / expected, 0)
+        metrics = {
+            "objective": value,
+            "loss": error.mean(),
+            "gain": gains.sum() / jnp.maximum(keep.sum(), 1).astype(jnp.float32),
+            "gradient_norm": optax.global_norm(gradients),
+        }
+        return TrainState(state.step + 1, params, rest, optimizer_state, baseline), metrics
+
+    return train_step
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clip, with one update per `accumulate` steps."""
+    updates = max(1, steps // config.accumulate)
+    rate = optax.constant_schedule(config.learning_rate)
+    if config.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(config.learning_rate, max(1, updates - config.warmup))
+    if config.warmup:
+        warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
+        rate = optax.join_schedules([warmup, rate], [config.warmup])
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    adam = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_matrices)
+    optimizer = optax.chain(clip, adam)
+    if config.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer
+
+
+def _matrices(params: Arrays) -> dict[str, bool]:
+    """Weight decay pulls matrices and convolutions, not biases and norms."""
+    return {path: path.endswith("kernel") for path in params}
+
+
+def make_encoder(config: Config) -> MemoryEncoder:
+    """A new encoder, from the run's seed."""
+    return MemoryEncoder(config.memory, rngs=nnx.Rngs(config.run.seed), dtype=DTYPES[config.weights.dtype])
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    _, arrays = split(make_encoder(config))
+    params = {path: x for path, x in arrays.items() if _role(f"encoder.{path}")[1] == "trained"}
+    rest = {path: x for path, x in arrays.items() if path not in params}
+    return TrainState(jnp.int32(0), params, rest, optimizer.init(params), Baseline.empty())
+
+
+def _role(path: str) -> tuple[str, str]:
+    """The pattern that decides about an array of the whole model, and what becomes of it."""
+    return next(pair for pair in ROLES if re.search(pair[0], path))
+
+
+# --- the run ----------------------------------------------------------------------------------------------------
+
+
+class Setup:
+    """Everything of a run but its state: checked, loaded and on the devices of the mesh.
+
+    Raises:
+        UserError: for whatever does not fit together; before anything is written where possible.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.mesh = config, make_mesh(config.mesh)
+        records, self.bank = RecordReader(config.data.records), RecordReader(config.data.bank)
+        held_out = RecordReader(config.data.validation) if config.data.validation else None
+        check(config, self.mesh, *filter(None, (records, self.bank, held_out)))
+        self.networks, self.backbone = load_networks(config, self.mesh)
+        self.fingerprint = runs.fingerprint(self.backbone)
+        self.folder = runs.claim(config, self.fingerprint)
+        searched, k = Bank.from_records(config.data.bank), config.data.references
+        matches = runs.matches_for(self.folder, records, searched, k)
+        self.data = self._stream(records, matches, workers=config.data.workers, cache=config.data.cache)
+        self.validator = None
+        if held_out:
+            stream = self._stream(held_out, retrieve_for(held_out, searched, k), epochs=1)
+            batches = [self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)]
+            self.validator = Validator(
+                self.networks,
+                self.backbone,
+                batches,
+                config.run.validation_sigmas,
+                config.run.seed,
+                self.mesh,
+            )
+        self.optimizer = make_optimizer(config.optim, config.run.steps)
+        shapes = jax.eval_shape(lambda: init_state(config, self.optimizer))
+        self.shardings = tree_shardings(shapes, self.mesh)
+        self.state_layout = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            self.shardings,
+        )
+        self.step = jax.jit(
+            make_train_step(config, self.networks, self.optimizer),
+            donate_argnums=0,
+            out_shardings=(self.shardings, replicated(self.mesh)),
+        )
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """The arrays of a batch on the devices, divided among them."""
+        sharding = batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in ON_DEVICE}
+
+    def initial_state(self) -> TrainState:
+        return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=self.shardings)()
+
+    def export(self, name: str, state: TrainState, step: int, gains: dict[str, float]) -> Path:
+        """Writes the encoder to the run's folder."""
+        extra = {"step": step, "gains": gains, "backbone": self.fingerprint}
+        save_encoder(self.folder / name, state.params | state.rest, self.config.memory, extra)
+        return self.folder / name
+
+    def _stream(
+        self, records: RecordReader, matches: np.ndarray, **options: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
+        options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=self.bank)
+        options |= dict(process_index=jax.process_index(), process_count=jax.process_count())
+        return iter(training_data(records, matches, self.config.data.batch_size, **options))
+
+
+def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
+    """Structures of both networks, and the frozen weights on the mesh."""
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, array_sharding(f"dit.{path}", array.shape, mesh))
+
+    dit, backbone = split(load_dit(config, place))
+    encoder, _ = abstract(lambda: make_encoder(config))
+    return Networks(dit, encoder), backbone
+
+
+def check(config: Config, mesh: Mesh, *folders: RecordReader) -> None:
+    """Raises UserError for a mesh or records that this configuration cannot train with."""
+    check_batch_size(mesh, config.data.batch_size)
+    if mesh.shape["context"] > 1:
+        raise UserError(
+            "mesh.context divides the tokens of one clip, which training does not do",
+            expected=1, found=mesh.shape["context"], fix="give the devices to mesh.data or mesh.fsdp",
+        )  # fmt: skip
+    video = config.video
+    grid = config.vae.latent_grid(video.frames, video.height, video.width)
+    expected = ((*grid, config.vae.z_dim), config.text.dim)
+    for records in folders:
+        if (found := (records.meta.latents, records.meta.text_dim)) != expected:
+            raise UserError(
+                f"the records in {records.folder} do not fit the config",
+                expected=f"latents {list(expected[0])}, text width {expected[1]}",
+                found=f"latents {list(found[0])}, text width {found[1]}",
+                fix="encode the videos with this config",
+            )
+
+
+def describe(backbone: Arrays, state: TrainState) -> str:
+    """One line: what trains and what does not, with the number of values."""
+    sizes = {f"dit.{path}": x.size for path, x in backbone.items()}
+    sizes |= {f"encoder.{path}": x.size for path, x in (state.params | state.rest).items()}
+    totals = collections.Counter()
+    for path, size in sizes.items():
+        totals[_role(path)] += size
+    return ", ".join(
+        f"{role} {totals[pattern, role]:,} ({pattern})" for pattern, role in ROLES if totals[pattern, role]
+    )
+
+
+def train(config: Config) -> Path:
+    """Trains, or continues, the run in `config.run.out`; returns the file of the encoder.
+
+    Raises:
+        UserError: for input that does not fit together, and at a step whose loss or gradient is not finite.
+    """
+    setup, options = Setup(config), config.run
+    with (
+        TrainingCheckpoints(setup.folder / "checkpoints", options.keep) as checkpoints,
+        _termination() as terminated,
+    ):
+        start = checkpoints.latest() or 0
+        if start:
+            restored = checkpoints.restore(setup.state_layout)
+            state, notes = restored.state, restored.extra
+            setup.data.set_state(restored.position)
+        else:
+            state, notes = setup.initial_state(), {"gains": {}, "best": None}
+        with runs.Monitor(setup.folder, start, options.steps) as monitor:
+            monitor.console.print(describe(setup.backbone, state))
+            if start == 0:
+                _validate(setup, monitor, state, 0, notes)
+            for step in range(start + 1, options.steps + 1):
+                batch = next(setup.data)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = setup.step(state, setup.backbone, setup.put(batch))
+                monitor.add(step, metrics, batch["id"])
+
+                last = step == options.steps
+                validate, save = (
+                    last or step % options.validate_every == 0,
+                    last or step % options.save_every == 0,
+                )
+                if validate or save or terminated or step % options.log_every == 0:
+                    monitor.flush()  # nothing that is not finite is saved
+                gain = _validate(setup, monitor, state, step, notes) if validate else None
+                if save or terminated:
+                    checkpoints.save(step, state, setup.data.get_state(), gain, notes)
+                if terminated and not last:
+                    checkpoints.close()
+                    monitor.console.print(f"stopped after step {step}; the same command continues")
+                    sys.exit(128 + signal.SIGTERM)
+    if runs.fingerprint(setup.backbone) != setup.fingerprint:
+        raise RuntimeError("the frozen weights have changed")
+    return setup.export("encoder.safetensors", state, options.steps, notes["gains"])
+
+
+def _validate(
+    setup: Setup, monitor: runs.Monitor, state: TrainState, step: int, notes: dict[str, Any]
+) -> float | None:
+    """Notes the gains at this step and keeps the encoder if they are the best so far; returns the mean gain."""
+    if setup.validator is None:
+        return None
+    notes["gains"] = setup.validator(state.params, state.rest)
+    monitor.validated(step, notes["gains"])
+    gain = notes["gains"]["gain"]
+    if notes["best"] is None or gain > notes["best"]:
+        notes["best"] = gain
+        setup.export("encoder_best.safetensors", state, step, notes["gains"])
+    return gain
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[list[int]]:
+    """Yields a list that SIGTERM puts itself into, so that the loop can stop between two steps."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+CONFIG = cli.define_config()
+
+
+def main() -> None:
+    print(f"the encoder is in {train(cli.load_config(CONFIG))}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

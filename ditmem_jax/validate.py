@@ -1,0 +1,70 @@
+"""What a memory is worth: errors at fixed noise levels under fixed noise, with and without it."""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ditmem_jax.models.ditmem import Batch, Networks, encode, errors
+from ditmem_jax.models.state import Arrays
+from ditmem_jax.sharding import replicated
+from ditmem_jax.types import Memory
+
+
+class Validator:
+    """Measures the gain of a memory on fixed batches: 1 - error with memory / error without.
+
+    Each sample is also given the memory of the sample before it in its batch, which should not help. Without
+    memory nothing ever changes, so those errors are computed once.
+
+    Args:
+        sigmas: noise levels.
+        batches: on the devices of `mesh`.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        backbone: Arrays,
+        batches: list[Batch],
+        sigmas: tuple[float, ...],
+        seed: int,
+        mesh: Mesh,
+    ):
+        self.sigmas, self.backbone = sigmas, backbone
+        self.batches = list(zip(batches, jax.random.split(jax.random.key(seed), len(batches)), strict=True))
+        levels = jnp.asarray(sigmas, jnp.float32)
+
+        def over_levels(backbone: Arrays, batch: Batch, key: jax.Array, memory: Memory | None) -> jax.Array:
+            dit, size = networks.dit.merge(backbone), len(batch["latents"])
+
+            def at_level(pair):
+                noise = jax.random.normal(pair[1], batch["latents"].shape)
+                return errors(dit, memory, batch, jnp.full((size,), pair[0]), noise)
+
+            return jax.lax.map(at_level, (levels, jax.random.split(key, len(levels))))
+
+        def with_memory(params: Arrays, rest: Arrays, backbone: Arrays, batch: Batch, key: jax.Array):
+            memory = encode(networks.encoder.merge(params | rest), batch)
+            others = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), memory)
+            return over_levels(backbone, batch, key, memory), over_levels(backbone, batch, key, others)
+
+        self._with_memory = jax.jit(with_memory, out_shardings=replicated(mesh))
+        without = jax.jit(functools.partial(over_levels, memory=None), out_shardings=replicated(mesh))
+        self._without = _gather(without(backbone, *pair) for pair in self.batches)
+
+    def __call__(self, params: Arrays, rest: Arrays) -> dict[str, float]:
+        """Gains by name: "gain" over all samples and levels, "gain_wrong" with another's memory, "gain_0.2", ..."""
+        pairs = [self._with_memory(params, rest, self.backbone, *pair) for pair in self.batches]
+        right, wrong = (1 - _gather(found) / self._without for found in zip(*pairs, strict=True))
+        gains = {"gain": right, "gain_wrong": wrong}
+        gains |= {f"gain_{sigma:g}": level for sigma, level in zip(self.sigmas, right, strict=True)}
+        return {name: float(values.mean()) for name, values in gains.items()}
+
+
+def _gather(errors: Iterable[jax.Array]) -> np.ndarray:
+    """Errors of all batches, [levels, samples], in float64."""
+    return np.concatenate([np.asarray(jax.device_get(x), np.float64) for x in errors], axis=1)

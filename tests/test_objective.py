@@ -1,0 +1,60 @@
+"""Densities over noise levels, the released weight, the running mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ditmem_jax import objective
+from ditmem_jax.config import ObjectiveConfig
+from ditmem_jax.errors import UserError
+from ditmem_jax.flow import shifted_sigmas, training_weights
+from ditmem_jax.objective import Baseline, draw_sigma, released_weight
+
+KEY = jax.random.key(0)
+
+
+def test_shifted_density_draws_the_published_steps():
+    sigma = np.asarray(draw_sigma(ObjectiveConfig(), KEY, 4000))
+    assert np.isin(sigma, shifted_sigmas(1000, 5.0).astype(np.float32)).all()
+    assert abs(sigma.mean() - shifted_sigmas(1000, 5.0).mean()) < 0.01
+
+
+def test_uniform_density_keeps_its_range():
+    sigma = draw_sigma(ObjectiveConfig(density="uniform", sigma_range=(0.2, 0.6)), KEY, 4000)
+    assert 0.2 <= sigma.min() and sigma.max() <= 0.6
+    np.testing.assert_allclose(sigma.mean(), 0.4, atol=0.01)
+
+
+def test_spectrum_density_follows_its_histogram():
+    sigma = draw_sigma(ObjectiveConfig(density="spectrum", spectrum=(0.0, 3.0, 1.0, 0.0)), KEY, 8000)
+    counts, _ = np.histogram(sigma, bins=4, range=(0, 1))
+    np.testing.assert_allclose(counts / 8000, [0, 0.75, 0.25, 0], atol=0.02)
+
+
+def test_released_weight_is_the_published_one():
+    sigmas = jnp.asarray(shifted_sigmas(1000, 5.0), jnp.float32)
+    np.testing.assert_allclose(released_weight(sigmas, 5.0), training_weights(5.0), rtol=1e-4, atol=1e-5)
+
+
+def test_running_mean_takes_over_from_the_samples_own_error():
+    sigma, error = jnp.tile(jnp.array([0.31, 0.31, 0.92]), 1000), jnp.tile(jnp.array([2.0, 4.0, 7.0]), 1000)
+    baseline = Baseline.empty()
+    np.testing.assert_allclose(baseline.expected(sigma, error), error)
+    baseline = baseline.observe(sigma, error, error < 5)  # the third has memory
+    np.testing.assert_allclose(baseline.expected(sigma, error)[:3], [3, 3, 7], rtol=2e-3)
+    assert baseline.count.sum() == 2000
+
+
+@pytest.mark.parametrize(("kind", "value"), [("relative", 0.75), ("running", 0.75)])
+def test_loss_divides_by_the_reference_and_holds_it(kind, value):
+    sigma, error, reference = jnp.array([0.5, 0.5]), jnp.array([1.0, 2.0]), jnp.array([2.0, 2.0])
+    config = ObjectiveConfig(kind=kind)
+    np.testing.assert_allclose(objective.loss(config, sigma, error, reference), value)
+    held = jax.grad(lambda reference: objective.loss(config, sigma, error, reference))(reference)
+    np.testing.assert_array_equal(held, 0)
+
+
+def test_running_needs_samples_without_memory():
+    with pytest.raises(UserError, match="memory_dropout"):
+        ObjectiveConfig(kind="running", memory_dropout=0.0)
