@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from configs.tiny import get_config
 
+from configs.tiny import get_config
 from ditmem_jax import flow
 from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
 from ditmem_jax.config import Config, build

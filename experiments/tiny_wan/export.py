@@ -8,39 +8,12 @@ import json
 import shutil
 
 import ml_dtypes
-import numpy as np
 from absl import app
 from safetensors.numpy import load_file, save_file
 
 from convert import dit, umt5, vae
-from convert.engine import Table
+from convert.original import original
 from experiments.tiny_wan.common import BUILD, DIT_CONFIG, TEXT_CONFIG, VAE_CONFIG, WEIGHTS
-
-CHANNELS = DIT_CONFIG.in_dim
-BACK = {
-    "copy": lambda x, _: x,
-    "linear": lambda x, _: x.T,
-    "conv2d": lambda x, _: x.transpose(3, 2, 0, 1),
-    "conv3d": lambda x, _: x.transpose(4, 3, 0, 1, 2),
-    "patch": lambda x, _: x.reshape(*DIT_CONFIG.patch_size, CHANNELS, -1).transpose(4, 3, 0, 1, 2),
-    "flatten": lambda x, name: (
-        x.reshape(-1, 1, 1) if name.endswith("middle.1.norm.gamma") else x.reshape(-1, 1, 1, 1)
-    ),
-    "squeeze0": lambda x, _: x[None],
-}
-
-
-def original(table: Table, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our arrays under the names, and in the layouts, of original checkpoints."""
-    tensors = {}
-    for rule in table.rules:
-        value = arrays[rule.target]
-        if "{i}" in rule.source:
-            for layer, part in enumerate(value):
-                tensors[rule.source.format(i=layer)] = BACK[rule.transform](part, rule.source)
-        else:
-            tensors[rule.source] = BACK[rule.transform](value, rule.source)
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def main(_) -> None:

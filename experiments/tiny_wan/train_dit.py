@@ -1,4 +1,7 @@
-"""Trains the tiny Wan transformer and its text encoder: `python -m experiments.tiny_wan.train_dit --steps 20000`.
+"""Trains the tiny Wan transformer and its text encoder: `python -m experiments.tiny_wan.train_dit`.
+
+The batch is divided among all devices. On two cores, two devices of one thread each are nearly twice as fast as one
+of two: XLA_FLAGS=--xla_force_host_platform_device_count=2.
 
 The clips show worlds without names. Half of the captions state the constants, in words or numbers; a third begin
 "on planet <unk>", so that a name the tokenizer does not know is a familiar sight that means nothing.
@@ -37,10 +40,11 @@ from experiments.tiny_wan.common import (
 )
 from experiments.tiny_wan.tokenizer import train_tokenizer
 
-STEPS = flags.DEFINE_integer("steps", 20000, "Training steps.")
+STEPS = flags.DEFINE_integer("steps", 5000, "Training steps.")
 CLIPS = flags.DEFINE_integer("clips", 20000, "Different clips to train on.")
 BATCH = flags.DEFINE_integer("batch", 64, "Clips per step.")
 RATE = flags.DEFINE_float("rate", 2e-2, "Peak learning rate.")
+CONTINUE = flags.DEFINE_bool("continue", False, "Begin with the weights of the last run instead of random ones.")
 BINS = 20  # of sigma, for the running mean of the loss that each sample's loss is divided by
 
 
@@ -96,6 +100,9 @@ def train(latents: np.ndarray, ids: np.ndarray, empty: np.ndarray) -> None:
     dit = initialise(lambda: DiT(DIT_CONFIG, rngs=nnx.Rngs(0)), seed=1)
     dit.head.kernel[...] = jnp.zeros_like(dit.head.kernel[...])
     text = initialise(lambda: UMT5(TEXT_CONFIG, rngs=nnx.Rngs(0)), seed=2)
+    if CONTINUE.value:
+        fill(dit, load_file(BUILD / "dit.safetensors"))
+        fill(text, load_file(BUILD / "text.safetensors"))
     graph, state = nnx.split((dit, text))
     print(f"{sum(x.size for x in jax.tree.leaves(state)) / 1e6:.2f} M parameters", flush=True)
     schedule = optax.warmup_cosine_decay_schedule(0, RATE.value, 100, STEPS.value, RATE.value / 100)
@@ -128,13 +135,16 @@ def train(latents: np.ndarray, ids: np.ndarray, empty: np.ndarray) -> None:
         count = jnp.zeros(BINS).at[level].add(1.0)
         mean = jnp.zeros(BINS).at[level].add(loss) / jnp.maximum(count, 1)
         running = jnp.where(count > 0, 0.98 * running + 0.02 * mean, running)
-        return state, ema(average, state, decay), opt_state, running, loss.mean()
+        return state, ema(average, state, decay), opt_state, running
 
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere, divided = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("data",)))
     average, opt_state, running = state, optimiser.init(state), jnp.ones(BINS)
+    state, average, opt_state, running = jax.device_put((state, average, opt_state, running), everywhere)
     start = time.time()
     for step, data in enumerate(prefetch(batch, range(STEPS.value))):
         decay = min(0.9995, (step + 1) / (step + 10))
-        state, average, opt_state, running, loss = step_fn(state, average, opt_state, running, decay, *data)
+        state, average, opt_state, running = step_fn(state, average, opt_state, running, decay, *jax.device_put(data, divided))
         if step % 200 == 199:
             levels = " ".join(f"{x:.4f}" for x in np.asarray(running)[1::3])
             print(

@@ -1,0 +1,35 @@
+"""The tiny Wan that ships with the project: trains on a laptop. Its weights are converted on first use."""
+
+from ml_collections import ConfigDict
+
+from convert import converted
+from ditmem_jax.checkpoint import read_networks
+
+
+def get_config() -> ConfigDict:
+    weights = converted("experiments/tiny_wan/weights")
+    config = ConfigDict(read_networks(weights))  # dit, vae and text, as they were trained
+    config.weights = ConfigDict(dict(path=weights, dtype="float32"))
+    config.video = ConfigDict(dict(frames=25, height=32, width=32, fps=16))
+    config.memory = ConfigDict(
+        dict(
+            dim=config.dit.dim,
+            in_dim=config.vae.z_dim,
+            stages=((64, 3, 1, 1), (96, 3, 1, 2)),
+            latent_grid=(7, 4, 4),
+            filter="radial",
+            tokens=(3, 1, 1),
+            norm="group",
+            dropout=0.1,
+        )
+    )
+    config.data = ConfigDict(
+        dict(records="demo/records/train", bank="demo/records/train", references=3, batch_size=32, cache=True)
+    )
+    config.objective = ConfigDict(
+        dict(kind="running", density="uniform", sigma_range=(0.3, 1.0), memory_dropout=0.1)
+    )
+    config.optim = ConfigDict(dict(learning_rate=1e-3, schedule="cosine", warmup=50, b2=0.99))
+    config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0))
+    config.run = ConfigDict(dict(out="runs/tiny", steps=2000))
+    return config

@@ -1,0 +1,147 @@
+"""From measured constants to a table: errors of the law, their spread, and what they say.
+
+The error of a clip is |ln(measured / true)|: 0.1 is about 10 %. Clips of one planet are alike, so all spreads come
+from drawing planets, not clips, anew (bootstrap).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from ditmem_jax.worlds import RANGES
+from experiments.demo.trials import ALL, SAMPLED, Findings
+
+DRAWS = 4000
+AIM = 0.7  # of the error without memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        clips: how many measurements are compared: those where all ways of making gave one; `of`: of how many.
+        measured: how many each way gave.
+        error: mean error and its standard error, by way.
+        ratio: error with right and with wrong memory over the error without: value, and 95 % interval.
+        correlation: of measured and true constants, by way; "other" is that of clips with wrong memory with the
+            constants of the planet that this memory is from.
+        guess: the error of always naming the middle of a constant's range.
+    """
+
+    name: str
+    clips: int
+    of: int
+    measured: dict[str, int]
+    error: dict[str, tuple[float, float]]
+    ratio: dict[str, tuple[float, float, float]]
+    correlation: dict[str, float]
+    guess: float
+
+
+def rows(findings: Findings) -> list[Row]:
+    """Gravity from falls, each constant, all together."""
+    everything = np.ones(len(findings.constant), bool)
+    kinds = {"gravity (falls)": (findings.constant == "gravity") & (findings.phenomenon == "fall")}
+    kinds |= {constant: findings.constant == constant for constant in RANGES}
+    kinds |= {"all constants": everything}
+    return [_row(name, findings, chosen) for name, chosen in kinds.items()]
+
+
+def _row(name: str, findings: Findings, chosen: np.ndarray) -> Row:
+    compared = chosen & np.all([np.isfinite(findings.measured[way]) for way in SAMPLED], axis=0)
+    true, other, world = (values[compared] for values in (findings.true, findings.other, findings.world))
+    constants = findings.constant[compared]
+    measured = {way: findings.measured[way][compared] for way in SAMPLED}
+    errors = np.stack([np.abs(np.log(measured[way] / true)) for way in SAMPLED], axis=1)
+    mean, means = _bootstrap(errors, world)
+    spread = means.std(axis=0, ddof=1)
+    ratio = {}
+    for way in ("right", "wrong"):
+        one, base = SAMPLED.index(way), SAMPLED.index("without")
+        low, high = np.percentile(means[:, one] / means[:, base], [2.5, 97.5])
+        ratio[way] = (mean[one] / mean[base], low, high)
+    place = {way: _places(constants, values) for way, values in measured.items()}
+    correlation = {way: _correlation(place[way], _places(constants, true)) for way in SAMPLED}
+    correlation["other"] = _correlation(place["wrong"], _places(constants, other))
+    middles = np.array([RANGES[constant].at(0.5) for constant in constants])
+    return Row(
+        name,
+        clips=int(compared.sum()),
+        of=int(chosen.sum()),
+        measured={way: int(np.isfinite(findings.measured[way][chosen]).sum()) for way in ALL},
+        error={way: (float(mean[i]), float(spread[i])) for i, way in enumerate(SAMPLED)},
+        ratio={way: tuple(map(float, values)) for way, values in ratio.items()},
+        correlation=correlation,
+        guess=float(np.abs(np.log(middles / true)).mean()) if compared.any() else math.nan,
+    )
+
+
+def _bootstrap(errors: np.ndarray, world: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means [way] of errors [clip, way], and means [draw, way] over planets drawn with replacement."""
+    worlds = np.unique(world)
+    if not len(worlds):
+        return np.full(errors.shape[1], np.nan), np.full((DRAWS, errors.shape[1]), np.nan)
+    member = (world[None] == worlds[:, None]).astype(float)
+    sums, counts = member @ errors, member.sum(axis=1)
+    times = np.random.default_rng(0).multinomial(len(worlds), np.full(len(worlds), 1 / len(worlds)), DRAWS)
+    return errors.mean(axis=0), (times @ sums) / (times @ counts)[:, None]
+
+
+def _places(constants: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Where values lie in the ranges of their constants, on a logarithmic scale: comparable among constants."""
+    spans = [(math.log(RANGES[constant].low), math.log(RANGES[constant].high)) for constant in constants]
+    low, high = np.array(spans).reshape(-1, 2).T
+    return (np.log(values) - low) / (high - low)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def finding(row: Row, references: int) -> str:
+    """One sentence about gravity from falls, whichever way it turned out."""
+    if row.clips < 3:
+        return f"Nothing can be said: of {row.of} falls only {row.clips} could be measured in every version."
+    (ratio, low, high), (other, other_low, other_high) = row.ratio["right"], row.ratio["wrong"]
+    shown = f"shown {'one clip' if references == 1 else f'{references} clips'} of a planet it never saw"
+    if high < 1 and ratio <= AIM:
+        text = f"{shown}, the frozen model takes on its gravity: the error falls to {percent(ratio)} of that without memory"
+    elif high < 1:
+        text = f"{shown}, the frozen model takes on a little of its gravity: the error falls to {percent(ratio)} of that "
+        text += f"without memory, short of the {percent(AIM)} aimed at"
+    elif low > 1:
+        text = f"the memory does harm: {shown}, the frozen model's error in gravity rises to {percent(ratio)}"
+    else:
+        text = f"no effect of the memory can be told: {shown}, the frozen model errs in gravity by {percent(ratio)} "
+        text += "of what it errs without memory"
+    if other_high < 1:
+        text += (
+            f"; but another planet's clips lower it too, to {percent(other)}, so not all of this is knowledge"
+        )
+    elif other_low > 1:
+        text += f"; another planet's clips raise it to {percent(other)}"
+    else:
+        text += f"; another planet's clips do not help ({percent(other)})"
+    return text[0].upper() + text[1:] + "."
+
+
+def evidence(row: Row, planets: int) -> str:
+    """The numbers behind the finding."""
+    if not row.clips:
+        return "There is nothing to compare."
+    (without, spread), right, wrong = row.error["without"], row.error["right"], row.error["wrong"]
+    ratio, low, high = row.ratio["right"]
+    return (
+        f"Over {row.clips} falls on {planets} unseen planets the error |ln(measured / true)| of gravity is "
+        f"{without:.2f} ± {spread:.2f} without memory, {right[0]:.2f} ± {right[1]:.2f} with the right planet's clips "
+        f"and {wrong[0]:.2f} ± {wrong[1]:.2f} with a wrong planet's. Right over none: {ratio:.2f}, 95 % interval "
+        f"{low:.2f} to {high:.2f}."
+    )
+
+
+def percent(value: float, digits: int = 0) -> str:
+    return f"{100 * value:.{digits}f} %"

@@ -1,0 +1,178 @@
+"""The trials: prompts about unseen planets, their clips with and without memory, and the laws these show."""
+
+import dataclasses
+import itertools
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from rich.progress import track
+
+from ditmem_jax.bank import Bank
+from ditmem_jax.config import Config
+from ditmem_jax.data.files import replacing
+from ditmem_jax.data.records import RecordReader
+from ditmem_jax.sample import Sampler
+from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, measure, sample_clip
+from ditmem_jax.worlds.measure import LAWLESS_PX
+
+SAMPLED = ("without", "right", "wrong", "stated")  # ways to make a clip
+ALL = ("real", *SAMPLED)
+BATCH = 24  # clips that are made at once
+STREAM = 10  # of random numbers; none that `worlds` draws from
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A prompt about a planet, and the clip that the planet itself would give.
+
+    Attributes:
+        other: the planet whose clips serve as wrong memory.
+        seed: of the noise that all ways to make the clip start from.
+    """
+
+    number: int
+    world: World
+    other: World
+    phenomenon: str
+    clip: Clip
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        return caption(self.clip, self.world.name)
+
+    @property
+    def stated(self) -> str:
+        """The prompt with the constants in numbers."""
+        return caption(self.clip, self.world.name, "numbers")
+
+    @property
+    def asks_other(self) -> str:
+        """What finds the wrong memory: the prompt with the other planet's name."""
+        return caption(self.clip, self.other.name)
+
+
+def draw(worlds: Sequence[World], counts: dict[str, int], known: set[str], seed: int) -> list[Trial]:
+    """`counts[phenomenon]` trials of every world, with prompts that are not among the captions `known`.
+
+    Wrong memory is from another planet each time, every third one counted from the prompt's own.
+    """
+    trials = []
+    for number, world in enumerate(worlds):
+        others = itertools.cycle([*worlds[number + 1 :], *worlds[:number]][::3])
+        for kind, phenomenon in enumerate(PHENOMENA):
+            rng = np.random.default_rng([seed, STREAM, number, kind])
+            for _ in range(counts[phenomenon]):
+                clip = sample_clip(rng, world, phenomenon)
+                while caption(clip, world.name) in known:
+                    clip = sample_clip(rng, world, phenomenon)
+                trials.append(Trial(number, world, next(others), phenomenon, clip, seed + len(trials)))
+    return trials
+
+
+def find(bank: str, prompts: Sequence[str], k: int) -> tuple[list[list[str]], np.ndarray]:
+    """The captions and the latents [P, k, T, H, W, C] of the k clips that the bank finds for each prompt."""
+    records, searched = RecordReader(bank), Bank.from_records(bank)
+    rows = [[searched.rows[name] for name in names] for names in searched.search(prompts, k)[0]]
+    latents = {
+        row: records[row].latents.astype(np.float32) for row in {row for found in rows for row in found}
+    }
+    captions = [[records.entries[row].caption for row in found] for found in rows]
+    return captions, np.stack([[latents[row] for row in found] for found in rows])
+
+
+def make(
+    config: Config, encoder: str, trials: Sequence[Trial]
+) -> tuple[dict[str, UInt8[np.ndarray, "..."]], float]:
+    """Clips [trial, T, H, W, 3] by the way they were made; which share of the right memory is of its planet."""
+    k, bank = config.data.references, config.data.bank
+    prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
+    captions, right = find(bank, prompts, k)
+    _, wrong = find(bank, [trial.asks_other for trial in trials], k)
+    hits = [
+        trial.world.name in text.split()
+        for trial, found in zip(trials, captions, strict=True)
+        for text in found
+    ]
+    ways = {
+        "without": (prompts, None),
+        "right": (prompts, right),
+        "wrong": (prompts, wrong),
+        "stated": ([trial.stated for trial in trials], None),
+    }
+    sampler = Sampler.load(config, encoder)
+    batches = [(way, start) for way in SAMPLED for start in range(0, len(trials), BATCH)]
+    clips = {way: [] for way in SAMPLED}
+    for way, start in track(batches, "clips"):
+        texts, references = ways[way]
+        rows = np.minimum(np.arange(start, start + BATCH), len(trials) - 1)  # one size, one compilation
+        made = sampler.generate(
+            [texts[row] for row in rows],
+            [seeds[row] for row in rows],
+            None if references is None else references[rows],
+        )
+        clips[way].append(made[: len(trials) - start])
+    return {way: np.concatenate(parts) for way, parts in clips.items()}, float(np.mean(hits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What the clips show, one entry per trial and constant.
+
+    Attributes:
+        trial, world: their numbers.
+        true, other: the constant on the prompt's planet and on that of the wrong memory.
+        measured: by way of making; NaN where the clip does not tell the constant.
+    """
+
+    trial: np.ndarray
+    world: np.ndarray
+    phenomenon: np.ndarray
+    constant: np.ndarray
+    true: np.ndarray
+    other: np.ndarray
+    measured: dict[str, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        columns = {name: values for name, values in vars(self).items() if name != "measured"}
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **columns, **{f"measured.{way}": values for way, values in self.measured.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> "Findings":
+        with np.load(path, allow_pickle=False) as stored:
+            measured = {way: stored[f"measured.{way}"] for way in ALL}
+            columns = {name: stored[name] for name in stored.files if not name.startswith("measured.")}
+        return cls(**columns, measured=measured)
+
+
+def examine(trials: Sequence[Trial], clips: dict[str, np.ndarray]) -> Findings:
+    """Measures every clip; `clips` holds those of `SAMPLED`, the real ones come with the trials."""
+    clips = {"real": [trial.clip.video for trial in trials], **clips}
+    todo = [(clips[way][index], trial.phenomenon) for index, trial in enumerate(trials) for way in ALL]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(
+            track(pool.map(_tell, *zip(*todo, strict=True), chunksize=8), "measuring", total=len(todo))
+        )
+    entries, measured = [], {way: [] for way in ALL}
+    for index, trial in enumerate(trials):
+        told = dict(zip(ALL, found[index * len(ALL) :], strict=False))
+        for constant, value in trial.world.shown_by(trial.phenomenon).items():
+            other = getattr(trial.other, constant)
+            entries.append((index, trial.number, trial.phenomenon, constant, value, other))
+            for way in ALL:
+                measured[way].append(told[way].get(constant, np.nan))
+    columns = map(np.array, zip(*entries, strict=True))
+    return Findings(*columns, {way: np.array(values) for way, values in measured.items()})
+
+
+def _tell(video: np.ndarray, phenomenon: str) -> dict[str, float]:
+    """The constants that a clip tells: a fall that never reaches the floor tells gravity, but no bounciness."""
+    found = measure(video, phenomenon)
+    if found.residual_px > LAWLESS_PX:
+        return {}
+    return {name: value for name, value in found.constants.items() if found.sigma[name] < np.inf}
