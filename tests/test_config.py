@@ -65,6 +65,7 @@ def test_there_and_back_through_json():
         ({"optim": {"warmup": True}}, ["optim.warmup has the wrong type", "bool True"]),
         ({"optim": {"schedule": "linear"}}, ["optim.schedule has an unknown value", "'cosine'", "'linear'"]),
         ({"memory": {"dim": 48, "num_heads": 4, "tokens": [1, 2]}}, ["memory.tokens has the wrong type"]),
+        ({"optim": 3}, ["config.optim has the wrong type", "values by name", "3"]),
         ({"memory": {"num_heads": 4}}, ["config.memory lacks dim"]),
         ({"vae": {"mean": [0, "1"]}}, ["vae.mean has the wrong type", "str '1'"]),
     ],
