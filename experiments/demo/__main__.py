@@ -176,6 +176,7 @@ class Demo:
             "finding": score.finding(rows[0], self.config.data.references),
             "rows": [_rounded(dataclasses.asdict(row)) for row in rows],
             "retrieved": self._retrieved(),
+            "leaked": self._leaked(),
             "settings": dataclasses.asdict(self.settings),
             "seconds": _rounded(self.seconds),
             "machine": {
@@ -199,6 +200,13 @@ class Demo:
     def _retrieved(self) -> float:
         with np.load(self.out / "clips.npz", allow_pickle=False) as stored:
             return float(stored["retrieved"])
+
+    def _leaked(self) -> int:
+        """How many references of training are clips of unseen planets."""
+        unseen = {entry.id for entry in RecordReader(self.out / "records" / "unseen").entries}
+        rows = [row for row, entry in enumerate(RecordReader(self.bank).entries) if entry.id in unseen]
+        with np.load(self.encoder.parent / "matches.npz", allow_pickle=False) as stored:
+            return int(np.isin(stored["matches"], rows).sum())
 
     def _result(self) -> dict[str, Any]:
         return json.loads((self.out / "results.json").read_text(encoding="utf-8"))

@@ -46,7 +46,8 @@ def print_tables(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _table(title: str, *headings: str) -> Table:
-    found = Table("", title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    found = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    found.add_column(no_wrap=True)
     for heading in headings:
         found.add_column(heading, justify="right", no_wrap=True)
     return found
@@ -150,7 +151,7 @@ def _film_row(
         note = Html(f"<b>{value:.1f}</b> m/s²") if np.isfinite(value) else "not measurable"
         films.append(report.Film(frames, note, f"{trial.prompt}, {NAMES[way]}"))
         found = track(frames.astype(np.float32), "fall", CAMERA)
-        height = np.where(found.seen[:, 0], found.position[:, 0, 1], np.nan)
+        height = np.where(found.seen[:, 0] & np.isfinite(value), found.position[:, 0, 1], np.nan)
         mark = "dashed" if way == "real" else "line"
         lines.append(report.Series(list(CAMERA.times), height.tolist(), TONES[way], mark))
     axes = report.Axis(low=0, high=CAMERA.times[-1]), report.Axis(low=0, high=3)
@@ -308,7 +309,12 @@ def _reading(result: dict[str, Any], rows: Sequence[Row]) -> list[Html]:
         (
             "The bank",
             "holds clips of all planets, those in training among them. Of what it found for the prompts, "
-            f"{percent(result['retrieved'], 1)} were clips of the planet that was named.",
+            f"{percent(result['retrieved'], 1)} were clips of the planet that was named. "
+            + (
+                f"{result['leaked']} clips of unseen planets served as memory in training."
+                if result["leaked"]
+                else "None of an unseen planet was memory in training."
+            ),
         ),
     ]
     return [tag("ul", *(tag("li", tag("b", name), f" {text}") for name, text in items))]
