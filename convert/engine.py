@@ -84,7 +84,8 @@ def assign(
         UserError: with every finding.
     """
     patterns = [
-        (re.compile(re.escape(rule.source).replace(re.escape("{i}"), r"(\d+)") + r"\Z"), rule) for rule in table.rules
+        (re.compile(re.escape(rule.source).replace(re.escape("{i}"), r"(\d+)") + r"\Z"), rule)
+        for rule in table.rules
     ]
     problems: list[str] = []
     found: dict[str, dict[int, str]] = {}
@@ -119,7 +120,9 @@ def assign(
     for path, want in wanted.items():
         if path not in found:
             sources = [rule.source for rule in table.rules if rule.target == path]
-            problems.append(f"nothing fills {path} {list(want.shape)}" + (f": {sources[0]} is missing" if sources else ""))
+            problems.append(
+                f"nothing fills {path} {list(want.shape)}" + (f": {sources[0]} is missing" if sources else "")
+            )
             continue
         rule, layers = rule_of[path], found[path]
         stacked = "{i}" in rule.source
@@ -133,8 +136,12 @@ def assign(
                 continue
             got = _shape_after(rule.transform, shapes[layers[layer]])
             if got != shape:
-                problems.append(f"{layers[layer]} gives shape {list(got or shapes[layers[layer]])}, {path} needs {list(shape)}")
-        assignments[path] = Assignment(tuple(layers.get(layer, "") for layer in order), rule.transform, stacked)
+                problems.append(
+                    f"{layers[layer]} gives shape {list(got or shapes[layers[layer]])}, {path} needs {list(shape)}"
+                )
+        assignments[path] = Assignment(
+            tuple(layers.get(layer, "") for layer in order), rule.transform, stacked
+        )
     for path in sorted(set(found) - set(wanted)):
         problems.append(f"{next(iter(found[path].values()))} has no place: the module has no {path}")
     if problems:

@@ -174,7 +174,7 @@ def _tensors(path: Path) -> dict[str, Any]:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {path}", expected="a whole safetensors file", found=error) from error
     dtypes = {"BF16": jnp.bfloat16}
-    slices = {name: file.get_slice(name) for name in file.keys()}
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 safetensors files are not iterable
     return {
         name: _Lazy(file, name, tuple(x.get_shape()), np.dtype(dtypes.get(x.get_dtype(), np.float32)))
         for name, x in slices.items()

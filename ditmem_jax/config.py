@@ -75,7 +75,10 @@ class MemoryConfig:
             found=self.dim,
         )
         _require(
-            0 <= self.dropout < 1, "memory.dropout is a probability", expected="0 <= p < 1", found=self.dropout
+            0 <= self.dropout < 1,
+            "memory.dropout is a probability",
+            expected="0 <= p < 1",
+            found=self.dropout,
         )
         grid = self.latent_grid
         for _, kernel, stride, pool in self.stages:
@@ -236,9 +239,15 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         low, high = self.sigma_range
-        _require(0 <= low < high <= 1, "objective.sigma_range", expected="0 <= low < high <= 1", found=self.sigma_range)
         _require(
-            self.density != "spectrum" or (len(self.spectrum) > 0 and min(self.spectrum) >= 0 < sum(self.spectrum)),
+            0 <= low < high <= 1,
+            "objective.sigma_range",
+            expected="0 <= low < high <= 1",
+            found=self.sigma_range,
+        )
+        _require(
+            self.density != "spectrum"
+            or (len(self.spectrum) > 0 and min(self.spectrum) >= 0 < sum(self.spectrum)),
             "objective.density is 'spectrum' but objective.spectrum is no histogram",
             expected="non-negative numbers with a positive sum",
             found=self.spectrum,
@@ -319,7 +328,9 @@ class RunConfig:
 
     def __post_init__(self):
         for name in ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep"):
-            _require(getattr(self, name) >= 1, f"run.{name}", expected="at least 1", found=getattr(self, name))
+            _require(
+                getattr(self, name) >= 1, f"run.{name}", expected="at least 1", found=getattr(self, name)
+            )
         _require(
             len(self.validation_sigmas) > 0 and all(0 < sigma <= 1 for sigma in self.validation_sigmas),
             "run.validation_sigmas",
@@ -389,7 +400,9 @@ def build(cls: type, values: Any, where: str = "config") -> Any:
     missing = [
         name
         for name, field in fields.items()
-        if name not in kwargs and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in kwargs
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}", fix=f"set {where}.{missing[0]}")
@@ -403,7 +416,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{where} has an unknown value", expected=f"one of {list(arguments)}", found=repr(value))
+            raise UserError(
+                f"{where} has an unknown value", expected=f"one of {list(arguments)}", found=repr(value)
+            )
         return value
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
@@ -419,7 +434,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(
-        f"{where} has the wrong type", expected=getattr(hint, "__name__", hint), found=f"{type(value).__name__} {value!r}"
+        f"{where} has the wrong type",
+        expected=getattr(hint, "__name__", hint),
+        found=f"{type(value).__name__} {value!r}",
     )
 
 

@@ -28,7 +28,9 @@ def config(tmp_path_factory):
 
 # --- encoders ---------------------------------------------------------------------------------------------------
 
-RELEASED = MemoryConfig(dim=16, in_dim=4, stages=((8, 3, 1, 1), (8, 3, 1, 2)), latent_grid=(3, 4, 4), tokens=10)
+RELEASED = MemoryConfig(
+    dim=16, in_dim=4, stages=((8, 3, 1, 1), (8, 3, 1, 2)), latent_grid=(3, 4, 4), tokens=10
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,10 @@ def test_weights_take_the_dtype_of_the_config(config):
 def state_at(step):
     """Something with the variety of a training state."""
     weights = jax.random.normal(jax.random.key(step), (300, 40))
-    return {"params": {"a.kernel": weights, "a.bias": jnp.full(3, step, jnp.bfloat16)}, "step": jnp.int32(step)}
+    return {
+        "params": {"a.kernel": weights, "a.bias": jnp.full(3, step, jnp.bfloat16)},
+        "step": jnp.int32(step),
+    }
 
 
 def layout(state):
@@ -131,7 +136,12 @@ def test_a_state_that_is_donated_at_once_is_saved_as_it_was(tmp_path):
 
 def test_every_damaged_file_is_found_and_named(tmp_path):
     save_all(tmp_path, [None])
-    files = [path for part in ("state", "run") for path in (tmp_path / "1" / part).rglob("*") if path.stat().st_size > 9]
+    files = [
+        path
+        for part in ("state", "run")
+        for path in (tmp_path / "1" / part).rglob("*")
+        if path.stat().st_size > 9
+    ]
     files = [path for path in files if path.is_file()] + [tmp_path / "1" / "seal.json"]
     assert len(files) > 4
     for path in files:
@@ -140,7 +150,10 @@ def test_every_damaged_file_is_found_and_named(tmp_path):
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         for broken in (flipped, content[:middle], None):
             path.unlink() if broken is None else path.write_bytes(broken)
-            with TrainingCheckpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError, match=f"{tmp_path}/1 is damaged"):
+            with (
+                TrainingCheckpoints(tmp_path, 2) as checkpoints,
+                pytest.raises(UserError, match=f"{tmp_path}/1 is damaged"),
+            ):
                 checkpoints.restore(layout(state_at(0)))
             path.write_bytes(content)
     with TrainingCheckpoints(tmp_path, 2) as checkpoints:

@@ -32,7 +32,13 @@ def test_one_device_is_a_mesh_like_any_other():
 
 @pytest.mark.parametrize(
     "config",
-    [MeshConfig(data=3), MeshConfig(data=-1, fsdp=3), MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0), MeshConfig(data=4)],
+    [
+        MeshConfig(data=3),
+        MeshConfig(data=-1, fsdp=3),
+        MeshConfig(data=-1, fsdp=-1),
+        MeshConfig(data=0),
+        MeshConfig(data=4),
+    ],
 )
 def test_impossible_meshes_show_their_arithmetic(config):
     with pytest.raises(UserError, match=rf"data {config.data} x fsdp {config.fsdp} x context 1 x tensor 1"):
@@ -69,5 +75,7 @@ def test_nearly_all_of_a_large_transformer_is_divided():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     shardings = tree_shardings(shapes, mesh)
     total = sum(x.size for x in shapes.values())
-    per_device = sum(jnp.prod(jnp.array(shardings[k].shard_shape(x.shape), jnp.float32)) for k, x in shapes.items())
+    per_device = sum(
+        jnp.prod(jnp.array(shardings[k].shard_shape(x.shape), jnp.float32)) for k, x in shapes.items()
+    )
     assert per_device < 1.02 * total / 8

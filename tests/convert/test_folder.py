@@ -35,13 +35,17 @@ def test_every_network_loads_with_its_weights(original, tmp_path):
     }  # fmt: skip
     dit = split(load_dit(config))[1]
     source = safetensors.numpy.load_file(original / "dit.safetensors")
-    np.testing.assert_array_equal(dit["blocks.self_attention.q.kernel"][1], source["blocks.1.self_attn.q.weight"].T)
+    np.testing.assert_array_equal(
+        dit["blocks.self_attention.q.kernel"][1], source["blocks.1.self_attn.q.weight"].T
+    )
     vae = split(load_vae(config))[1]
     source = safetensors.numpy.load_file(original / "vae.safetensors")
     np.testing.assert_array_equal(vae["encoder.layers.0.bias"], source["encoder.conv1.bias"])
     text, tokenizer = load_umt5(config)
     source = safetensors.numpy.load_file(original / "text.safetensors")
-    np.testing.assert_array_equal(split(text)[1]["token_embedding.embedding"], source["token_embedding.weight"])
+    np.testing.assert_array_equal(
+        split(text)[1]["token_embedding.embedding"], source["token_embedding.weight"]
+    )
     assert tokenizer(["A ball"])[1].sum() == 3
 
 

@@ -15,7 +15,9 @@ from ditmem_jax.models.state import abstract
 from ditmem_jax.types import Memory
 from tests.tiny import random_arrays, tiny_config
 
-velocity, encode, predict = (nnx.jit(function) for function in (ditmem.velocity, ditmem.encode, ditmem.predict))
+velocity, encode, predict = (
+    nnx.jit(function) for function in (ditmem.velocity, ditmem.encode, ditmem.predict)
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def parts():
         "context": rng.standard_normal((2, 5, 16)),
         "references": rng.standard_normal((2, 2, 3, 4, 4, 4)),
     }
-    batch = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()} | {"present": jnp.ones((2, 2), bool)}
+    batch = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()} | {
+        "present": jnp.ones((2, 2), bool)
+    }
     noise = jnp.asarray(rng.standard_normal((2, 3, 4, 4, 4)), jnp.float32)
     return *networks, batch, jnp.array([0.3, 0.8]), noise
 
@@ -89,9 +93,13 @@ def test_ten_memory_rows_cost_the_full_size_transformer_next_to_nothing():
     assert rows[0].shape == (1, 10, config.dim)
 
     def forward(weights, latents, timestep, context, *rows):
-        return structure.merge(weights)(latents, timestep, context, Memory(*rows) if rows else None, unroll=True)
+        return structure.merge(weights)(
+            latents, timestep, context, Memory(*rows) if rows else None, unroll=True
+        )
 
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 21, 60, 104, 16), (1,), (1, 512, 4096))]
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 21, 60, 104, 16), (1,), (1, 512, 4096))
+    ]
     without, with_memory = (
         jax.jit(forward).lower(weights, *inputs, *memory).cost_analysis()["flops"] for memory in ((), rows)
     )
