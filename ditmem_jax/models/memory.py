@@ -40,8 +40,8 @@ class Buffer(nnx.Variable):
 def radius(grid: Grid, *, released: bool) -> np.ndarray:
     """Distance from frequency zero, 0 to 1, of every bin of a Fourier transform over `grid`.
 
-    The true distance covers all bins. The released one covers the half spectrum [T, H, W // 2 + 1] and counts bins
-    along T and H as if the highest index were the highest frequency, which it is not: checkpoints contain it.
+    The true distance covers all bins. The released one covers the half spectrum [T, H, W // 2 + 1] and counts
+    bins along T and H as if the highest index were the highest frequency, which it is not; checkpoints hold it.
     """
     if released:
         axes = [np.linspace(0, 1, n) for n in (*grid[:2], grid[2] // 2 + 1)]
@@ -54,10 +54,8 @@ def gain(band: Band, distance: np.ndarray, channels: int) -> Float[Array, "chann
     """How much of each frequency the filter of `band` lets through, per channel: 0.2 to 1.2."""
     curve = 0.2 + 0.8 * np.sqrt(distance) if band == "high" else 1.2 - 0.8 * np.sqrt(distance)
     slope, offset = np.linspace(0.7, 1.3, channels), np.linspace(-0.05, 0.05, channels)
-    per_channel = (channels,) + (1,) * distance.ndim
-    return jnp.asarray(
-        np.clip(slope.reshape(per_channel) * curve + offset.reshape(per_channel), 0.2, 1.2), jnp.float32
-    )
+    per_channel = np.multiply.outer(slope, curve) + offset.reshape(-1, *[1] * curve.ndim)
+    return jnp.asarray(np.clip(per_channel, 0.2, 1.2), jnp.float32)
 
 
 class ReleasedFilter(nnx.Module):
@@ -66,9 +64,8 @@ class ReleasedFilter(nnx.Module):
     def __init__(self, band: Band, channels: int, grid: Grid, *, rngs: nnx.Rngs):
         curve = gain(band, radius(grid, released=True), channels)
         noise = 0.05 * jax.random.normal(rngs.params(), (*curve.shape, 2))
-        self.complex_weight = Buffer(
-            jnp.stack([jnp.clip(curve + noise[..., 0], 0.05, 1.2), noise[..., 1]], axis=-1)
-        )  # [C, T, H, W // 2 + 1, (real, imaginary)]
+        weight = jnp.stack([jnp.clip(curve + noise[..., 0], 0.05, 1.2), noise[..., 1]], axis=-1)
+        self.complex_weight = Buffer(weight)  # [C, T, H, W // 2 + 1, (real, imaginary)]
         self.grid = grid
 
     def __call__(self, x: Float[Array, "N T H W C"]) -> Float[Array, "N T H W C"]:
@@ -81,8 +78,8 @@ class ReleasedFilter(nnx.Module):
             )
         real, imaginary = jnp.moveaxis(self.complex_weight[...], 0, 3)[None].transpose(5, 0, 1, 2, 3, 4)
         spectrum = jnp.fft.rfftn(x, axes=(1, 2, 3), norm="ortho") * jax.lax.complex(real, imaginary)
-        # The product is no spectrum of real values. Last axis apart: then what is not real is dropped on every
-        # device as the released code drops it, while one transform over three axes may assume it is not there.
+        # The product is no spectrum of real values. With the last axis apart, what is not real is dropped on
+        # every device as the released code drops it; one transform over three axes may assume it is not there.
         spectrum = jnp.fft.ifftn(spectrum, axes=(1, 2), norm="ortho")
         return jnp.fft.irfft(spectrum, n=x.shape[3], axis=3, norm="ortho")
 
@@ -91,7 +88,7 @@ class RadialFilter(nnx.Module):
     """A filter of the true frequency radius, for any grid, without stored weights or noise.
 
     Its gain is real and the same for a frequency and its mirror along each axis, so the orthonormal real
-    Fourier basis, cos + sin, diagonalises it: two products with small matrices, which are quicker than complex transforms.
+    Fourier basis, cos + sin, diagonalises it: products with small matrices, quicker than complex transforms.
     """
 
     def __init__(self, band: Band):
@@ -105,24 +102,24 @@ class RadialFilter(nnx.Module):
 
 def _real_fourier(x: Float[Array, "N T H W C"]) -> Float[Array, "N T H W C"]:
     """The real Fourier transform over T, H and W; it is its own inverse."""
-    _, frames, height, width, _ = x.shape
-    plane = jnp.einsum("HJ,WK->HWJK", _cas(height), _cas(width)).reshape(height * width, -1)
-    spectrum = jnp.einsum("UT,NTX->NUX", _cas(frames), x.reshape(*x.shape[:2], -1))
-    spectrum = jnp.einsum("QP,NTPC->NTQC", plane, spectrum.reshape(*x.shape[:2], height * width, -1))
-    return spectrum.reshape(x.shape)
+    frames, height, width = (_cas(n) for n in x.shape[1:4])
+    plane = np.kron(height, width)
+    spectrum = jnp.einsum("UT,NTX->NUX", frames, x.reshape(*x.shape[:2], -1), precision="highest")
+    spectrum = spectrum.reshape(*x.shape[:2], len(plane), -1)
+    return jnp.einsum("QP,NTPC->NTQC", plane, spectrum, precision="highest").reshape(x.shape)
 
 
-def _cas(n: int) -> Float[Array, "n n"]:
+def _cas(n: int) -> Float[np.ndarray, "n n"]:
     angle = 2 * np.pi * np.outer(np.arange(n), np.arange(n)) / n
-    return jnp.asarray((np.cos(angle) + np.sin(angle)) / np.sqrt(n), jnp.float32)
+    return ((np.cos(angle) + np.sin(angle)) / np.sqrt(n)).astype(np.float32)
 
 
 class Conv3d(nnx.Module):
     """A convolution over T, H and W, padded by half the kernel.
 
-    XLA's 3D convolutions are 2 to 8 times slower on CPUs than what stands here, and few channels waste a TPU. So the
-    time taps are stacked along the channels and handed to one 2D convolution with time folded into the batch; and
-    where the kernel covers the whole grid, the convolution is written out as the matrix that it is.
+    The taps in time are stacked along the channels and handed to one 2D convolution with time folded into the
+    batch, because XLA's 3D convolutions are 2 to 8 times slower than that on CPUs, and few channels waste a TPU.
+    Frames that are no larger than the kernel are slow as images, too: there all taps are stacked.
     """
 
     def __init__(
@@ -135,46 +132,40 @@ class Conv3d(nnx.Module):
 
     def __call__(self, x: Float[Array, "N T H W C"]) -> Float[Array, "N t h w E"]:
         kernel = self.kernel[...].astype(self.dtype)
-        whole = math.prod(x.shape[1:4]) <= math.prod(kernel.shape[:3])
-        y = (self._as_matrix if whole else self._time_in_channels)(x.astype(self.dtype), kernel)
+        size, half, outputs = kernel.shape[0], kernel.shape[0] // 2, kernel.shape[-1]
+        small = x.shape[2] * x.shape[3] <= size**2
+        x = _stack_taps(x.astype(self.dtype), 1, size, self.stride)
+        if small:
+            for axis in (2, 3):
+                x = _stack_taps(x, axis, size, self.stride)
+            y = x @ kernel.transpose(2, 1, 0, 3, 4).reshape(-1, outputs)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x.reshape(-1, *x.shape[2:]),
+                kernel.transpose(1, 2, 0, 3, 4).reshape(size, size, -1, outputs),
+                (self.stride, self.stride),
+                [(half, half), (half, half)],
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            y = y.reshape(*x.shape[:2], *y.shape[1:])
         return y.astype(jnp.float32) + self.bias[...][None, None, None, None]
 
-    def _as_matrix(
-        self, x: Float[Array, "N T H W C"], kernel: Float[Array, "a b c C E"]
-    ) -> Float[Array, "N t h w E"]:
-        taps = [_taps(n, kernel.shape[0], self.stride) for n in x.shape[1:4]]
-        matrix = jnp.einsum("aTt,bHh,cWw,abcCE->THWCthwE", *(t.astype(self.dtype) for t in taps), kernel)
-        return jnp.tensordot(x, matrix, axes=4)
 
-    def _time_in_channels(
-        self, x: Float[Array, "N T H W C"], kernel: Float[Array, "a b c C E"]
-    ) -> Float[Array, "N t h w E"]:
-        taps, half = kernel.shape[0], kernel.shape[0] // 2
-        padded = jnp.pad(x, ((0, 0), (half, half), (0, 0), (0, 0), (0, 0)))
-        frames = (padded.shape[1] - taps) // self.stride + 1
-        last = self.stride * (frames - 1) + 1
-        stacked = jnp.concatenate([padded[:, tap : tap + last : self.stride] for tap in range(taps)], axis=-1)
-        y = jax.lax.conv_general_dilated(
-            stacked.reshape(-1, *stacked.shape[2:]),
-            kernel.transpose(1, 2, 0, 3, 4).reshape(taps, taps, -1, kernel.shape[-1]),
-            (self.stride, self.stride),
-            [(half, half), (half, half)],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y.reshape(-1, frames, *y.shape[1:])
-
-
-def _taps(length: int, kernel: int, stride: int) -> np.ndarray:
-    """[kernel, length, outputs]: 1 where an output of a padded convolution reads that input with that tap."""
-    tap, cell, output = np.ogrid[:kernel, :length, : (length + 2 * (kernel // 2) - kernel) // stride + 1]
-    return (cell == stride * output + tap - kernel // 2).astype(np.float32)
+def _stack_taps(x: Array, axis: int, size: int, stride: int) -> Array:
+    """What each output of a convolution along `axis` reads, tap after tap along the channels."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (size // 2, size // 2)
+    x = jnp.pad(x, pad)
+    last = (x.shape[axis] - size) // stride * stride + 1
+    taps = [jax.lax.slice_in_dim(x, tap, tap + last, stride, axis) for tap in range(size)]
+    return jnp.concatenate(taps, axis=-1)
 
 
 class BatchNorm(nnx.Module):
     """Batch norm over the videos that are present, with the conventions of the checkpoints.
 
-    The biased variance normalises, the unbiased one enters the running variance. Under one jit over a sharded batch the
-    statistics are those of the whole batch. Without any video the running statistics stay.
+    The biased variance normalises, the unbiased one enters the running variance. Under one jit over a sharded
+    batch the statistics are those of the whole batch. Without any video the running statistics stay.
     """
 
     def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-5):
@@ -246,14 +237,24 @@ class Stage(nnx.Module):
 
 
 def _max_pool(x: Float[Array, "N T H W C"], size: int) -> Float[Array, "N t h w C"]:
-    """Largest value of each block of size^3 cells; cells that fill no block are left out."""
+    """Largest value of each block of size^3 cells; cells that fill no block are left out.
+
+    The largest is picked by its place. The gradient of a plain max compares values with the maximum, and XLA may
+    compute those values once more in another fusion, rounded otherwise: then none is equal, and on CPUs a quarter
+    of the gradient was seen to vanish.
+    """
+    if size == 1:
+        return x
     frames, height, width = (n // size for n in x.shape[1:4])
     x = x[:, : frames * size, : height * size, : width * size]
-    return x.reshape(-1, frames, size, height, size, width, size, x.shape[-1]).max((2, 4, 6))
+    x = x.reshape(-1, frames, size, height, size, width, size, x.shape[-1]).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    blocks = x.reshape(-1, frames, height, width, size**3, x.shape[-1])
+    place = jnp.argmax(jax.lax.stop_gradient(blocks), axis=4)
+    return (blocks * jax.nn.one_hot(place, size**3, axis=4, dtype=x.dtype)).sum(4)
 
 
 def adaptive_bins(length: int, bins: int) -> Float[np.ndarray, "bins length"]:
-    """The averages of an adaptive average pool as a matrix: bin i runs from floor(i n / b) to ceil((i + 1) n / b)."""
+    """An adaptive average pool as a matrix: bin i runs from floor(i n / b) to ceil((i + 1) n / b)."""
     matrix = np.zeros((bins, length), np.float32)
     for i in range(bins):
         start, stop = i * length // bins, -(-(i + 1) * length // bins)
@@ -309,9 +310,8 @@ class Branch(nnx.Module):
         if isinstance(tokens, int):
             grid = self.config.feature_grid
             bins, _ = distinct_bins(grid[0], tokens)
-            x = jnp.einsum(
-                "MT,NTHWC->NMCHW", bins, _adaptive_pool(x, grid)
-            )  # C, H, W: the checkpoints' order
+            x = _adaptive_pool(x, grid)
+            x = jnp.einsum("MT,NTHWC->NMCHW", bins, x)  # C, H, W is the order of the checkpoints
             return self.projection(x.reshape(*x.shape[:2], -1))
         cells = _adaptive_pool(x, tokens).reshape(x.shape[0], -1, x.shape[-1])
         rows = self.projection(cells)
@@ -384,7 +384,8 @@ class MemoryEncoder(nnx.Module):
             present: False marks a missing video: its rows get bias -inf, and what stands in `latents` is not read.
             training: statistics of the batch instead of the running ones, and dropout (from `rngs.dropout`).
         Raises:
-            UserError: for latents of another number of channels, or of a grid that is too small or that the stored filter does not fit.
+            UserError: for latents of another number of channels, or of a grid that is too small or that the
+                stored filter does not fit.
         """
         config = self.config
         if latents.shape[-1] != config.in_dim:
@@ -412,16 +413,14 @@ class MemoryEncoder(nnx.Module):
         bands = []
         for name, branch in (("high", self.high), ("low", self.low)):
             with jax.named_scope(name):
-                bands.append(branch(latents, present.reshape(-1), training=training, rngs=rngs))
-        rows = jnp.stack(
-            [band.reshape(batch, -1, band.shape[-1]) for band in bands], axis=1
-        )  # [B, 2, R M, D]
+                rows = branch(latents, present.reshape(-1), training=training, rngs=rngs)
+                bands.append(rows.reshape(batch, -1, config.dim))
 
         counts = row_counts(config)
         bias = jnp.where(present[:, :, None], jnp.log(counts)[None, None], -jnp.inf).reshape(batch, -1)
         with jax.named_scope("self_attention"):
             within = jnp.repeat(jnp.maximum(bias, ABSENT), 2, axis=0)
-            tokens = self.self_attention(rows.reshape(2 * batch, -1, config.dim), within)
+            tokens = self.self_attention(jnp.stack(bands, axis=1).reshape(2 * batch, -1, config.dim), within)
         return Memory(tokens.reshape(batch, -1, config.dim), jnp.tile(bias, (1, 2)))
 
 
@@ -433,7 +432,7 @@ def row_counts(config: MemoryConfig) -> Float[np.ndarray, " rows"]:
 
 
 def _grids(config: MemoryConfig, grid: Grid) -> tuple[list[Grid], Grid]:
-    """The grid after each convolution, before its pool, and the one that the last pool leaves of latents of `grid`."""
+    """For latents of `grid`, the grid after each convolution, before its pool, and that after the last pool."""
     grids = []
     for _, kernel, stride, pool in config.stages:
         grids.append(tuple((n + 2 * (kernel // 2) - kernel) // stride + 1 for n in grid))
@@ -444,10 +443,9 @@ def _grids(config: MemoryConfig, grid: Grid) -> tuple[list[Grid], Grid]:
 def shuffle_videos(
     latents: Float[Array, "B R T H W C"], present: Bool[Array, "B R"], key: PRNGKeyArray
 ) -> tuple[Float[Array, "B R T H W C"], Bool[Array, "B R"]]:
-    """Permutes the videos of each sample at random; both branches see the same order, since they share the input."""
-    order = jax.vmap(lambda key: jax.random.permutation(key, present.shape[1]))(
-        jax.random.split(key, len(present))
-    )
-    return jnp.take_along_axis(latents, order[:, :, None, None, None, None], 1), jnp.take_along_axis(
-        present, order, 1
-    )
+    """Permutes the videos of each sample at random, alike for both branches, which share the input."""
+    batch, videos = present.shape
+    order = jnp.broadcast_to(jnp.arange(videos), (batch, videos))
+    order = jax.random.permutation(key, order, axis=1, independent=True)
+    latents = jnp.take_along_axis(latents, order[:, :, None, None, None, None], axis=1)
+    return latents, jnp.take_along_axis(present, order, axis=1)

@@ -137,6 +137,26 @@ def test_max_pool_leaves_out_what_fills_no_block():
     np.testing.assert_array_equal(m._max_pool(x, 2).ravel(), [16, 18])
 
 
+def test_max_pool_passes_on_the_whole_gradient(monkeypatch):
+    """Inside a compiled encoder, where comparing values with their maximum was off by a tenth."""
+    encoder = make(stages=((16, 3, 1, 1), (16, 3, 1, 2)), latent_grid=(3, 4, 4), tokens=(1, 1, 1))
+    graph, params = nnx.split(encoder)
+
+    def gradient(params, x):
+        return jax.grad(lambda p: jnp.square(nnx.merge(graph, p)(x, training=True).tokens).sum())(params)
+
+    def window(x, size):
+        return nnx.max_pool(x, (size,) * 3, (size,) * 3)
+
+    x = noise(8, 3, 3, 4, 4, 3)
+    got = jax.jit(lambda params, x: gradient(params, x))(params, x)
+    monkeypatch.setattr(m, "_max_pool", window)
+    want = jax.jit(lambda params, x: gradient(params, x))(params, x)
+    scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(want))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
+
+
 def test_attention_with_multiplicities_is_that_over_repeated_rows(group):
     x, counts = noise(2, 5, 16), np.array([3, 1, 2, 1, 3])
     bias = jnp.tile(jnp.log(jnp.asarray(counts, jnp.float32))[None], (2, 1))
