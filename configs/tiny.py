@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
         dict(
             dim=config.dit.dim,
             in_dim=config.vae.z_dim,
-            stages=((64, 3, 1, 1), (96, 3, 1, 2)),
+            stages=((64, 3, 1, 2), (96, 3, 1, 1)),
             latent_grid=(7, 4, 4),
             filter="radial",
             tokens=(3, 1, 1),

@@ -1,7 +1,6 @@
 """Trains the tiny Wan transformer and its text encoder: `python -m experiments.tiny_wan.train_dit`.
 
-The batch is divided among all devices. On two cores, two devices of one thread each are nearly twice as fast as one
-of two: XLA_FLAGS=--xla_force_host_platform_device_count=2.
+The batch is divided among all devices.
 
 The clips show worlds without names. Half of the captions state the constants, in words or numbers; a third begin
 "on planet <unk>", so that a name the tokenizer does not know is a familiar sight that means nothing.
@@ -40,7 +39,7 @@ from experiments.tiny_wan.common import (
 )
 from experiments.tiny_wan.tokenizer import train_tokenizer
 
-STEPS = flags.DEFINE_integer("steps", 5000, "Training steps.")
+STEPS = flags.DEFINE_integer("steps", 2600, "Training steps.")
 CLIPS = flags.DEFINE_integer("clips", 20000, "Different clips to train on.")
 BATCH = flags.DEFINE_integer("batch", 64, "Clips per step.")
 RATE = flags.DEFINE_float("rate", 2e-2, "Peak learning rate.")

@@ -1,0 +1,55 @@
+"""The shipped weights: small, complete, and of some use."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.tiny import get_config
+from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
+from ditmem_jax.config import Config, build
+from ditmem_jax.data.video import to_unit
+from ditmem_jax.models.vae import decode_scan, encode_scan
+from ditmem_jax.worlds import caption, sample_clip
+from ditmem_jax.worlds.laws import planet_names, sample_world
+from experiments.tiny_wan.common import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return build(Config, get_config())
+
+
+@pytest.fixture(scope="module")
+def clip():
+    rng = np.random.default_rng(3)
+    return sample_clip(rng, sample_world(rng), "fall")
+
+
+def test_weights_are_small():
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 16e6
+
+
+def test_vae_reconstructs(config, clip):
+    vae = load_vae(config)
+    video = jnp.asarray(to_unit(clip.video[None]))
+    latents = encode_scan(vae, video)
+    psnr = 10 * jnp.log10(4 / jnp.square(decode_scan(vae, latents) - video).mean())
+    assert psnr > 25
+    assert 0.3 < latents.std() < 3  # normalised
+
+
+def test_planet_names_are_unknown_words(config, clip):
+    _, tokenizer = load_umt5(config)
+    one, other = (tokenizer([caption(clip, name)])[0] for name in planet_names(0)[:2])
+    np.testing.assert_array_equal(one, other)
+
+
+def test_text_and_transformer_fit_together(config, clip):
+    text, tokenizer = load_umt5(config)
+    ids, mask = tokenizer([caption(clip, state="numbers")])
+    context = text(jnp.asarray(ids), jnp.asarray(mask))
+    grid = config.vae.latent_grid(config.video.frames, config.video.height, config.video.width)
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, *grid, config.vae.z_dim)), jnp.float32)
+    velocity = load_dit(config)(noise, jnp.full((1,), 999.0), context)
+    # at nearly pure noise the velocity is about noise minus the mean clip
+    assert np.corrcoef(velocity.ravel(), noise.ravel())[0, 1] > 0.7
