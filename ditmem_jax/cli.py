@@ -1,6 +1,7 @@
 """What every command line tool shares: `--config` with overrides, `--debug`, and errors in a few lines."""
 
 import ast
+import logging
 import re
 import runpy
 import sys
@@ -49,6 +50,7 @@ def run(main: Callable[[], None]) -> None:
     for name in ("debug", "config"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # listed by --help
+    logging.getLogger("jax").setLevel(logging.WARNING)  # else it names every kind of device that is not there
     app.run(lambda rest: _guarded(main, rest[1:]), [re.sub(r"^--?config\.", "--set=", a) for a in sys.argv])
 
 
