@@ -13,7 +13,7 @@ Tone = Literal["grey", "blue", "orange", "pink", "green"]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Numbers to draw; pairs that are not finite are left out.
+    """Numbers to draw; pairs that are not finite or beyond the axes are left out.
 
     Attributes:
         mark: "line", "dashed" or "dots".
@@ -101,7 +101,7 @@ class _Frame:
 
     def shows(self, x: Number, y: Number) -> bool:
         pairs = (x, self.x), (y, self.y)
-        return all(math.isfinite(value) and (value > 0 or not axis.log) for value, axis in pairs)
+        return all(math.isfinite(value) and axis.low <= value <= axis.high for value, axis in pairs)
 
 
 def plot(

@@ -172,6 +172,8 @@ class Demo:
         findings = trials.Findings.load(self.out / "findings.npz")
         rows = score.rows(findings)
         show.print_tables(self.console, rows)
+        config = to_dict(self.config)
+        config["weights"]["path"] = os.path.relpath(config["weights"]["path"])
         result = {
             "finding": score.finding(rows[0], self.config.data.references),
             "rows": [_rounded(dataclasses.asdict(row)) for row in rows],
@@ -187,7 +189,7 @@ class Demo:
                 "jax": jax.__version__,
             },
             "commands": self.commands,
-            "config": to_dict(self.config),
+            "config": config,
         }
         page = show.make_page(result, rows, findings, self.trials, self._clips(), self.encoder.parent)
         write_text(self.out / "report.html", page)

@@ -240,6 +240,8 @@ def _curves(run: Path) -> list[Html]:
     for column, tone in (("gain", "blue"), ("gain_wrong", "pink")):
         if column in validation:
             gains.append(report.Series(validation["step"], validation[column], tone))
+    best = max(value for one in gains for value in one.y)
+    ends = (-best, 1.1 * best) if best > 0 else (None, None)  # cuts off how an untrained memory harms
     loss = [_smooth(training["step"], training["loss"])]
     legend = report.legend(
         ("grey", "planets in training"),
@@ -254,7 +256,11 @@ def _curves(run: Path) -> list[Html]:
     )
     plots = report.side_by_side(
         report.plot(
-            gains, step, report.Axis("gain", percent=True), title="gain from the memory", size=(420, 250)
+            gains,
+            step,
+            report.Axis("gain", *ends, percent=True),
+            title="gain from the memory",
+            size=(420, 250),
         ),
         report.plot(loss, step, report.Axis("squared error"), title="loss", size=(420, 250)),
     )

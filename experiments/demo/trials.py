@@ -2,9 +2,7 @@
 
 import dataclasses
 import itertools
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -153,14 +151,9 @@ class Findings:
 def examine(trials: Sequence[Trial], clips: dict[str, np.ndarray]) -> Findings:
     """Measures every clip; `clips` holds those of `SAMPLED`, the real ones come with the trials."""
     clips = {"real": [trial.clip.video for trial in trials], **clips}
-    todo = [(clips[way][index], trial.phenomenon) for index, trial in enumerate(trials) for way in ALL]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(
-            track(pool.map(_tell, *zip(*todo, strict=True), chunksize=8), "measuring", total=len(todo))
-        )
     entries, measured = [], {way: [] for way in ALL}
-    for index, trial in enumerate(trials):
-        told = dict(zip(ALL, found[index * len(ALL) :], strict=False))
+    for index, trial in enumerate(track(trials, "measuring")):
+        told = {way: _tell(clips[way][index], trial.phenomenon) for way in ALL}
         for constant, value in trial.world.shown_by(trial.phenomenon).items():
             other = getattr(trial.other, constant)
             entries.append((index, trial.number, trial.phenomenon, constant, value, other))

@@ -45,8 +45,10 @@ def test_axis_fits_its_numbers_and_writes_them():
     assert report.Axis().write(-1e-17) == "0"
 
 
-def test_plot_leaves_out_what_is_not_finite():
-    dots = report.Series([1, 2, float("nan"), 4], [1, float("inf"), 3, 0], mark="dots", notes=list("abcd"))
+def test_plot_leaves_out_what_is_not_finite_or_beyond_the_axes():
+    dots = report.Series(
+        [1, 2, float("nan"), 4, 5], [1, float("inf"), 3, 0, 1.1], mark="dots", notes=list("abcde")
+    )
     line = report.Series([0, 1], [0.5, 1.0], "pink", "dashed")
     axes = report.Axis("x", 0, 10), report.Axis("y", 0, 1)
     chart = report.plot([dots, line], *axes, title="a < b", size=(120, 110), diagonal=True)
