@@ -124,6 +124,13 @@ def spectrum(config: Config, vae, clips: dict[str, list]) -> dict:
     return result
 
 
+def finite(value):
+    """The value with what JSON does not have, infinity and NaN, as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def main(_) -> None:
     values = get_config()
     if GUIDANCE.value is not None:
@@ -137,7 +144,7 @@ def main(_) -> None:
         ("own_clips", lambda: own_clips(Sampler(config, load_dit(config), vae, load_umt5(config)), clips)),
         ("spectrum", lambda: spectrum(config, vae, clips)),
     ):
-        results[name] = part()
+        results[name] = finite(part())
         print(json.dumps({name: results[name]}, indent=1), flush=True)
     Path(OUT.value).write_text(json.dumps(results, indent=1) + "\n")
 

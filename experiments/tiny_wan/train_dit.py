@@ -43,7 +43,9 @@ STEPS = flags.DEFINE_integer("steps", 2600, "Training steps.")
 CLIPS = flags.DEFINE_integer("clips", 20000, "Different clips to train on.")
 BATCH = flags.DEFINE_integer("batch", 64, "Clips per step.")
 RATE = flags.DEFINE_float("rate", 2e-2, "Peak learning rate.")
-CONTINUE = flags.DEFINE_bool("continue", False, "Begin with the weights of the last run instead of random ones.")
+CONTINUE = flags.DEFINE_bool(
+    "continue", False, "Begin with the weights of the last run instead of random ones."
+)
 BINS = 20  # of sigma, for the running mean of the loss that each sample's loss is divided by
 
 
@@ -143,7 +145,9 @@ def train(latents: np.ndarray, ids: np.ndarray, empty: np.ndarray) -> None:
     start = time.time()
     for step, data in enumerate(prefetch(batch, range(STEPS.value))):
         decay = min(0.9995, (step + 1) / (step + 10))
-        state, average, opt_state, running = step_fn(state, average, opt_state, running, decay, *jax.device_put(data, divided))
+        state, average, opt_state, running = step_fn(
+            state, average, opt_state, running, decay, *jax.device_put(data, divided)
+        )
         if step % 200 == 199:
             levels = " ".join(f"{x:.4f}" for x in np.asarray(running)[1::3])
             print(
