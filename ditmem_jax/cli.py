@@ -1,6 +1,7 @@
 """What every command line tool shares: `--config` with overrides, `--debug`, and errors in a few lines."""
 
 import ast
+import logging
 import re
 import runpy
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from ditmem_jax.config import Config, build, to_dict
@@ -49,7 +50,8 @@ def run(main: Callable[[], None]) -> None:
     for name in ("debug", "config"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # listed by --help
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # else libraries tell of all that they do
+    for name in ("jax", "absl"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # else libraries tell of all that they do
     app.run(lambda rest: _guarded(main, rest[1:]), [re.sub(r"^--?config\.", "--set=", a) for a in sys.argv])
 
 
