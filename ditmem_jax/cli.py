@@ -1,7 +1,6 @@
 """What every command line tool shares: `--config` with overrides, `--debug`, and errors in a few lines."""
 
 import ast
-import logging
 import re
 import runpy
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from ditmem_jax.config import Config, build, to_dict
@@ -50,12 +49,12 @@ def run(main: Callable[[], None]) -> None:
     for name in ("debug", "config"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # listed by --help
-    for name in ("jax", "absl"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # else libraries tell of all that they do
     app.run(lambda rest: _guarded(main, rest[1:]), [re.sub(r"^--?config\.", "--set=", a) for a in sys.argv])
 
 
 def _guarded(main: Callable[[], None], unexpected: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # else libraries tell of all that they do
     try:
         if unexpected:
             raise UserError(f"unexpected argument {unexpected[0]!r}", fix="flags start with --; see --help")
