@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
             tokens=(3, 1, 1),
             norm="group",
             dropout=0.1,
+            strength=0.05,
         )
     )
     config.data = ConfigDict(

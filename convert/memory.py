@@ -40,6 +40,8 @@ def table(config: MemoryConfig) -> Table:
         ]
     for part in ("norm_q", "norm_k"):
         rules.append(Rule(f"self_attention.{part}.weight", f"self_attention.{part}.scale"))
+    if config.strength is not None:
+        rules.append(Rule("log_strength", "log_strength"))
     return Table(
         rules=rules,
         ignored={

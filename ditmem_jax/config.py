@@ -53,7 +53,9 @@ class MemoryConfig:
 
     `stages` lists (channels, kernel, stride, pool) of each convolution. `tokens` is either the released
     scheme, adaptive pooling over time to that many nominal tokens per band and video, of which equal ones
-    are kept once, or a grid (t, h, w) of distinct cells per band and video.
+    are kept once, or a grid (t, h, w) of distinct cells per band and video. `strength` is the weight of the
+    memory in attention before training, which then learns it, band by band; None is the released way, weight 1
+    for good. A new memory says nothing true: the less it weighs, the less it harms until it does.
     """
 
     dim: int
@@ -65,9 +67,16 @@ class MemoryConfig:
     num_heads: int = 8
     norm: Literal["batch", "group"] = "batch"
     dropout: float = 0.5
+    strength: float | None = None
     eps: float = 1e-6
 
     def __post_init__(self):
+        _require(
+            self.strength is None or self.strength > 0,
+            "memory.strength is a weight to begin with",
+            expected="above 0, or None",
+            found=self.strength,
+        )
         _require(
             self.dim % self.num_heads == 0,
             "memory.dim must divide into memory.num_heads",
@@ -421,6 +430,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             )
         return value
     if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
         for option in arguments:
             if isinstance(value, (list, tuple)) == (typing.get_origin(option) is tuple):
                 return _coerce(option, value, where)

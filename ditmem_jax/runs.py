@@ -122,7 +122,7 @@ def matches_for(folder: Path, records: RecordReader, bank: Bank, k: int) -> Int[
             found, matches = {name: str(stored[name]) for name in versions}, stored["matches"]
         if changed := [name for name in versions if found[name] != versions[name]]:
             raise UserError(
-                f"the {' and the '.join(changed)} have changed since the run in {folder} began",
+                f"{' and '.join(changed)}: not what the run in {folder} began with",
                 expected=found,
                 found=versions,
                 fix="the videos as they were, or another run.out",
@@ -135,21 +135,22 @@ def matches_for(folder: Path, records: RecordReader, bank: Bank, k: int) -> Int[
 
 
 class Curves:
-    """CSV and TensorBoard logs. Rows after `step`, left by a run that was killed later, are dropped."""
+    """CSV and TensorBoard logs of a run that stands at `step`. What an earlier process logged after it is dropped."""
 
     def __init__(self, folder: Path, step: int):
         self.folder = folder
         for path in folder.glob("*.csv"):
             with open(path, newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
+                header, *rows = list(csv.reader(file)) or [[]]
+            kept = [row for row in rows if len(row) == len(header) and 0 < step >= int(row[0])]
             with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([header, *(row for row in rows if row and int(row[0]) <= step)])
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                csv.writer(file).writerows([header, *kept] if kept else [])
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Appends a row to `<kind>.csv`."""
         path = self.folder / f"{kind}.csv"
-        new = not path.exists()
+        new = not path.exists() or path.stat().st_size == 0
         with open(path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if new:

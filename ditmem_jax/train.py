@@ -349,12 +349,10 @@ def _termination() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-CONFIG = cli.define_config()
-
-
 def main() -> None:
     print(f"the encoder is in {train(cli.load_config(CONFIG))}")
 
 
 if __name__ == "__main__":
+    CONFIG = cli.define_config()
     cli.run(main)

@@ -1,11 +1,11 @@
 """The memory as a value."""
 
-from flax import struct
+from typing import NamedTuple
+
 from jaxtyping import Array, Float
 
 
-@struct.dataclass
-class Memory:
+class Memory(NamedTuple):
     """Memory rows for every self-attention of the transformer.
 
     `bias` is added to the attention logits of a row: the log of how many equal rows it stands for, plus the log

@@ -1,6 +1,8 @@
 """Training on random tiny networks: exactness, resuming, what is differentiated and what it costs."""
 
 import csv
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,16 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
+from flax import nnx
 
 from ditmem_jax import runs
-from ditmem_jax.checkpoint import TrainingCheckpoints, load_dit, load_encoder
-from ditmem_jax.config import MemoryConfig, MeshConfig, ObjectiveConfig, to_dict
+from ditmem_jax.bank import Bank
+from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder
+from ditmem_jax.config import Config, MemoryConfig, MeshConfig, ObjectiveConfig, to_dict
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.ditmem import Networks, errors
+from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.ditmem import Networks, encode, errors
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
-from ditmem_jax.train import init_state, load_networks, make_encoder, make_optimizer, make_train_step, train
+from ditmem_jax.train import check, init_state, load_networks, make_encoder, make_optimizer, make_train_step
 from tests.tiny import make_tiny, replace
 
 ROOT = Path(__file__).parents[1]
@@ -31,15 +36,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs that compute the same share one compilation."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------
@@ -56,19 +52,28 @@ def some_batch(config, size=8, seed=0):
     }
 
 
-def run_steps(config, devices, mesh=MeshConfig(), steps=3):
+@functools.lru_cache
+def first_state(config):
+    """A new encoder on one device; equal configurations share it, since its initialisation takes long to compile."""
+    return jax.device_get(jax.jit(lambda: init_state(config, make_optimizer(config.optim, 3)))())
+
+
+def run_steps(config, devices, mesh=None, steps=3):
     """Metrics of a few steps, and the state and the frozen weights after them."""
-    mesh = make_mesh(mesh, devices)
+    mesh = make_mesh(mesh or MeshConfig(), devices)
     networks, backbone = load_networks(config, mesh)
-    optimizer = make_optimizer(config.optim, steps)
-    shardings = tree_shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh)
-    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
+    first = first_state(config)
+    shardings = tree_shardings(first, mesh)
     step = jax.jit(
-        make_train_step(config, networks, optimizer), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+        make_train_step(config, networks, make_optimizer(config.optim, 3)),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
     )
-    metrics = []
+    state, metrics = jax.device_put(first, shardings), []
     for seed in range(steps):
-        state, found = step(state, backbone, jax.device_put(some_batch(config, seed=seed), batch_sharding(mesh)))
+        state, found = step(
+            state, backbone, jax.device_put(some_batch(config, seed=seed), batch_sharding(mesh))
+        )
         metrics.append(jax.device_get(found))
     return metrics, state, backbone
 
@@ -92,7 +97,7 @@ def test_eight_devices_compute_what_one_does(config, memory):
 
 def test_only_the_encoder_changes_and_all_of_it(config):
     before = split(load_dit(config))[1]
-    start = init_state(config, make_optimizer(config.optim, 3))
+    start = first_state(config)
     metrics, state, backbone = run_steps(config, jax.devices()[:1])
     for name, x in backbone.items():
         np.testing.assert_array_equal(x, before[name])
@@ -111,7 +116,7 @@ def test_objectives_with_every_option(config, kind):
     config = replace(config, "objective", kind=kind, density="shifted")
     config = replace(config, "optim", accumulate=2, schedule="cosine", warmup=1, weight_decay=0.1)
     config = replace(config, "run", remat="blocks")
-    start = init_state(config, make_optimizer(config.optim, 3))
+    start = first_state(config)
     metrics, state, _ = run_steps(config, jax.devices()[:1], steps=4)
     assert all(np.isfinite(list(found.values())).all() for found in metrics)
     moved = [not np.array_equal(state.params[name], start.params[name]) for name in start.params]
@@ -124,42 +129,186 @@ def test_objectives_with_every_option(config, kind):
 
 def test_a_step_costs_at_most_twice_the_forward_pass(config):
     """By XLA's count, blocks laid out, nothing recomputed: no gradient of a frozen weight is ever computed."""
-    dit = {"dim": 96, "ffn_dim": 384, "num_layers": 3, "num_heads": 2}
-    config = replace(config, "dit", **dit) if config.memory.dim == 96 else _wider(config, dit)
-    config = replace(config, "objective", kind="released", memory_dropout=0.1)
-    networks, backbone, state, optimizer = _abstract_run(config)
+    config = dataclasses.replace(
+        config,
+        dit=dataclasses.replace(config.dit, dim=96, ffn_dim=384, num_layers=3),
+        memory=dataclasses.replace(config.memory, dim=96),
+        objective=ObjectiveConfig(kind="released"),
+    )
+    dit, backbone = abstract(lambda: DiT(config.dit, rngs=nnx.Rngs(0)))
+    networks = Networks(dit, abstract(lambda: make_encoder(config))[0])
+    optimizer = make_optimizer(config.optim, 10)
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), some_batch(config))
 
-    def forward(params, rest, backbone, batch, sigma, noise):
-        from ditmem_jax.models.ditmem import encode
+    def forward(arrays, backbone, batch, sigma, noise):
+        memory = encode(networks.encoder.merge(arrays), batch)
+        return errors(networks.dit.merge(backbone), memory, batch, sigma, noise, unroll=True)
 
-        memory = encode(networks.encoder.merge(params | rest), batch)
-        return errors(networks.dit.merge(backbone), memory, batch, sigma, noise, unroll=True).mean()
+    def operations(function, *inputs):
+        return jax.jit(function).lower(*inputs).compile().cost_analysis()["flops"]
 
-    step = make_train_step(config, networks, optimizer, unroll=True)
-    inputs = jax.ShapeDtypeStruct((8,), jnp.float32), batch["latents"]
-    forward = _flops(forward, state.params, state.rest, backbone, batch, *inputs)
-    assert _flops(step, state, backbone, batch) <= 2.2 * forward
-
-
-def _wider(config, dit):
-    import dataclasses
-
-    return dataclasses.replace(
-        config, dit=dataclasses.replace(config.dit, **dit), memory=dataclasses.replace(config.memory, dim=dit["dim"])
+    step = operations(make_train_step(config, networks, optimizer, unroll=True), state, backbone, batch)
+    sigma = jax.ShapeDtypeStruct((8,), jnp.float32)
+    assert step <= 2.2 * operations(
+        forward, state.params | state.rest, backbone, batch, sigma, batch["latents"]
     )
 
 
-def _abstract_run(config):
-    from flax import nnx
-
-    from ditmem_jax.models.dit import DiT
-
-    dit, backbone = abstract(lambda: DiT(config.dit, rngs=nnx.Rngs(0)))
-    encoder, _ = abstract(lambda: make_encoder(config))
-    optimizer = make_optimizer(config.optim, 10)
-    return Networks(dit, encoder), backbone, jax.eval_shape(lambda: init_state(config, optimizer)), optimizer
+# --- whole runs -------------------------------------------------------------------------------------------------
 
 
-def _flops(function, *inputs):
-    return jax.jit(function).lower(*inputs).compile().cost_analysis()["flops"]
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Starts `python -m ditmem_jax.train` as a user would, on one device."""
+
+    folder: Path
+    config: Config
+
+    def start(self, out, **values):
+        config = replace(self.config, "run", out=str(self.folder / out), **values)
+        file = self.folder / f"{out}.py"
+        file.write_text(
+            "import json\nfrom ml_collections import ConfigDict\n"
+            f"def get_config():\n    return ConfigDict(json.loads({json.dumps(to_dict(config))!r}))\n"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-m", "ditmem_jax.train", f"--config={file}"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def finish(self, out, **values):
+        process = self.start(out, **values)
+        printed, complaints = process.communicate(timeout=600)
+        assert process.returncode == 0, complaints
+        return printed
+
+    def interrupt(self, out, after, number):
+        """Sends a signal once the checkpoint of step `after` is complete."""
+        process = self.start(out)
+        checkpoint = self.folder / out / "checkpoints" / str(after)
+        while not checkpoint.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=600)
+        return process.returncode, printed
+
+
+@pytest.fixture(scope="module")
+def runner(config, tmp_path_factory):
+    options = dict(steps=160, log_every=10, validate_every=80, save_every=10, keep=2)
+    runner = Runner(tmp_path_factory.mktemp("runs"), replace(config, "run", **options))
+    printed = runner.finish("whole")
+    assert "trained 28,704" in printed and "frozen 80,416" in printed
+    return runner
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return [
+            {name: value for name, value in row.items() if name != "step_ms"} for row in csv.DictReader(file)
+        ]
+
+
+def test_a_run_that_is_terminated_and_killed_ends_bit_for_bit_the_same(runner):
+    status, printed = runner.interrupt("broken", 30, signal.SIGTERM)
+    assert (status, "the same command continues" in printed) == (128 + signal.SIGTERM, True)
+    status, _ = runner.interrupt("broken", 70, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    runner.finish("broken")
+    whole, broken = runner.folder / "whole", runner.folder / "broken"
+    for name in ("encoder.safetensors", "encoder_best.safetensors"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    assert rows(whole / "validation.csv") == rows(broken / "validation.csv")
+    assert rows(whole / "metrics.csv")[-1] == rows(broken / "metrics.csv")[-1]
+
+
+def test_a_run_leaves_curves_checkpoints_and_an_encoder(runner):
+    folder = runner.folder / "whole"
+    assert [row["step"] for row in rows(folder / "metrics.csv")] == [str(step) for step in range(10, 161, 10)]
+    assert [row["step"] for row in rows(folder / "validation.csv")] == ["0", "80", "160"]
+    assert {"gain", "gain_wrong", "gain_0.95"} <= rows(folder / "validation.csv")[0].keys()
+    assert {"150", "160"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+    assert list((folder / "tensorboard").iterdir())
+    config, notes = encoder_metadata(folder / "encoder.safetensors")
+    assert (config, notes["step"]) == (runner.config.memory, 160)
+    load_encoder(folder / "encoder.safetensors")
+
+
+def test_a_damaged_checkpoint_stops_the_run_by_name(runner):
+    folder = runner.folder / "whole" / "checkpoints" / "160"
+    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    process = runner.start("whole", steps=170)
+    _, complaints = process.communicate(timeout=600)
+    file.write_bytes(content)
+    assert process.returncode == 1
+    assert f"checkpoint {folder} is damaged" in complaints and "Traceback" not in complaints
+
+
+def test_a_folder_belongs_to_one_run(config, tmp_path):
+    config = replace(config, "run", out=str(tmp_path / "run"))
+    assert runs.claim(config, "abc") == tmp_path / "run"
+    for same in (replace(config, "run", steps=99, log_every=1), replace(config, "mesh", fsdp=2)):
+        runs.claim(same, "abc")
+    with pytest.raises(UserError, match=r"another run(.|\n)*optim.learning_rate = 0.5"):
+        runs.claim(replace(config, "optim", learning_rate=0.5), "abc")
+    with pytest.raises(UserError, match=r"backbone = xyz"):
+        runs.claim(config, "xyz")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        runs.claim(replace(config, "run", out=str(tmp_path / "other")), "abc")
+
+
+def test_a_fingerprint_sees_one_bit():
+    arrays = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": jnp.ones(3, jnp.bfloat16)}
+    first = runs.fingerprint(arrays)
+    bits = arrays["a"].view(np.uint32).copy()
+    bits[2, 1] ^= 1
+    assert runs.fingerprint(arrays | {"a": bits.view(np.float32)}) != first
+    assert runs.fingerprint(dict(reversed(arrays.items()))) == first
+
+
+def test_references_are_those_of_the_bank_that_was_searched(config, tmp_path):
+    records, bank = RecordReader(config.data.records), Bank.from_records(config.data.bank)
+    matches = runs.matches_for(tmp_path, records, bank, 2)
+    np.testing.assert_array_equal(runs.matches_for(tmp_path, records, bank, 2), matches)
+    smaller = Bank(bank.entries[:-1], bank.embedder)
+    with pytest.raises(UserError, match=r"bank: not"):
+        runs.matches_for(tmp_path, records, smaller, 2)
+
+
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
+    with runs.Monitor(tmp_path, 0, 10) as monitor:
+        monitor.add(4, {"loss": jnp.float32(1)}, np.array(["a", "b"]))
+        monitor.add(5, {"loss": jnp.float32(jnp.nan)}, np.array(["c", "d"]))
+        with pytest.raises(UserError, match=r"at step 5(.|\n)*loss nan(.|\n)*c, d"):
+            monitor.flush()
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+    curves = runs.Curves(tmp_path, 0)
+    for step in (10, 20, 30):
+        curves.write("metrics", step, {"loss": float(step)})
+    curves.close()
+    runs.Curves(tmp_path, 20).close()
+    assert rows(tmp_path / "metrics.csv") == [{"step": "10", "loss": "10"}, {"step": "20", "loss": "20"}]
+
+
+def test_records_and_meshes_that_do_not_fit_are_named(config):
+    records, mesh = RecordReader(config.data.records), make_mesh(MeshConfig())
+    check(config, mesh, records)
+    with pytest.raises(UserError, match=r"batch_size"):
+        check(replace(config, "data", batch_size=6), mesh, records)
+    with pytest.raises(UserError, match=r"records(.|\n)*latents \[5, 4, 4, 4\]"):
+        check(replace(config, "video", frames=17), mesh, records)
+    with pytest.raises(UserError, match=r"mesh.context"):
+        check(config, make_mesh(MeshConfig(context=2)), records)

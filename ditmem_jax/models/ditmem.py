@@ -36,12 +36,12 @@ def encode(
 
 def keep_only(memory: Memory, keep: Bool[Array, " B"]) -> Memory:
     """The memory without that of the samples that are not kept: for them attention is exactly that without memory."""
-    return memory.replace(bias=jnp.where(keep[:, None], memory.bias, -jnp.inf))
+    return memory._replace(bias=jnp.where(keep[:, None], memory.bias, -jnp.inf))
 
 
 def with_strength(memory: Memory, strength: float | Float[Array, ""]) -> Memory:
     """The memory with the attention weight of its rows multiplied by `strength`; 0 is exactly no memory."""
-    return memory.replace(bias=memory.bias + jnp.log(jnp.asarray(strength, jnp.float32))[None, None])
+    return memory._replace(bias=memory.bias + jnp.log(jnp.asarray(strength, jnp.float32))[None, None])
 
 
 def velocity(

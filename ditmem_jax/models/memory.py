@@ -367,6 +367,8 @@ class MemoryEncoder(nnx.Module):
         self.high = Branch(config, "high", grids, rngs=rngs, dtype=dtype)
         self.low = Branch(config, "low", grids, rngs=rngs, dtype=dtype)
         self.self_attention = SelfAttention(config, rngs=rngs, dtype=dtype)
+        if config.strength is not None:
+            self.log_strength = nnx.Param(jnp.full((2,), math.log(config.strength)))  # high, low
         self.config = config
 
     def __call__(
@@ -421,7 +423,10 @@ class MemoryEncoder(nnx.Module):
         with jax.named_scope("self_attention"):
             within = jnp.repeat(jnp.maximum(bias, ABSENT), 2, axis=0)
             tokens = self.self_attention(jnp.stack(bands, axis=1).reshape(2 * batch, -1, config.dim), within)
-        return Memory(tokens.reshape(batch, -1, config.dim), jnp.tile(bias, (1, 2)))
+        bias = jnp.tile(bias, (1, 2))
+        if config.strength is not None:
+            bias = bias + jnp.repeat(self.log_strength[...], bias.shape[1] // 2)[None]
+        return Memory(tokens.reshape(batch, -1, config.dim), bias)
 
 
 def row_counts(config: MemoryConfig) -> Float[np.ndarray, " rows"]:

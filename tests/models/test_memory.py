@@ -277,6 +277,20 @@ def test_radial_filters_take_any_grid(group):
     assert run(group, noise(1, 1, 7, 6, 5, 3)).tokens.shape == (1, 8, 16)
 
 
+def test_a_learned_strength_is_a_bias_of_its_own_per_band():
+    encoder = make(strength=0.5)
+    latents = noise(1, 2, *encoder.config.latent_grid, encoder.config.in_dim)
+    outputs = []
+    for strengths in ([1.0, 1.0], [0.5, 0.25]):
+        encoder.log_strength[...] = jnp.log(jnp.array(strengths))
+        outputs.append(encoder(latents, jnp.array([[True, False]]), training=False))
+    before, after = outputs
+    half = before.bias.shape[1] // 2
+    np.testing.assert_array_equal(after.tokens, before.tokens)
+    np.testing.assert_allclose(after.bias[:, :half], before.bias[:, :half] + np.log(0.5), rtol=1e-6)
+    np.testing.assert_allclose(after.bias[:, half:], before.bias[:, half:] + np.log(0.25), rtol=1e-6)
+
+
 def test_full_size_names_and_shapes():
     manifest = json.loads((TESTS / "manifests" / "dit_mem_1.3b.json").read_text())
     sizes = {name: tuple(shape) for name, shape in manifest["tensors"].items()}
@@ -295,7 +309,9 @@ def test_full_size_names_and_shapes():
     assert parameters == 78_777_856
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(filter="released", norm="batch", tokens=5)])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(filter="released", norm="batch", tokens=5), dict(strength=0.1)]
+)
 def test_the_table_covers_every_variant(changes):
     config = MemoryConfig(**TINY | changes)
     wanted = targets(nnx.eval_shape(lambda: MemoryEncoder(config, rngs=nnx.Rngs(0))))
