@@ -245,10 +245,16 @@ class TrainingCheckpoints:
     """The checkpoints of a run: saved in the background, the last `keep` and the one with the best gain kept.
 
     Use as a context manager, so that the last one is on the disk at the end.
+
+    Raises:
+        UserError: if a file of the newest checkpoint is missing, cut off or altered. That is found before orbax
+            opens the folder: its threads do not like a program that ends at once.
     """
 
     def __init__(self, folder: str | Path, keep: int):
         self.folder = Path(folder).resolve()
+        if steps := [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]:
+            self._check_seal(max(steps))
         self._saving: int | None = None
         best = preservation_policy.BestN(
             get_metric_fn=lambda metrics: metrics["gain"], n=1, keep_checkpoints_without_metrics=False
@@ -287,13 +293,8 @@ class TrainingCheckpoints:
         self._manager.save(step, args=saved, metrics=None if gain is None else {"gain": gain})
 
     def restore(self, abstract_state: Any) -> Restored:
-        """The newest checkpoint, its arrays laid out as `abstract_state` says.
-
-        Raises:
-            UserError: if a file of it is missing, cut off or altered.
-        """
+        """The newest checkpoint, its arrays laid out as `abstract_state` says."""
         step = self.latest()
-        self._check_seal(step)
         wanted = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), run=ocp.args.JsonRestore()
         )

@@ -150,11 +150,8 @@ def test_every_damaged_file_is_found_and_named(tmp_path):
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         for broken in (flipped, content[:middle], None):
             path.unlink() if broken is None else path.write_bytes(broken)
-            with (
-                TrainingCheckpoints(tmp_path, 2) as checkpoints,
-                pytest.raises(UserError, match=f"{tmp_path}/1 is damaged"),
-            ):
-                checkpoints.restore(layout(state_at(0)))
+            with pytest.raises(UserError, match=f"{tmp_path}/1 is damaged"):
+                TrainingCheckpoints(tmp_path, 2)
             path.write_bytes(content)
     with TrainingCheckpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.restore(layout(state_at(0))).step == 1
