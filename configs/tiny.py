@@ -32,5 +32,5 @@ def get_config() -> ConfigDict:
     )
     config.optim = ConfigDict(dict(learning_rate=1e-3, schedule="cosine", warmup=50, b2=0.99))
     config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0))
-    config.run = ConfigDict(dict(out="runs/tiny", steps=2000))
+    config.run = ConfigDict(dict(out="runs/tiny", steps=2000, remat="products"))
     return config

@@ -322,7 +322,11 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The training run: length, logging, checkpoints, generator."""
+    """The training run: length, logging, checkpoints, generator.
+
+    `steps` counts batches, of which `optim.accumulate` make one update. `remat` is what the backward pass finds
+    kept of the forward pass (see `DiT`): everything, matrix products, or the inputs of blocks.
+    """
 
     out: str = "runs/default"
     steps: int = 1000
@@ -333,7 +337,7 @@ class RunConfig:
     validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
     save_every: int = 200
     keep: int = 3
-    remat: Literal["none", "blocks"] = "none"
+    remat: Literal["none", "products", "blocks"] = "none"
 
     def __post_init__(self):
         for name in ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep"):

@@ -45,6 +45,7 @@ FREE = {
         "keep",
     },
     "data": {"validation", "workers", "cache"},
+    "weights": {"path"},  # their fingerprint is what counts
     "sample": None,
     "mesh": None,
 }
@@ -155,7 +156,7 @@ class Curves:
             writer = csv.writer(file)
             if new:
                 writer.writerow(["step", *values])
-            writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
+            writer.writerow([step, *(f"{value:.8g}" for value in values.values())])
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 

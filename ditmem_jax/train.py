@@ -91,7 +91,7 @@ def make_train_step(
         dit = networks.dit.merge(jax.lax.stop_gradient(backbone))
 
         def errors_with(memory: Memory | None) -> jax.Array:
-            return errors(dit, memory, batch, sigma, noise, remat=config.run.remat == "blocks", unroll=unroll)
+            return errors(dit, memory, batch, sigma, noise, remat=config.run.remat, unroll=unroll)
 
         alone = errors_with(None) if goal.kind == "relative" else None
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ditmem_jax.flow import TRAIN_STEPS, add_noise, target
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.dit import DiT, Remat
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import Structure
 from ditmem_jax.types import Memory
@@ -51,7 +51,7 @@ def velocity(
     sigma: Float[Array, " B"],
     noise: Float[Array, "B T H W C"],
     *,
-    remat: bool = False,
+    remat: Remat = "none",
     unroll: bool = False,
 ) -> Float[Array, "B T H W C"]:
     """Velocity of the batch's latents at noise level `sigma`, one per sample; for `remat`, `unroll` see `DiT`."""
@@ -66,7 +66,7 @@ def errors(
     sigma: Float[Array, " B"],
     noise: Float[Array, "B T H W C"],
     *,
-    remat: bool = False,
+    remat: Remat = "none",
     unroll: bool = False,
 ) -> Float[Array, " B"]:
     """Mean squared error of the velocity, per sample."""
@@ -85,7 +85,7 @@ def predict(
     training: bool = False,
     rngs: nnx.Rngs | None = None,
     keep: Bool[Array, " B"] | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
     unroll: bool = False,
 ) -> Float[Array, "B T H W C"]:
     """Velocity with the memory of the batch's references.
