@@ -7,12 +7,14 @@ metrics.csv            one row per logged step; validation.csv one per validatio
 encoder.safetensors    the result; encoder_best.safetensors that of the best validation so far
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import math
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,11 @@ def _fingerprint(arrays: Arrays) -> jax.Array:
     return total
 
 
-def claim(config: Config, backbone: str) -> Path:
+@contextlib.contextmanager
+def claim(config: Config, backbone: str) -> Iterator[Path]:
     """The run's folder, made for this config or found to belong to it.
+
+    A folder that was made here disappears again if the block finds that the run cannot begin.
 
     Args:
         backbone: fingerprint of the frozen weights.
@@ -89,14 +94,19 @@ def claim(config: Config, backbone: str) -> Path:
                 found=", ".join(f"{key} = {theirs.get(key)}" for key in different[:5]),
                 fix="another run.out, or the configuration of that run",
             )
-        return folder
+        yield folder
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} holds something else", expected="a new folder or a run's", fix="another run.out"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(ours, indent=1) + "\n")
-    return folder
+    try:
+        yield folder
+    except UserError:
+        shutil.rmtree(folder)
+        raise
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -170,23 +170,24 @@ class Setup:
     """Everything of a run but its state: checked, loaded and on the devices of the mesh.
 
     Raises:
-        UserError: for whatever does not fit together; before anything is written where possible.
+        UserError: for whatever does not fit together; nothing is left behind then.
     """
 
     def __init__(self, config: Config):
         self.config, self.mesh = config, make_mesh(config.mesh)
         records, self.bank = RecordReader(config.data.records), RecordReader(config.data.bank)
         held_out = RecordReader(config.data.validation) if config.data.validation else None
-        check(config, self.mesh, *filter(None, (records, self.bank, held_out)))
+        check(config, self.mesh, self.bank, *filter(None, (records, held_out)))
         self.networks, self.backbone = load_networks(config, self.mesh)
         self.fingerprint = runs.fingerprint(self.backbone)
-        self.folder = runs.claim(config, self.fingerprint)
         searched, k = Bank.from_records(config.data.bank), config.data.references
-        matches = runs.matches_for(self.folder, records, searched, k)
-        self.data = self._stream(records, matches, workers=config.data.workers, cache=config.data.cache)
+        with runs.claim(config, self.fingerprint) as self.folder:
+            matches = runs.matches_for(self.folder, records, searched, k)
+            self.data = self._stream(records, matches, workers=config.data.workers, cache=config.data.cache)
+            found = retrieve_for(held_out, searched, k) if held_out else None
         self.validator = None
         if held_out:
-            stream = self._stream(held_out, retrieve_for(held_out, searched, k), epochs=1)
+            stream = self._stream(held_out, found, epochs=1)
             batches = [self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)]
             self.validator = Validator(
                 self.networks,
@@ -243,8 +244,8 @@ def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
     return Networks(dit, encoder), backbone
 
 
-def check(config: Config, mesh: Mesh, *folders: RecordReader) -> None:
-    """Raises UserError for a mesh or records that this configuration cannot train with."""
+def check(config: Config, mesh: Mesh, bank: RecordReader, *streams: RecordReader) -> None:
+    """Raises UserError for a mesh, a bank or records to read batches from that this config cannot train with."""
     check_batch_size(mesh, config.data.batch_size)
     if mesh.shape["context"] > 1:
         raise UserError(
@@ -254,13 +255,21 @@ def check(config: Config, mesh: Mesh, *folders: RecordReader) -> None:
     video = config.video
     grid = config.vae.latent_grid(video.frames, video.height, video.width)
     expected = ((*grid, config.vae.z_dim), config.text.dim)
-    for records in folders:
+    for records in (bank, *streams):
         if (found := (records.meta.latents, records.meta.text_dim)) != expected:
             raise UserError(
                 f"the records in {records.folder} do not fit the config",
                 expected=f"latents {list(expected[0])}, text width {expected[1]}",
                 found=f"latents {list(found[0])}, text width {found[1]}",
                 fix="encode the videos with this config",
+            )
+    for records in streams:
+        if len(records) < config.data.batch_size:
+            raise UserError(
+                f"the records in {records.folder} do not fill a batch",
+                expected=f"at least data.batch_size = {config.data.batch_size}",
+                found=len(records),
+                fix="a smaller data.batch_size, or more videos",
             )
 
 

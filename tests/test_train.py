@@ -27,7 +27,15 @@ from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.ditmem import Networks, encode, errors
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
-from ditmem_jax.train import check, init_state, load_networks, make_encoder, make_optimizer, make_train_step
+from ditmem_jax.train import (
+    Setup,
+    check,
+    init_state,
+    load_networks,
+    make_encoder,
+    make_optimizer,
+    make_train_step,
+)
 from tests.tiny import make_tiny, random_arrays, replace
 
 ROOT = Path(__file__).parents[1]
@@ -259,17 +267,25 @@ def test_a_damaged_checkpoint_stops_the_run_by_name(runner):
 
 def test_a_folder_belongs_to_one_run(config, tmp_path):
     config = replace(config, "run", out=str(tmp_path / "run"))
-    assert runs.claim(config, "abc") == tmp_path / "run"
+    with runs.claim(config, "abc") as folder:
+        assert folder == tmp_path / "run"
     for same in (replace(config, "run", steps=99, log_every=1), replace(config, "mesh", fsdp=2)):
-        runs.claim(same, "abc")
+        runs.claim(same, "abc").__enter__()
     with pytest.raises(UserError, match=r"another run(.|\n)*optim.learning_rate = 0.5"):
-        runs.claim(replace(config, "optim", learning_rate=0.5), "abc")
+        runs.claim(replace(config, "optim", learning_rate=0.5), "abc").__enter__()
     with pytest.raises(UserError, match=r"backbone = xyz"):
-        runs.claim(config, "xyz")
+        runs.claim(config, "xyz").__enter__()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="holds something else"):
-        runs.claim(replace(config, "run", out=str(tmp_path / "other")), "abc")
+        runs.claim(replace(config, "run", out=str(tmp_path / "other")), "abc").__enter__()
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(config, tmp_path):
+    config = replace(config, "run", out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="bank cannot give 50"):
+        Setup(replace(config, "data", references=50))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_fingerprint_sees_one_bit():
@@ -308,11 +324,14 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_records_and_meshes_that_do_not_fit_are_named(config):
-    records, mesh = RecordReader(config.data.records), make_mesh(MeshConfig())
-    check(config, mesh, records)
-    with pytest.raises(UserError, match=r"batch_size"):
-        check(replace(config, "data", batch_size=6), mesh, records)
-    with pytest.raises(UserError, match=r"records(.|\n)*latents \[5, 4, 4, 4\]"):
-        check(replace(config, "video", frames=17), mesh, records)
+    records, bank = RecordReader(config.data.records), RecordReader(config.data.bank)
+    mesh = make_mesh(MeshConfig())
+    check(config, mesh, bank, records)
+    with pytest.raises(UserError, match=r"batch_size does not divide"):
+        check(replace(config, "data", batch_size=6), mesh, bank, records)
+    with pytest.raises(UserError, match=r"records do not fill a batch"):
+        check(replace(config, "data", batch_size=24), mesh, bank, records)
+    with pytest.raises(UserError, match=r"bank do not fit(.|\n)*latents \[5, 4, 4, 4\]"):
+        check(replace(config, "video", frames=17), mesh, bank, records)
     with pytest.raises(UserError, match=r"mesh.context"):
-        check(config, make_mesh(MeshConfig(context=2)), records)
+        check(config, make_mesh(MeshConfig(context=2)), bank, records)
