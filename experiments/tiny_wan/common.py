@@ -80,7 +80,7 @@ def prefetch(make: Callable[[int], object], steps: range) -> Iterator[object]:
 def muon(schedule: optax.Schedule) -> optax.GradientTransformation:
     """Muon for matrices and convolutions, Adam at a tenth of its rate for the rest.
 
-    Adam alone stays at the mean picture for thousands of steps in a VAE this narrow.
+    Adam alone kept the narrow VAE at the mean picture for as long as it was tried, 600 steps.
     """
     return optax.chain(
         optax.clip_by_global_norm(1.0),
