@@ -113,8 +113,9 @@ def train(
             log_variance, -20, -4
         )  # nearly an autoencoder: with more noise it is slow to start
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        if freeze_encoder:
-            latents = jax.lax.stop_gradient(mean)
+        if freeze_encoder:  # Muon makes a whole step of any gradient, however small: there must be none
+            mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
+            latents = mean
         error = in_two_chunks(vae.decode_chunk, latents) - video
         squared = jnp.square(error).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
