@@ -77,14 +77,18 @@ def load_umt5(config: Config, place: Place = on_default_device) -> tuple[UMT5, T
 def _load(config: Config, name: str, create: Callable[[], nnx.Module], place: Place) -> nnx.Module:
     """The network called `name` in the folder of converted weights."""
     folder = Path(config.weights.path)
-    found, wanted = read_networks(folder).get(name), to_dict(getattr(config, name))
-    if found is None:
+    networks, wanted = read_networks(folder), getattr(config, name)
+    if name not in networks:
         raise UserError(f"{folder} holds no network {name!r}", fix="convert the weights again")
-    if different := sorted(key for key in wanted if found.get(key) != wanted[key]):
+    found = to_dict(
+        build(type(wanted), networks[name], f"{folder}: {name}")
+    )  # what it leaves out has its default
+    wanted = to_dict(wanted)
+    if different := sorted(key for key in wanted if found[key] != wanted[key]):
         raise UserError(
             f"the weights in {folder} do not fit the config",
             expected=", ".join(f"{name}.{key} = {wanted[key]}" for key in different),
-            found=", ".join(f"{name}.{key} = {found.get(key)}" for key in different),
+            found=", ".join(f"{name}.{key} = {found[key]}" for key in different),
             fix=f"other weights, or config.{name} as they need it",
         )
     structure, shapes = abstract(create)

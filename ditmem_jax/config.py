@@ -20,7 +20,12 @@ def _require(condition: bool, what: str, **details: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """The Wan text-to-video transformer."""
+    """The Wan video transformer.
+
+    Channels of `in_dim` beyond `out_dim` are those of a condition, such as a given first frame, that enters beside
+    the noisy latents (the image-to-video kinds). `image_dim` is the width of CLIP image tokens, which
+    cross-attention then reads as well as the text; None is a kind without them.
+    """
 
     dim: int
     ffn_dim: int
@@ -33,8 +38,15 @@ class DiTConfig:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    image_dim: int | None = None
 
     def __post_init__(self):
+        _require(
+            self.in_dim >= self.out_dim,
+            "dit.in_dim holds the noisy latents and a condition",
+            expected=f"at least dit.out_dim = {self.out_dim}",
+            found=self.in_dim,
+        )
         _require(
             self.dim % self.num_heads == 0 and (self.dim // self.num_heads) % 2 == 0,
             "dit.dim must split into heads of even size",
@@ -45,6 +57,11 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def condition_dim(self) -> int:
+        """Channels of the condition; 0 for a kind without one."""
+        return self.in_dim - self.out_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,11 +390,17 @@ class Config:
         pairs = (
             ("memory.dim", self.memory.dim, "dit.dim", self.dit.dim),
             ("memory.in_dim", self.memory.in_dim, "vae.z_dim", self.vae.z_dim),
-            ("dit.in_dim", self.dit.in_dim, "vae.z_dim", self.vae.z_dim),
+            ("dit.out_dim", self.dit.out_dim, "vae.z_dim", self.vae.z_dim),
             ("dit.text_dim", self.dit.text_dim, "text.dim", self.text.dim),
         )
         for name, value, other, expected in pairs:
             _require(value == expected, f"{name} must equal {other}", expected=expected, found=value)
+        _require(
+            self.dit.condition_dim == 0 and self.dit.image_dim is None,
+            "the transformer wants an image, which training and sampling do not give",
+            expected="a text-to-video kind",
+            found=f"{self.dit.condition_dim} channels of a condition, dit.image_dim {self.dit.image_dim}",
+        )
         grid = self.vae.latent_grid(self.video.frames, self.video.height, self.video.width)
         for size, patch in zip(grid, self.dit.patch_size, strict=True):
             _require(
@@ -388,9 +411,14 @@ class Config:
             )
 
 
+_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 DIT_PRESETS = {
     "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "wan2.1-t2v-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.1-t2v-14b": _14B,
+    "wan2.1-i2v-14b": dataclasses.replace(_14B, in_dim=36, image_dim=1280),
+    "wan2.2-t2v-a14b": _14B,  # each of the two experts
+    "wan2.2-i2v-a14b": dataclasses.replace(_14B, in_dim=36),  # each of the two experts
+    "wan2.2-ti2v-5b": DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
 }
 
 

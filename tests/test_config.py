@@ -86,6 +86,10 @@ def test_bad_keys_and_types(parts, messages):
         (lambda: MemoryConfig(dim=50), "memory.dim"),
         (lambda: MemoryConfig(dim=48, dropout=1.0), "memory.dropout"),
         (lambda: MemoryConfig(dim=48, latent_grid=(21, 4, 4)), "pool the latents away"),
+        (
+            lambda: DiTConfig(dim=48, ffn_dim=1, num_heads=4, num_layers=1, in_dim=8),
+            "at least dit.out_dim = 16",
+        ),
         (lambda: VAEConfig(z_dim=8), "vae.mean and vae.std"),
         (lambda: VAEConfig(temporal_downsample=(True,)), "vae.temporal_downsample"),
         (lambda: DataConfig(references=0), "data.references"),
@@ -96,6 +100,9 @@ def test_bad_keys_and_types(parts, messages):
         (lambda: SampleConfig(steps=0), "sample.steps"),
         (lambda: SampleConfig(strength=-1.0), "sample.strength"),
         (lambda: small(memory={"dim": 64, "num_heads": 4}), "memory.dim must equal dit.dim"),
+        (lambda: small(dit=SMALL["dit"] | {"out_dim": 8}), "dit.out_dim must equal vae.z_dim"),
+        (lambda: small(dit=SMALL["dit"] | {"in_dim": 36}), "wants an image"),
+        (lambda: small(dit=SMALL["dit"] | {"image_dim": 1280}), "wants an image"),
         (lambda: small(video={"frames": 80}), "4n + 1 frames"),
         (lambda: small(video={"height": 484}), "multiple of 8 pixels"),
         (lambda: small(video={"height": 488}), "patches of the transformer"),
@@ -119,7 +126,9 @@ def test_a_wrong_number_of_frames_names_the_nearest():
 
 
 def test_presets_are_the_published_sizes():
-    assert DIT_PRESETS["wan2.1-t2v-1.3b"].head_dim == DIT_PRESETS["wan2.1-t2v-14b"].head_dim == 128
+    assert {config.head_dim for config in DIT_PRESETS.values()} == {128}
+    conditions = {name: config.condition_dim for name, config in DIT_PRESETS.items() if config.condition_dim}
+    assert conditions == {"wan2.1-i2v-14b": 20, "wan2.2-i2v-a14b": 20}
 
 
 def test_nearest_names_come_first():

@@ -105,7 +105,7 @@ def write_original(folder: Path, config: Config, seed: int = 0) -> None:
     """Random weights as a folder in original names."""
     folder.mkdir(parents=True)
     networks = {
-        "dit": (lambda: DiT(config.dit, rngs=nnx.Rngs(0)), convert.dit.table()),
+        "dit": (lambda: DiT(config.dit, rngs=nnx.Rngs(0)), convert.dit.table(config.dit)),
         "vae": (lambda: VAE(config.vae, rngs=nnx.Rngs(0)), convert.vae.table(config.vae)),
         "text": (lambda: UMT5(config.text, rngs=nnx.Rngs(0)), convert.umt5.table()),
     }
