@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from ditmem_jax.config import (
     DIT_PRESETS,
+    VAE_PRESETS,
     Config,
     DataConfig,
     DiTConfig,
@@ -115,6 +116,7 @@ def test_impossible_values(make, message):
 
 def test_grids():
     assert VAEConfig().latent_grid(81, 480, 832) == (21, 60, 104)
+    assert VAE_PRESETS["wan2.2"].latent_grid(121, 704, 1280) == (31, 44, 80)
     assert MemoryConfig(dim=1536).feature_grid == (1, 3, 6)  # what the released encoder leaves of it
     assert VideoConfig().frames == 81
     assert MeshConfig().data == -1
@@ -129,6 +131,7 @@ def test_presets_are_the_published_sizes():
     assert {config.head_dim for config in DIT_PRESETS.values()} == {128}
     conditions = {name: config.condition_dim for name, config in DIT_PRESETS.items() if config.condition_dim}
     assert conditions == {"wan2.1-i2v-14b": 20, "wan2.2-i2v-a14b": 20}
+    assert VAE_PRESETS["wan2.1"] == VAEConfig()
 
 
 def test_nearest_names_come_first():
