@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from ditmem_jax.cli import read_config
 from ditmem_jax.config import (
     DIT_PRESETS,
     VAE_PRESETS,
@@ -132,6 +134,17 @@ def test_presets_are_the_published_sizes():
     conditions = {name: config.condition_dim for name, config in DIT_PRESETS.items() if config.condition_dim}
     assert conditions == {"wan2.1-i2v-14b": 20, "wan2.2-i2v-a14b": 20}
     assert VAE_PRESETS["wan2.1"] == VAEConfig()
+
+
+WAN = sorted((Path(__file__).parents[1] / "configs").glob("wan*.py"))
+
+
+@pytest.mark.parametrize("path", WAN, ids=[path.stem for path in WAN])
+def test_configs_of_wan_fit_together(path):
+    config = read_config(path)
+    video = config.video
+    assert config.memory.latent_grid == config.vae.latent_grid(video.frames, video.height, video.width)
+    assert config.dit in DIT_PRESETS.values() and config.vae in VAE_PRESETS.values()
 
 
 def test_nearest_names_come_first():
