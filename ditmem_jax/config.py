@@ -65,6 +65,37 @@ class DiTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Two transformers as one model (Wan 2.2 A14B).
+
+    From noise level `boundary` on, the network "dit_high" of the weights serves, below it "dit"; None is a single
+    transformer. `trains` names the expert for which a run trains a memory encoder, on the noise levels that fall to
+    it; "both" is one encoder that feeds the two.
+    """
+
+    boundary: float | None = None
+    trains: Literal["both", "high", "low"] = "both"
+
+    def __post_init__(self):
+        _require(
+            self.boundary is None or 0 < self.boundary < 1,
+            "experts.boundary is a noise level",
+            expected="0 < level < 1, or None",
+            found=self.boundary,
+        )
+        _require(
+            self.boundary is not None or self.trains == "both",
+            "experts.trains names one of two experts, but there is no experts.boundary",
+            expected="both",
+            found=self.trains,
+        )
+
+    def trained_at(self, sigma: float) -> bool:
+        """Whether noise level `sigma` falls to an expert whose memory a run trains."""
+        return self.trains == "both" or (sigma >= self.boundary) == (self.trains == "high")
+
+
+@dataclasses.dataclass(frozen=True)
 class MemoryConfig:
     """The DiT-Mem memory encoder.
 
@@ -346,11 +377,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How clips are made. `strength` scales the attention weight of the memory: 0 is exactly no memory."""
+    """How clips are made. `strength` scales the attention weight of the memory: 0 is exactly no memory.
+
+    `guidance_high` is the guidance of the expert for high noise, where there are two; None is `guidance`.
+    """
 
     steps: int = 40
     shift: float = 5.0
     guidance: float = 5.0
+    guidance_high: float | None = None
     strength: float = 1.0
     memory_in_negative: bool = True
     negative_prompt: str = ""
@@ -399,6 +434,7 @@ class Config:
 
     dit: DiTConfig
     memory: MemoryConfig
+    experts: ExpertsConfig = ExpertsConfig()
     vae: VAEConfig = VAEConfig()
     text: UMT5Config = UMT5Config()
     video: VideoConfig = VideoConfig()
@@ -424,6 +460,12 @@ class Config:
             "the transformer wants an image, which training and sampling do not give",
             expected="a text-to-video kind",
             found=f"{self.dit.condition_dim} channels of a condition, dit.image_dim {self.dit.image_dim}",
+        )
+        _require(
+            any(map(self.experts.trained_at, self.run.validation_sigmas)),
+            "none of run.validation_sigmas falls to the expert that trains",
+            expected=f"one on the {self.experts.trains} side of {self.experts.boundary}",
+            found=self.run.validation_sigmas,
         )
         grid = self.vae.latent_grid(self.video.frames, self.video.height, self.video.width)
         for size, patch in zip(grid, self.dit.patch_size, strict=True):

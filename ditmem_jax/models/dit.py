@@ -8,7 +8,7 @@ noisy ones.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
+from ditmem_jax.flow import TRAIN_STEPS
 from ditmem_jax.models.attention import attention
 from ditmem_jax.models.layers import (
     FeedForward,
@@ -233,6 +234,26 @@ class DiT(nnx.Module):
             index = jnp.argmax(timestep, axis=1)[:, None, None, None]
             highest = jnp.take_along_axis(modulation, index, axis=1)
         return time.astype(jnp.float32).reshape(batch, runs, -1), modulation, highest
+
+
+class Experts(nnx.Module):
+    """Two transformers as one: `high` serves noise levels from `boundary` on, `low` those below (Wan 2.2 A14B).
+
+    All samples of a call go to one of them, and only its blocks are computed.
+    """
+
+    def __init__(self, high: DiT, low: DiT, boundary: float):
+        self.high, self.low, self.boundary = high, low, boundary
+
+    def __call__(
+        self, latents: Float[Array, "B T H W C"], timestep: Array, *inputs: Any, **options: Any
+    ) -> Float[Array, "B T H W C"]:
+        """As a `DiT`."""
+
+        def of(expert: DiT) -> Callable[[], Array]:
+            return lambda: expert(latents, timestep, *inputs, **options)
+
+        return jax.lax.cond(timestep.max() >= TRAIN_STEPS * self.boundary, of(self.high), of(self.low))
 
 
 def _check_inputs(

@@ -179,7 +179,7 @@ class Chain(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """Shrinks without parameters: cells of `time` x `space` x `space` become channels, means of which are `outputs`."""
+    """Shrinks without parameters: cells of `time` x `space` x `space` become channels, averaged to `outputs`."""
 
     outputs: int
     time: int

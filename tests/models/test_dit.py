@@ -14,7 +14,7 @@ from convert import dit as names
 from convert.engine import assign, targets
 from ditmem_jax.config import DIT_PRESETS, DiTConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.dit import Block, DiT, _patchify, _unpatchify
+from ditmem_jax.models.dit import Block, DiT, Experts, _patchify, _unpatchify
 from ditmem_jax.models.layers import layer_norm, rotary_angles, rotate
 from ditmem_jax.models.state import abstract
 from ditmem_jax.types import Memory
@@ -201,3 +201,16 @@ def test_the_memory_takes_the_highest_timestep(network):
     times = jnp.array([[0.0, 700.0, 300.0], [500.0, 0.0, 0.0]])
     _, modulation, highest = model._embed_time(times, tokens=18)
     np.testing.assert_array_equal(highest[:, 0], jnp.stack([modulation[0, 1], modulation[1, 0]]))
+
+
+@pytest.mark.parametrize(("time", "served"), [([900.0, 880.0], "high"), ([874.0, 20.0], "low")])
+def test_each_noise_level_goes_to_its_expert(network, inputs, time, served):
+    structure, arrays = network
+    latents, _, context, memory = inputs
+    other = structure.merge({name: 1.1 * x for name, x in arrays.items()})
+    experts = Experts(structure.merge(arrays), other, boundary=0.875)
+    graph, state = nnx.split(experts)
+    inputs = (latents, jnp.array(time), context, memory)
+    got = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *inputs)
+    expected = run(network, *inputs) if served == "high" else jax.jit(lambda *inputs: other(*inputs))(*inputs)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
