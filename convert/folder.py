@@ -53,7 +53,7 @@ class Network:
 NETWORKS = {
     "dit": Network(
         ("diffusion_pytorch_model*.safetensors", "dit.safetensors"),
-        DiTConfig, DiT, lambda _: convert.dit.table(),
+        DiTConfig, DiT, convert.dit.table,
     ),
     "vae": Network(
         ("Wan2.1_VAE.safetensors", "vae.safetensors", "Wan2.1_VAE.pth"),
