@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             tokens=(3, 1, 1),
             norm="group",
             dropout=0.1,
-            strength=0.3,
+            strength=0.02,
         )
     )
     config.data = ConfigDict(
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(
         dict(kind="running", density="uniform", sigma_range=(0.5, 1.0), memory_dropout=0.1)
     )
-    config.optim = ConfigDict(dict(learning_rate=1e-3, schedule="cosine", warmup=50, b2=0.99))
+    config.optim = ConfigDict(dict(kind="muon", learning_rate=3e-3, schedule="cosine", warmup=50, b2=0.99))
     config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0))
-    config.run = ConfigDict(dict(out="runs/tiny", steps=1500, remat="products"))
+    config.run = ConfigDict(dict(out="runs/tiny", steps=2500, remat="products"))
     return config

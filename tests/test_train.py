@@ -21,7 +21,7 @@ from flax import nnx
 from ditmem_jax import runs
 from ditmem_jax.bank import Bank
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder
-from ditmem_jax.config import Config, MemoryConfig, MeshConfig, ObjectiveConfig, to_dict
+from ditmem_jax.config import Config, MemoryConfig, MeshConfig, ObjectiveConfig, OptimConfig, to_dict
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT
@@ -182,6 +182,19 @@ def test_a_step_costs_at_most_twice_the_forward_pass(config):
     assert step <= 2.2 * operations(
         forward, state.params | state.rest, backbone, batch, sigma, batch["latents"]
     )
+
+
+def test_muon_turns_kernels_in_all_directions_alike():
+    rng = np.random.default_rng(0)
+    shapes = {"conv.kernel": (3, 1, 2, 4, 8), "conv.bias": (8,)}
+    weights = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    optimizer = make_optimizer(OptimConfig(kind="muon", learning_rate=1.0, clip=0), 10)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(weights, optimizer.init(weights), weights)
+    directions = np.linalg.svd(updates["conv.kernel"].reshape(24, 8), compute_uv=False)
+    expected = 0.2 * np.sqrt(24)  # a matrix with orthonormal columns has an rms of 1 / sqrt(24)
+    assert 0.6 * expected < directions.min() and directions.max() < 1.3 * expected
+    np.testing.assert_allclose(updates["conv.bias"], -np.sign(weights["conv.bias"]), rtol=1e-5)  # Adam's first
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
