@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ditmem_jax.config import Config, MemoryConfig, build, to_dict
-from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.files import write_text
 from ditmem_jax.data.tensors import DTYPES as STORED_DTYPES
 from ditmem_jax.data.tensors import as_bytes, open_tensors, write_safetensors
 from ditmem_jax.data.tokenizer import Tokenizer
@@ -123,13 +123,13 @@ def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Pla
         if (shape := stored[name].shape) != shapes[name].shape:
             problems.append(f"{name} has shape {list(shape)}, {list(shapes[name].shape)} is needed")
         elif stored[name].dtype not in STORED_DTYPES:
-            problems.append(f"{name} has dtype {stored[name].dtype}, one of {', '.join(STORED_DTYPES)} is needed")
+            problems.append(
+                f"{name} has dtype {stored[name].dtype}, one of {', '.join(STORED_DTYPES)} is needed"
+            )
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
-    return {
-        name: place(name, stored[name].read().astype(x.dtype, copy=False)) for name, x in shapes.items()
-    }
+    return {name: place(name, stored[name].read().astype(x.dtype, copy=False)) for name, x in shapes.items()}
 
 
 # --- trained encoders -------------------------------------------------------------------------------------------
