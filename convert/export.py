@@ -1,0 +1,196 @@
+"""Converted weights and trained encoders back to the names and files that other programs read."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from convert import names_diffusers
+from convert.engine import findings
+from convert.folder import UNREAD, Advance, blocks, damage, new_folder, read_index
+from convert.kinds import KINDS
+from convert.original import original, originals
+from convert.plan import FILES
+from ditmem_jax.checkpoint import DTYPES, load_encoder
+from ditmem_jax.config import MemoryConfig, build
+from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.tensors import open_tensors, write_safetensors
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.state import split
+
+# --- memory encoders --------------------------------------------------------------------------------------------
+
+RELEASED = {"filter": "released", "norm": "batch", "strength": None}
+
+
+def export_encoder(source: str | Path, out: str | Path, *, prefix: str = "", dtype: str = "float32") -> None:
+    """Writes a memory encoder as the released program saves it: every name of its module, aliases included.
+
+    Args:
+        source: file of a trained encoder, or a converted folder that holds one.
+        prefix: stands before every name: nothing, "dit_mem." or "pipe.dit_mem.".
+    Raises:
+        UserError: if the file is no encoder, or one that the released program cannot hold.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists", fix="another file, or delete it first")
+    encoder = load_encoder(source / FILES["memory"] if source.is_dir() else source)
+    config = encoder.config
+    other = {key: getattr(config, key) for key, value in RELEASED.items() if getattr(config, key) != value}
+    if not isinstance(config.tokens, int):
+        other["tokens"] = config.tokens
+    if other:
+        raise UserError(
+            f"the released program has no place for the encoder in {source}",
+            expected=", ".join(f"memory.{key} = {RELEASED.get(key, 'a number')}" for key in other),
+            found=", ".join(f"memory.{key} = {value}" for key, value in other.items()),
+        )
+    arrays = {name: np.asarray(jax.device_get(x)) for name, x in split(encoder)[1].items()}
+    tensors = original(KINDS["memory"].table(config), arrays) | _unread(config)
+    if source.is_dir() and (source / UNREAD).exists():
+        tensors |= {name: np.array(x) for name, x in open_tensors(source / UNREAD)[0].items()}
+    tensors |= {
+        re.sub(r"\.conv_block(\d+)\.", lambda found: f".cnn.{int(found[1]) - 1}.", name): x
+        for name, x in tensors.items()
+    }
+    tensors = {
+        prefix + name: x if np.issubdtype(x.dtype, np.integer) else x.astype(DTYPES[dtype])
+        for name, x in tensors.items()
+    }
+    with replacing(out) as temporary:
+        save_file(tensors, temporary)
+
+
+def _unread(config: MemoryConfig) -> dict[str, np.ndarray]:
+    """Tensors of the released module that nothing computes with, as they are at its creation."""
+    tensors = {}
+    for band in ("high", "low"):
+        for i, (channels, *_) in enumerate(config.stages, start=1):
+            block = f"{band}_pass_module.conv_block{i}"
+            for name, fill in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+                tensors[f"{block}.bn.{name}"] = np.full(channels, fill, np.float32)
+            for norm in ("bn", "fft_filter.norm"):
+                tensors[f"{block}.{norm}.num_batches_tracked"] = np.zeros((), np.int64)
+    return tensors
+
+
+# --- folders of networks ----------------------------------------------------------------------------------------
+
+ORIGINAL_FILES = {
+    "dit": "diffusion_pytorch_model.safetensors",
+    "vae": "Wan2.1_VAE.safetensors",
+    "text": "models_t5_umt5-xxl-enc-bf16.safetensors",
+}
+DIFFUSERS_FILES = {
+    "dit": "transformer/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text": "text_encoder/model.safetensors",
+}
+
+
+def export_folder(
+    source: str | Path, dest: str | Path, naming: str, advance: Advance = lambda _: None
+) -> None:
+    """Writes the networks of a converted folder in "original" or "diffusers" names, to a new folder.
+
+    Raises:
+        UserError: if `dest` exists, the folder is damaged, or it holds a network that has no such names.
+    """
+    source, dest = Path(source), Path(dest)
+    if dest.exists():
+        raise UserError(f"{dest} exists", fix="another folder, or delete it first")
+    networks = read_index(source)["networks"]
+    files = ORIGINAL_FILES if naming == "original" else DIFFUSERS_FILES
+    if other := sorted(networks.keys() - files.keys() - {"memory"}):
+        raise UserError(f"{source} holds {', '.join(other)}, which cannot be exported")
+    if problems := damage(source):
+        raise findings(f"{source} is damaged", problems, fix="convert again")
+    with new_folder(dest) as unfinished:
+        for kind in sorted(networks.keys() & files.keys()):
+            config = build(KINDS[kind].config, networks[kind], kind)
+            path = unfinished / files[kind]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _export_network(source / FILES[kind], path, kind, naming, config, advance)
+            if naming == "diffusers":
+                write_text(path.with_name("config.json"), json.dumps(_theirs(kind, config), indent=1) + "\n")
+        if naming == "original":
+            described = {"model_type": "t2v"} | networks.get("dit", {})
+            described |= {kind: networks[kind] for kind in ("vae", "text") if kind in networks}
+            write_text(unfinished / "config.json", json.dumps(described, indent=1) + "\n")
+        if (source / "tokenizer.json").exists():
+            path = (
+                unfinished / ("google/umt5-xxl" if naming == "original" else "tokenizer") / "tokenizer.json"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / "tokenizer.json", path)
+
+
+def _export_network(source: Path, path: Path, kind: str, naming: str, config: Any, advance: Advance) -> None:
+    arrays = {name: stored.read() for name, stored in open_tensors(source)[0].items()}  # mapped, not read
+    patch = getattr(config, "patch_size", (1, 2, 2))
+    tensors = dict(originals(KINDS[kind].table(config), arrays, patch))
+    if naming == "diffusers":
+        found = names_diffusers.pairs(kind, tensors)
+        tensors = {names_diffusers.renamed(found, name): x for name, x in tensors.items()}
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tensors.items()}
+
+    def pieces() -> Iterator[tuple[str, np.ndarray]]:
+        for name, x in tensors.items():
+            for block in blocks(x, x.dtype):
+                yield name, block
+                advance(block.nbytes)
+
+    write_safetensors(path, shapes, pieces(), {"format": "pt"})
+
+
+def _theirs(kind: str, config: Any) -> dict[str, Any]:
+    """The config.json of diffusers or transformers for a network."""
+    if kind == "dit":
+        return {
+            "_class_name": "WanTransformer3DModel",
+            "patch_size": config.patch_size,
+            "num_attention_heads": config.num_heads,
+            "attention_head_dim": config.head_dim,
+            "in_channels": config.in_dim,
+            "out_channels": config.out_dim,
+            "text_dim": config.text_dim,
+            "freq_dim": config.freq_dim,
+            "ffn_dim": config.ffn_dim,
+            "num_layers": config.num_layers,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "eps": config.eps,
+        } | (
+            {} if config.text_len == 512 else {"text_len": config.text_len}
+        )  # the length that diffusers is told
+    if kind == "vae":
+        return {
+            "_class_name": "AutoencoderKLWan",
+            "base_dim": config.dim,
+            "z_dim": config.z_dim,
+            "dim_mult": config.dim_mult,
+            "num_res_blocks": config.num_res_blocks,
+            "temperal_downsample": config.temporal_downsample,  # so spelled there
+            "latents_mean": config.mean,
+            "latents_std": config.std,
+        }
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "d_model": config.dim,
+        "d_kv": config.dim_attn // config.num_heads,
+        "d_ff": config.dim_ffn,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "vocab_size": config.vocab,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_dist,
+        "feed_forward_proj": "gated-gelu",
+    }
