@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from ditmem_jax.config import Config, MemoryConfig, build, to_dict
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.tensors import DTYPES as STORED_DTYPES
-from ditmem_jax.data.tensors import as_bytes, open_tensors, write_safetensors
+from ditmem_jax.data.tensors import as_bytes, cast, open_tensors, write_safetensors
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT
@@ -129,7 +129,7 @@ def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Pla
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
-    return {name: place(name, stored[name].read().astype(x.dtype, copy=False)) for name, x in shapes.items()}
+    return {name: place(name, cast(stored[name].read(), x.dtype)) for name, x in shapes.items()}
 
 
 # --- trained encoders -------------------------------------------------------------------------------------------

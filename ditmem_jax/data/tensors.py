@@ -83,6 +83,18 @@ def _stored(path: Path, offset: int, entry: Mapping) -> Stored:
     return Stored(shape, entry["dtype"], stop - start, read)
 
 
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`array` in another dtype, aligned so that it need not be copied once more."""
+    if array.dtype == dtype:
+        return array
+    size = array.size * np.dtype(dtype).itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    out = buffer[start : start + size].view(dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
