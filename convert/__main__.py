@@ -36,7 +36,7 @@ from convert.sources import Source, open_source
 from ditmem_jax import cli
 from ditmem_jax.errors import UserError
 
-KIND = flags.DEFINE_enum("kind", None, list(KINDS), "What SOURCE is, instead of looking at its names.")
+KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Convert this kind of network only.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the result; by default as stored.")
 LIST = flags.DEFINE_bool("list", False, "Print which tensor goes where; read no values.")
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print what would be done.")

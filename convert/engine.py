@@ -199,7 +199,13 @@ def assign(
 
 def findings(what: str, problems: Sequence[str], fix: str | None = None) -> UserError:
     """One error with every finding, a line each."""
-    return UserError(f"{what} ({len(problems)} findings):\n  " + "\n  ".join(problems), fix=fix)
+    count = f"{len(problems)} finding" + "s" * (len(problems) != 1)
+    return UserError(f"{what} ({count}):\n  " + "\n  ".join(problems), fix=fix)
+
+
+def one_line(error: UserError) -> str:
+    """An error as a finding among others."""
+    return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 def _shape_after(transform: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -133,20 +133,18 @@ def export_folder(
 
 
 def _export_network(source: Path, path: Path, kind: str, naming: str, config: Any, advance: Advance) -> None:
-    arrays = {name: stored.read() for name, stored in open_tensors(source)[0].items()}  # mapped, not read
-    patch = getattr(config, "patch_size", (1, 2, 2))
-    tensors = dict(originals(KINDS[kind].table(config), arrays, patch))
-    if naming == "diffusers":
-        found = names_diffusers.pairs(kind, tensors)
-        tensors = {names_diffusers.renamed(found, name): x for name, x in tensors.items()}
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tensors.items()}
+    arrays = open_tensors(source)[0]
+    table, patch = KINDS[kind].table(config), getattr(config, "patch_size", (1, 2, 2))
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in originals(table, arrays, patch)}
+    found = names_diffusers.pairs(kind, shapes) if naming == "diffusers" else ()
 
     def pieces() -> Iterator[tuple[str, np.ndarray]]:
-        for name, x in tensors.items():
+        for name, x in originals(table, arrays, patch):
             for block in blocks(x, x.dtype):
-                yield name, block
+                yield names_diffusers.renamed(found, name), block
                 advance(block.nbytes)
 
+    shapes = {names_diffusers.renamed(found, name): x for name, x in shapes.items()}
     write_safetensors(path, shapes, pieces(), {"format": "pt"})
 
 

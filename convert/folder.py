@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert.engine import canonical, convert, differences, findings, stream
+from convert.engine import canonical, convert, differences, findings, one_line, stream
 from convert.plan import FILES, Network, plan
 from convert.sources import Source, open_source
 from ditmem_jax.checkpoint import FORMAT, VERSION, save_encoder
 from ditmem_jax.config import to_dict
 from ditmem_jax.data.files import replacing, write_text
-from ditmem_jax.data.tensors import as_bytes, open_tensors, write_safetensors
+from ditmem_jax.data.tensors import Stored, as_bytes, open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -146,8 +146,6 @@ def _write(
 ) -> None:
     problems = []
     for network in networks:
-        values = differences(network.match.equal, network.part.tensors)
-        problems += [f"{network.part}: {problem}" for problem in values]
         path = folder / FILES[network.role]
         if network.kind == "memory":
             sums = _write_encoder(network, path, problems, advance)
@@ -169,6 +167,8 @@ def _write(
 def _write_network(network: Network, path: Path, problems: list[str], advance: Advance) -> dict[str, str]:
     """Writes the arrays of a network block by block; returns their checksums."""
     sums = dict.fromkeys(network.wanted, 0)
+    unequal = differences(network.match.equal, network.part.tensors)
+    problems += [f"{network.part}: {problem}" for problem in unequal]
 
     def pieces() -> Iterator[tuple[str, np.ndarray]]:
         for target, _, name, values in stream(network.match.assignments, network.part.tensors):
@@ -190,7 +190,7 @@ def _write_encoder(network: Network, path: Path, problems: list[str], advance: A
     try:
         arrays = convert(network.table, network.part.tensors, network.wanted)
     except UserError as error:
-        problems += str(error).splitlines()[1:]
+        problems.append(f"{network.part}: {one_line(error)}")
         return {}
     save_encoder(path, arrays, network.config, {})
     unread = {canonical(network.table, name): network.part.tensors[name] for name in network.match.ignored}
@@ -250,16 +250,25 @@ def damage(folder: str | Path) -> list[str]:
         try:
             stored, _ = open_tensors(folder / name)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(one_line(error))
             continue
         problems += [f"{name}: {path} is missing" for path in sorted(sums.keys() - stored.keys())]
         problems += [f"{name}: {path} is unknown" for path in sorted(stored.keys() - sums.keys())]
         problems += [
             f"{name}: {path} has checksum {found}, {sums[path]} was written"
             for path in sorted(sums.keys() & stored.keys())
-            if (found := f"{zlib.crc32(as_bytes(stored[path].read())):08x}") != sums[path]
+            if (found := _checksum(stored[path])) != sums[path]
         ]
     return problems
+
+
+def _checksum(stored: Stored) -> str:
+    """CRC-32 of a tensor, mapped anew for each block, since pages that are mapped and read count as memory."""
+    value, length = 0, stored.shape[0] if stored.shape else 1
+    rows = max(1, BLOCK * length // max(1, stored.size))
+    for start in range(0, length, rows):
+        value = zlib.crc32(as_bytes(np.atleast_1d(stored.read())[start : start + rows]), value)
+    return f"{value:08x}"
 
 
 def deviations(networks: list[Network], folder: str | Path) -> Iterator[tuple[str, int, str | None]]:

@@ -23,6 +23,7 @@ from ditmem_jax.models.vae import VAE
 
 PLAIN = Table(())
 Shapes = Mapping[str, tuple[int, ...]]
+MODEL_TYPES = ("t2v",)
 UNUSED = {"_class_name", "_diffusers_version", "model_type", "window_size", "qk_norm", "cross_attn_norm"}
 HEAD = 128  # width of a head in every published transformer, where no config.json tells
 
@@ -203,6 +204,7 @@ def _described(kind: str, config: Mapping[str, Any], where: str) -> dict[str, An
         return values
     if not config.keys() & {field.name for field in dataclasses.fields(DiTConfig)}:
         return {}
-    if (found := config.get("model_type", "t2v")) != "t2v":
-        raise UserError(f"{where} is another kind of transformer", expected="model_type t2v", found=found)
+    if (found := config.get("model_type", "t2v")) not in MODEL_TYPES:
+        expected = f"model_type {' or '.join(MODEL_TYPES)}"
+        raise UserError(f"{where} is another kind of transformer", expected=expected, found=found)
     return {key: value for key, value in config.items() if key not in {*UNUSED, *KINDS}}

@@ -1,6 +1,7 @@
 """Arrays of ours back under their original names: the inverse of the engine, for weights that are made here."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +17,12 @@ INVERSES = {
 
 
 def originals(
-    table: Table, arrays: Mapping[str, np.ndarray], patch_size: tuple[int, int, int] = (1, 2, 2)
+    table: Table, arrays: Mapping[str, Any], patch_size: tuple[int, int, int] = (1, 2, 2)
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Original name and tensor, a view where that is possible, for every rule of the table.
 
     Args:
-        arrays: in our layout, by our path.
+        arrays: in our layout, by our path; anything with a shape that numpy can turn into an array.
         patch_size: of a transformer, whose patch embedding is a convolution there.
     """
     inverses = INVERSES | {
@@ -30,12 +31,13 @@ def originals(
         "frames": lambda x: x.reshape(-1, 1, 1),
     }
     for rule in table.rules:
-        single_frames = rule.transform == "flatten" and rule.source.endswith(
-            ".norm.gamma"
-        )  # of the VAE's attention
-        inverse, x = inverses["frames" if single_frames else rule.transform], arrays[rule.target]
-        for i, layer in enumerate(x) if "{i}" in rule.source else [(0, x)]:
-            yield rule.source.format(i=i), inverse(layer)
+        frames = rule.transform == "flatten" and rule.source.endswith(".norm.gamma")  # attention of the VAE
+        inverse, array = inverses["frames" if frames else rule.transform], arrays[rule.target]
+        if "{i}" not in rule.source:
+            yield rule.source, inverse(np.asarray(array))
+            continue
+        for i in range(array.shape[0]):
+            yield rule.source.format(i=i), inverse(np.asarray(array)[i])  # mapped anew, if it is on disk
 
 
 def original(

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from convert import kinds
-from convert.engine import Match, Table, canonical, findings, match, targets
+from convert.engine import Match, Table, canonical, findings, match, one_line, targets
 from convert.sources import Part, Source
+from ditmem_jax.checkpoint import FORMAT
 from ditmem_jax.data.tensors import DTYPES
 from ditmem_jax.errors import UserError
 
@@ -70,7 +71,7 @@ def plan(source: Source, *, kind: str | None = None, dtype: str | None = None) -
         try:
             network = _network(role, *detected, part, dtype)
         except UserError as error:
-            problems += str(error).splitlines()
+            problems.append(one_line(error))
             continue
         problems += [f"{part}: {problem}" for problem in network.match.problems]
         found.append(network)
@@ -158,6 +159,8 @@ def _dtype(kind: str, chosen: str | None, as_stored: np.dtype) -> np.dtype:
 
 def _unknown(source: Source, kind: str | None) -> UserError:
     names = sorted(source.parts[0].tensors)
+    if any(part.config.get("format") == FORMAT for part in source.parts):
+        return UserError(f"{source.root} is converted already", fix="--export leads back to other names")
     return UserError(
         f"{source.root} holds no {kind or 'network that we know'}",
         expected=f"tensors of one of: {', '.join(kinds.KINDS)}",

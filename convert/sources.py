@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import findings
+from convert.engine import findings, one_line
 from ditmem_jax.data.tensors import POINTER, Stored, open_tensors
 from ditmem_jax.errors import UserError
 
 FOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2", "vae", "text_encoder")
 TOKENIZERS = ("tokenizer.json", "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
-TORCH = (".pth", ".pt", ".bin")
+TORCH = ".pth"
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 
@@ -73,7 +73,7 @@ def open_source(path: str | Path) -> Source:
     if not parts:
         raise UserError(
             f"no weights in {root}",
-            expected=f"files named *.safetensors, {', '.join('*' + suffix for suffix in TORCH)}",
+            expected="files named *.safetensors or *.pth",
             found=", ".join(sorted(p.name for p in root.iterdir())[:10]) or "no files",
         )
     tokenizers = [root / name for name in TOKENIZERS if root.is_dir() and (root / name).is_file()]
@@ -95,7 +95,7 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _groups(folder: Path, problems: list[str]) -> dict[str, list[Path]]:
     """The files of weights in a folder, by what they belong to."""
-    files = [p for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", *TORCH) and p.is_file()]
+    files = [p for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", TORCH) and p.is_file()]
     groups: dict[str, list[Path]] = {}
     for path in files:
         groups.setdefault(_stem(path), []).append(path)
@@ -168,9 +168,9 @@ def _tensors(files: list[Path], problems: list[str]) -> dict[str, Stored]:
     tensors, places = {}, {}
     for path in files:
         try:
-            found = _read_pth(path) if path.suffix in TORCH else open_tensors(path)[0]
+            found = _read_pth(path) if path.suffix == TORCH else open_tensors(path)[0]
         except UserError as error:
-            problems.append("; ".join(line.strip() for line in str(error).splitlines()))
+            problems.append(one_line(error))
             continue
         problems += [f"{name} is in {places[name]} and in {path}" for name in found if name in places]
         tensors |= found
