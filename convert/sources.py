@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,8 +183,8 @@ def _tensors(files: list[Path], problems: list[str]) -> dict[str, Stored]:
 
 # What torch raises for files that are cut off or altered, which depends on where.
 DAMAGED = (
-    OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, AssertionError,
-    zipfile.BadZipFile,
+    OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, NameError, ArithmeticError,
+    AssertionError, MemoryError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 

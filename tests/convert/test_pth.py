@@ -74,9 +74,10 @@ def test_damaged_torch_files_are_named(torch, tmp_path, content):
         open_source(path)
 
 
-def test_cut_off_torch_files_are_named(torch, tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cut_off_torch_files_are_named(torch, tmp_path, zipped):
     path = tmp_path / "text.pth"
-    save(torch, path, random_text())
+    save(torch, path, random_text(), _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     for length in range(0, len(content), max(1, len(content) // 40)):
         path.write_bytes(content[:length])
