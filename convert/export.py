@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from convert import names_diffusers
 from convert.engine import findings
@@ -19,7 +18,7 @@ from convert.original import original, originals
 from convert.plan import FILES
 from ditmem_jax.checkpoint import DTYPES, load_encoder
 from ditmem_jax.config import MemoryConfig, build
-from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.files import write_text
 from ditmem_jax.data.tensors import open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
@@ -64,8 +63,11 @@ def export_encoder(source: str | Path, out: str | Path, *, prefix: str = "", dty
         prefix + name: x if np.issubdtype(x.dtype, np.integer) else x.astype(DTYPES[dtype])
         for name, x in tensors.items()
     }
-    with replacing(out) as temporary:
-        save_file(tensors, temporary)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(out, tensors, tensors.items(), {"format": "pt"})
+    except OSError as error:
+        raise UserError(f"cannot write {out}", found=error) from error
 
 
 def _unread(config: MemoryConfig) -> dict[str, np.ndarray]:

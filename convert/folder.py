@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from convert.engine import canonical, convert, differences, findings, one_line, stream
 from convert.plan import FILES, Network, plan
@@ -193,8 +192,9 @@ def _write_encoder(network: Network, path: Path, problems: list[str], advance: A
         problems.append(f"{network.part}: {one_line(error)}")
         return {}
     save_encoder(path, arrays, network.config, {})
-    unread = {canonical(network.table, name): network.part.tensors[name] for name in network.match.ignored}
-    save_file({name: np.array(tensor) for name, tensor in unread.items()}, path.with_name(UNREAD))
+    tensors = network.part.tensors
+    unread = {canonical(network.table, name): tensors[name].read() for name in network.match.ignored}
+    write_safetensors(path.with_name(UNREAD), unread, unread.items(), {})
     advance(network.size)
     return {name: f"{zlib.crc32(as_bytes(array)):08x}" for name, array in arrays.items()}
 

@@ -123,12 +123,11 @@ def _network(role: str, kind: str, naming: str, part: Part, dtype: str | None) -
     table = dataclasses.replace(table, aliases=aliases | table.aliases)
     wanted = _arrays(kind, config)
     found = match(table, shapes, wanted)
-    found.problems.extend(
-        f"{name} has dtype {tensors[name].dtype}, weights have one of {', '.join(FLOATS)}"
-        for assignment in found.assignments.values()
-        for name in assignment.sources
-        if name and tensors[name].dtype not in FLOATS
-    )
+    ignored = set(found.ignored)
+    for name, tensor in tensors.items():
+        known = DTYPES if name in ignored else FLOATS
+        if tensor.dtype not in known:
+            found.problems.append(f"{name} has dtype {tensor.dtype}, one of {', '.join(known)} is needed")
     stored = {
         path: _stored_dtype({tensors[name].dtype for name in assignment.sources if name})
         for path, assignment in found.assignments.items()

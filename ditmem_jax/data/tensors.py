@@ -9,8 +9,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -97,14 +97,14 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def write_safetensors(
     path: Path,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    shapes: Mapping[str, Any],
     arrays: Iterable[tuple[str, np.ndarray]],
     metadata: dict[str, str],
 ) -> None:
     """Writes a safetensors file piece by piece, so that a network larger than the memory can pass through.
 
     Args:
-        shapes: of every array, in the order in which they are written.
+        shapes: anything with the shape and dtype of each array, in the order in which they are written.
         arrays: name and values; an array may come in several pieces along its leading axis.
     """
     header, offset = {"__metadata__": metadata} if metadata else {}, 0

@@ -1,7 +1,9 @@
 """What is exported comes back bit for bit, under exactly the names that other programs expect."""
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -143,6 +145,17 @@ def test_encoders_that_the_released_program_cannot_hold(tmp_path, change):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["low_pass_module.conv_block1.bn.num_batches_tracked", "low_pass_module.cnn.1.conv.bias"]
+)
+def test_dtypes_that_no_weights_have(tmp_path, name):
+    tensors = released_tensors()
+    tensors[name] = tensors[name].astype(np.uint32)
+    safetensors.numpy.save_file(tensors, tmp_path / "DiT-Mem.safetensors")
+    with pytest.raises(UserError, match=f"{name} has dtype U32"):
+        convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
+
+
 def test_aliases_that_differ_are_refused(tmp_path):
     tensors = released_tensors()
     tensors["high_pass_module.cnn.0.conv.bias"] = tensors["high_pass_module.cnn.0.conv.bias"] + 1
@@ -150,3 +163,16 @@ def test_aliases_that_differ_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"high_pass_module\.conv_block1\.conv\.bias are names of one tensor"):
         convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    arrays = random_arrays(abstract(lambda: MemoryEncoder(RELEASED, rngs=nnx.Rngs(0)))[1])
+    save_encoder(tmp_path / "encoder.safetensors", arrays, RELEASED, {})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*out\.safetensors(.|\n)*No space left"):
+        export_encoder(tmp_path / "encoder.safetensors", tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
