@@ -21,16 +21,16 @@ def get_config() -> ConfigDict:
             tokens=(3, 1, 1),
             norm="group",
             dropout=0.1,
-            strength=0.05,
+            strength=0.3,
         )
     )
     config.data = ConfigDict(
         dict(records="demo/records/train", bank="demo/records/train", references=3, batch_size=32, cache=True)
     )
     config.objective = ConfigDict(
-        dict(kind="running", density="uniform", sigma_range=(0.3, 1.0), memory_dropout=0.1)
+        dict(kind="running", density="uniform", sigma_range=(0.5, 1.0), memory_dropout=0.1)
     )
     config.optim = ConfigDict(dict(learning_rate=1e-3, schedule="cosine", warmup=50, b2=0.99))
     config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0))
-    config.run = ConfigDict(dict(out="runs/tiny", steps=2000, remat="products"))
+    config.run = ConfigDict(dict(out="runs/tiny", steps=1500, remat="products"))
     return config

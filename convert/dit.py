@@ -1,14 +1,19 @@
 """Names of the Wan transformer in original checkpoints."""
 
 from convert.engine import Rule, Table
+from ditmem_jax.config import DiTConfig
 
 
 def _linear(source: str, target: str) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}.kernel", "linear"), Rule(f"{source}.bias", f"{target}.bias")]
 
 
-def table() -> Table:
-    """The text-to-video kind, any size."""
+def _norm(source: str, target: str) -> list[Rule]:
+    return [Rule(f"{source}.weight", f"{target}.scale"), Rule(f"{source}.bias", f"{target}.bias")]
+
+
+def table(config: DiTConfig) -> Table:
+    """The rules for a transformer of this configuration."""
     rules = [
         Rule("patch_embedding.weight", "patch_embedding.kernel", "patch"),
         Rule("patch_embedding.bias", "patch_embedding.bias"),
@@ -20,14 +25,29 @@ def table() -> Table:
         *_linear("head.head", "head"),
         Rule("head.modulation", "head_modulation", "squeeze0"),
         Rule("blocks.{i}.modulation", "blocks.modulation", "squeeze0"),
-        Rule("blocks.{i}.norm3.weight", "blocks.cross_norm.scale"),
-        Rule("blocks.{i}.norm3.bias", "blocks.cross_norm.bias"),
+        *_norm("blocks.{i}.norm3", "blocks.cross_norm"),
         *_linear("blocks.{i}.ffn.0", "blocks.feed_forward.up"),
         *_linear("blocks.{i}.ffn.2", "blocks.feed_forward.down"),
     ]
-    for source, target in (("self_attn", "self_attention"), ("cross_attn", "cross_attention")):
-        for name in ("q", "k", "v", "o"):
-            rules += _linear(f"blocks.{{i}}.{source}.{name}", f"blocks.{target}.{name}")
-        for name in ("norm_q", "norm_k"):
-            rules.append(Rule(f"blocks.{{i}}.{source}.{name}.weight", f"blocks.{target}.{name}.scale"))
+    rules += _attention("self_attn.{}", "self_attention", "qkvo")
+    rules += _attention("cross_attn.{}", "cross_attention", "qkvo")
+    if config.image_dim is not None:
+        rules += [
+            *_norm("img_emb.proj.0", "image_embedding.norm_in"),
+            *_linear("img_emb.proj.1", "image_embedding.feed_forward.up"),
+            *_linear("img_emb.proj.3", "image_embedding.feed_forward.down"),
+            *_norm("img_emb.proj.4", "image_embedding.norm_out"),
+            *_attention("cross_attn.{}_img", "image_attention", "kv"),
+        ]
     return Table(rules)
+
+
+def _attention(source: str, target: str, names: str) -> list[Rule]:
+    """The projections `names` in every block; `source` has a gap for the name of each."""
+    rules = []
+    for name in names:
+        rules += _linear(f"blocks.{{i}}.{source.format(name)}", f"blocks.{target}.{name}")
+        if name in "qk":
+            norm = source.format(f"norm_{name}")
+            rules.append(Rule(f"blocks.{{i}}.{norm}.weight", f"blocks.{target}.norm_{name}.scale"))
+    return rules

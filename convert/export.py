@@ -17,7 +17,7 @@ from convert.kinds import KINDS
 from convert.original import original, originals
 from convert.plan import FILES
 from ditmem_jax.checkpoint import DTYPES, load_encoder
-from ditmem_jax.config import MemoryConfig, build
+from ditmem_jax.config import DiTConfig, MemoryConfig, build
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.tensors import open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
@@ -95,6 +95,16 @@ DIFFUSERS_FILES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "text": "text_encoder/model.safetensors",
 }
+EXPERTS = {
+    "original": {
+        "dit": "low_noise_model/diffusion_pytorch_model.safetensors",
+        "dit_high": "high_noise_model/diffusion_pytorch_model.safetensors",
+    },
+    "diffusers": {
+        "dit": "transformer_2/diffusion_pytorch_model.safetensors",
+        "dit_high": "transformer/diffusion_pytorch_model.safetensors",
+    },
+}
 
 
 def export_folder(
@@ -103,29 +113,32 @@ def export_folder(
     """Writes the networks of a converted folder in "original" or "diffusers" names, to a new folder.
 
     Raises:
-        UserError: if `dest` exists, the folder is damaged, or it holds a network that has no such names.
+        UserError: if `dest` exists or the folder is damaged.
     """
     source, dest = Path(source), Path(dest)
     if dest.exists():
         raise UserError(f"{dest} exists", fix="another folder, or delete it first")
     networks = read_index(source)["networks"]
     files = ORIGINAL_FILES if naming == "original" else DIFFUSERS_FILES
-    if other := sorted(networks.keys() - files.keys() - {"memory"}):
-        raise UserError(f"{source} holds {', '.join(other)}, which cannot be exported")
+    if "dit_high" in networks:
+        files = files | EXPERTS[naming]
     if problems := damage(source):
         raise findings(f"{source} is damaged", problems, fix="convert again")
     with new_folder(dest) as unfinished:
-        for kind in sorted(networks.keys() & files.keys()):
-            config = build(KINDS[kind].config, networks[kind], kind)
-            path = unfinished / files[kind]
+        for role in sorted(networks.keys() & files.keys()):
+            kind = role.removesuffix("_high")
+            config = build(KINDS[kind].config, networks[role], role)
+            path = unfinished / files[role]
             path.parent.mkdir(parents=True, exist_ok=True)
-            _export_network(source / FILES[kind], path, kind, naming, config, advance)
+            _export_network(source / FILES[role], path, kind, naming, config, advance)
             if naming == "diffusers":
-                write_text(path.with_name("config.json"), json.dumps(_theirs(kind, config), indent=1) + "\n")
+                _write_json(path.with_name("config.json"), _theirs(kind, config))
+            elif kind == "dit":
+                _write_json(
+                    path.with_name("config.json"), {"model_type": _model_type(config)} | networks[role]
+                )
         if naming == "original":
-            described = {"model_type": "t2v"} | networks.get("dit", {})
-            described |= {kind: networks[kind] for kind in ("vae", "text") if kind in networks}
-            write_text(unfinished / "config.json", json.dumps(described, indent=1) + "\n")
+            _add_sizes(unfinished / "config.json", networks)
         if (source / "tokenizer.json").exists():
             path = (
                 unfinished / ("google/umt5-xxl" if naming == "original" else "tokenizer") / "tokenizer.json"
@@ -134,9 +147,24 @@ def export_folder(
             shutil.copyfile(source / "tokenizer.json", path)
 
 
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def _model_type(config: DiTConfig) -> str:
+    """The word of original configurations for a kind of transformer."""
+    return "i2v" if config.condition_dim else "ti2v" if config.in_dim == 48 else "t2v"
+
+
+def _add_sizes(path: Path, networks: dict[str, Any]) -> None:
+    """Tells the sizes of VAE and text encoder, which original configurations leave out, in the config.json."""
+    described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    _write_json(path, described | {kind: networks[kind] for kind in ("vae", "text") if kind in networks})
+
+
 def _export_network(source: Path, path: Path, kind: str, naming: str, config: Any, advance: Advance) -> None:
     arrays = open_tensors(source)[0]
-    table, patch = KINDS[kind].table(config), getattr(config, "patch_size", (1, 2, 2))
+    table, patch = KINDS[kind].table(config), config.patch_size if kind == "dit" else (1, 2, 2)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in originals(table, arrays, patch)}
     found = names_diffusers.pairs(kind, shapes) if naming == "diffusers" else ()
 
@@ -167,6 +195,8 @@ def _theirs(kind: str, config: Any) -> dict[str, Any]:
             "cross_attn_norm": True,
             "qk_norm": "rms_norm_across_heads",
             "eps": config.eps,
+            "image_dim": config.image_dim,
+            "added_kv_proj_dim": config.dim if config.image_dim else None,
         } | (
             {} if config.text_len == 512 else {"text_len": config.text_len}
         )  # the length that diffusers is told
@@ -180,6 +210,13 @@ def _theirs(kind: str, config: Any) -> dict[str, Any]:
             "temperal_downsample": config.temporal_downsample,  # so spelled there
             "latents_mean": config.mean,
             "latents_std": config.std,
+            "in_channels": 3 * config.patch_size**2,
+            "out_channels": 3 * config.patch_size**2,
+            "patch_size": config.patch_size if config.patch_size > 1 else None,
+            "decoder_base_dim": config.decoder_dim,
+            "is_residual": config.shortcuts,
+            "scale_factor_spatial": config.spatial_stride,
+            "scale_factor_temporal": config.temporal_stride,
         }
     return {
         "architectures": ["UMT5EncoderModel"],

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
@@ -14,7 +14,7 @@ import convert.umt5
 import convert.vae
 from convert import names_diffusers
 from convert.engine import Table
-from ditmem_jax.config import DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
+from ditmem_jax.config import VAE_PRESETS, DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.memory import MemoryEncoder
@@ -23,7 +23,7 @@ from ditmem_jax.models.vae import VAE
 
 PLAIN = Table(())
 Shapes = Mapping[str, tuple[int, ...]]
-MODEL_TYPES = ("t2v",)
+MODEL_TYPES = ("t2v", "i2v", "ti2v")
 UNUSED = {"_class_name", "_diffusers_version", "model_type", "window_size", "qk_norm", "cross_attn_norm"}
 HEAD = 128  # width of a head in every published transformer, where no config.json tells
 
@@ -57,27 +57,43 @@ def _dit(shapes: Shapes) -> dict[str, Any]:
         text_dim=shapes["text_embedding.0.weight"][1],
         freq_dim=shapes["time_embedding.0.weight"][1],
         patch_size=patch,
+        image_dim=shapes["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in shapes else None,
     )
 
 
 def _vae(shapes: Shapes) -> dict[str, Any]:
     """Levels end with a resampling, which halves the time as well where it has a convolution over time."""
-    dim, level, levels, in_time = shapes["encoder.conv1.weight"][0], [], [], []
-    for i in range(_layers(shapes, "encoder.downsamples")):
-        layer = f"encoder.downsamples.{i}"
+    (dim, channels, *_), z_dim = shapes["encoder.conv1.weight"], shapes["conv2.weight"][0]
+    level, levels, in_time = [], [], []
+    for layer in _encoder_layers(shapes):
         if f"{layer}.resample.1.weight" in shapes:
             in_time.append(f"{layer}.time_conv.weight" in shapes)
             levels, level = [*levels, level], []
         else:
             level.append(shapes[f"{layer}.residual.6.weight"][0])
     levels.append(level)
-    return dict(
+    values = dict(
         dim=dim,
-        z_dim=shapes["conv2.weight"][0],
+        z_dim=z_dim,
         dim_mult=[level[-1] // dim for level in levels],
         num_res_blocks=len(levels[0]),
         temporal_downsample=in_time,
     )
+    for published in VAE_PRESETS.values():
+        if published.z_dim == z_dim:
+            values |= dict(mean=published.mean, std=published.std)
+    if _layers(shapes, "encoder.downsamples.0.downsamples"):  # the kind of Wan 2.2
+        width = shapes["decoder.conv1.weight"][0] // values["dim_mult"][-1]
+        values |= dict(patch_size=math.isqrt(channels // 3), decoder_dim=width, shortcuts=True)
+    return values
+
+
+def _encoder_layers(shapes: Shapes) -> Iterator[str]:
+    """Names of the layers between the first convolution and the middle, whether or not levels nest them."""
+    for i in range(_layers(shapes, "encoder.downsamples")):
+        level = f"encoder.downsamples.{i}"
+        inner = _layers(shapes, f"{level}.downsamples")
+        yield from (f"{level}.downsamples.{j}" for j in range(inner)) if inner else [level]
 
 
 def _text(shapes: Shapes) -> dict[str, Any]:
@@ -118,7 +134,7 @@ def _layers(shapes: Shapes, stem: str) -> int:
 KINDS = {
     "dit": Kind(
         {"original": r"blocks\.\d+\.(self|cross)_attn\.", "diffusers": r"blocks\.\d+\.attn[12]\."},
-        DiTConfig, _dit, DiT, lambda config: convert.dit.table(),
+        DiTConfig, _dit, DiT, convert.dit.table,
         {"num_attention_heads": "num_heads", "eps": "eps", "text_len": "text_len"},
     ),
     "vae": Kind(

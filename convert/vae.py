@@ -1,6 +1,6 @@
-"""Tensor names of `Wan2.1_VAE.pth`."""
+"""Tensor names of `Wan2.1_VAE.pth` and `Wan2.2_VAE.pth`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flax import nnx
 
@@ -30,12 +30,21 @@ def table(config: VAEConfig) -> Table:
     model = nnx.eval_shape(lambda: vae.VAE(config, rngs=nnx.Rngs(0)))
     rules = [*_rules("conv1", "quant", "conv3d"), *_rules("conv2", "post_quant", "conv3d")]
     for chain, names in (("encoder", _encoder_names(model)), ("decoder", _decoder_names(model))):
-        for number, (layer, name) in enumerate(zip(getattr(model, chain).layers, names, strict=True)):
-            for source, target, kind in PARTS[type(layer)]:
-                if target == "" or getattr(layer, target) is not None:
-                    path = _join(chain, "layers", str(number), target)
-                    rules += _rules(_join(chain, name, source), path, kind)
+        for layer, source, target in _layers(getattr(model, chain), names, f"{chain}.layers"):
+            for part, ours, kind in PARTS[type(layer)]:
+                if ours == "" or getattr(layer, ours) is not None:
+                    rules += _rules(_join(chain, source, part), _join(target, ours), kind)
     return Table(rules)
+
+
+def _layers(chain: vae.Chain, names: Sequence[str], target: str) -> Iterator[tuple[nnx.Module, str, str]]:
+    """Each layer with its original name and its path, those inside of a level too."""
+    for number, (layer, name) in enumerate(zip(chain.layers, names, strict=True)):
+        if isinstance(layer, vae.Level):  # "downsamples.2" holds "downsamples.2.downsamples.0" and so on
+            inner = [f"{name}.{name.split('.')[0]}.{i}" for i in range(len(layer.layers))]
+            yield from _layers(layer, inner, f"{target}.{number}.layers")
+        else:
+            yield layer, name, f"{target}.{number}"
 
 
 def _encoder_names(model: vae.VAE) -> list[str]:

@@ -5,6 +5,7 @@ Converted weights (`python -m convert`) are a folder:
     config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}},
                            "provenance": {where each comes from}, "checksums": {file: {array: CRC-32}}}
     dit.safetensors, vae.safetensors, text.safetensors    arrays by our dotted paths, layers stacked
+    dit_high.safetensors  of two experts, the one for high noise
     encoder.safetensors   a memory encoder, if one was converted
     tokenizer.json
 
@@ -18,7 +19,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from ditmem_jax.data.tensors import DTYPES as STORED_DTYPES
 from ditmem_jax.data.tensors import as_bytes, cast, open_tensors, write_safetensors
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import Arrays, abstract
 from ditmem_jax.models.umt5 import UMT5
@@ -55,14 +56,27 @@ def on_default_device(path: str, array: np.ndarray) -> jax.Array:
 # --- converted weights ------------------------------------------------------------------------------------------
 
 
-def load_dit(config: Config, place: Place = on_default_device) -> DiT:
+def load_dit(
+    config: Config, place: Place = on_default_device, experts: Literal["both", "high", "low"] = "both"
+) -> DiT | Experts:
     """The transformer of `config.weights`, in its dtype.
 
+    Args:
+        experts: which to load, where there are two.
     Raises:
         UserError: if the folder is missing or broken, or holds a network of another configuration.
     """
-    dtype = DTYPES[config.weights.dtype]
-    return _load(config, "dit", lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=dtype), place)
+
+    def load(stored: str) -> DiT:
+        dtype = DTYPES[config.weights.dtype]
+        return _load(config, "dit", lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=dtype), place, stored)
+
+    boundary = config.experts.boundary
+    if boundary is None or experts == "low":
+        return load("dit")
+    if experts == "high":
+        return load("dit_high")
+    return Experts(load("dit_high"), load("dit"), boundary)
 
 
 def load_vae(config: Config, place: Place = on_default_device) -> VAE:
@@ -77,25 +91,30 @@ def load_umt5(config: Config, place: Place = on_default_device) -> tuple[UMT5, T
     return text, Tokenizer(Path(config.weights.path) / "tokenizer.json", config.dit.text_len)
 
 
-def _load(config: Config, name: str, create: Callable[[], nnx.Module], place: Place) -> nnx.Module:
-    """The network called `name` in the folder of converted weights."""
+def _load(
+    config: Config, name: str, create: Callable[[], nnx.Module], place: Place, stored: str | None = None
+) -> nnx.Module:
+    """The network of `config.<name>` in the folder of converted weights, `stored` there under that or another name."""
+    stored = stored or name
     folder = Path(config.weights.path)
-    found, wanted = read_networks(folder).get(name), to_dict(getattr(config, name))
-    if found is None:
-        raise UserError(f"{folder} holds no network {name!r}", fix="convert the weights again")
-    if different := sorted(key for key in wanted if found.get(key) != wanted[key]):
+    networks, wanted = read_networks(folder), getattr(config, name)
+    if stored not in networks:
+        raise UserError(f"{folder} holds no network {stored!r}", fix="convert the weights again")
+    given = build(type(wanted), networks[stored], f"{folder}: {stored}")  # what it leaves out has its default
+    found, wanted = to_dict(given), to_dict(wanted)
+    if different := sorted(key for key in wanted if found[key] != wanted[key]):
         raise UserError(
             f"the weights in {folder} do not fit the config",
             expected=", ".join(f"{name}.{key} = {wanted[key]}" for key in different),
-            found=", ".join(f"{name}.{key} = {found.get(key)}" for key in different),
+            found=", ".join(f"{name}.{key} = {found[key]}" for key in different),
             fix=f"other weights, or config.{name} as they need it",
         )
     structure, shapes = abstract(create)
-    return structure.merge(_read_arrays(folder / f"{name}.safetensors", shapes, place))
+    return structure.merge(_read_arrays(folder / f"{stored}.safetensors", shapes, place))
 
 
 def read_networks(folder: str | Path) -> dict[str, Any]:
-    """The configurations of the networks in a folder of converted weights: "dit", "vae" and "text"."""
+    """The configurations of the networks in a folder of converted weights: "dit", "vae", "text", perhaps "dit_high"."""
     path = Path(folder) / "config.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """What every command line tool shares: `--config` with overrides, `--debug`, and errors in a few lines."""
 
 import ast
+import ctypes
 import re
 import runpy
 import sys
@@ -15,6 +16,7 @@ from ditmem_jax.config import Config, build, to_dict
 from ditmem_jax.errors import UserError, nearest
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the Python traceback of an error.")
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
 OVERRIDES = flags.DEFINE_multi_string("set", [], "PART.NAME=VALUE, what --config.PART.NAME=VALUE means.")
 
 
@@ -60,7 +62,20 @@ def run(main: Callable[..., None], arguments: str = "") -> None:
     )
 
 
+def keep_freed_memory() -> None:
+    """Keeps glibc from giving freed memory back to the kernel; elsewhere it does nothing.
+
+    On CPUs XLA allocates all that a step needs anew each time: hundreds of megabytes that the kernel would hand
+    out zeroed, page by page. Kept, they make a training step on two cores about a quarter faster.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
+
+
 def _guarded(main: Callable[..., None], given: list[str], names: list[str]) -> None:
+    keep_freed_memory()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # else libraries tell of all that they do
     try:

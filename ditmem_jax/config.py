@@ -20,7 +20,12 @@ def _require(condition: bool, what: str, **details: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """The Wan text-to-video transformer."""
+    """The Wan video transformer.
+
+    Channels of `in_dim` beyond `out_dim` are those of a condition, such as a given first frame, that enters beside
+    the noisy latents (the image-to-video kinds). `image_dim` is the width of CLIP image tokens, which
+    cross-attention then reads as well as the text; None is a kind without them.
+    """
 
     dim: int
     ffn_dim: int
@@ -33,8 +38,15 @@ class DiTConfig:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    image_dim: int | None = None
 
     def __post_init__(self):
+        _require(
+            self.in_dim >= self.out_dim,
+            "dit.in_dim holds the noisy latents and a condition",
+            expected=f"at least dit.out_dim = {self.out_dim}",
+            found=self.in_dim,
+        )
         _require(
             self.dim % self.num_heads == 0 and (self.dim // self.num_heads) % 2 == 0,
             "dit.dim must split into heads of even size",
@@ -45,6 +57,42 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def condition_dim(self) -> int:
+        """Channels of the condition; 0 for a kind without one."""
+        return self.in_dim - self.out_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Two transformers as one model (Wan 2.2 A14B).
+
+    From noise level `boundary` on, the network "dit_high" of the weights serves, below it "dit"; None is a single
+    transformer. `trains` names the expert for which a run trains a memory encoder, on the noise levels that fall to
+    it; "both" is one encoder that feeds the two.
+    """
+
+    boundary: float | None = None
+    trains: Literal["both", "high", "low"] = "both"
+
+    def __post_init__(self):
+        _require(
+            self.boundary is None or 0 < self.boundary < 1,
+            "experts.boundary is a noise level",
+            expected="0 < level < 1, or None",
+            found=self.boundary,
+        )
+        _require(
+            self.boundary is not None or self.trains == "both",
+            "experts.trains names one of two experts, but there is no experts.boundary",
+            expected="both",
+            found=self.trains,
+        )
+
+    def trained_at(self, sigma: float) -> bool:
+        """Whether noise level `sigma` falls to an expert whose memory a run trains."""
+        return self.trains == "both" or (sigma >= self.boundary) == (self.trains == "high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +157,7 @@ class MemoryConfig:
         return grid
 
 
-# Statistics of Wan 2.1 latents over its training videos, one pair per channel.
+# Statistics of Wan's latents over its training videos, one pair per channel.
 WAN21_LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -118,11 +166,32 @@ WAN21_LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+WAN22_LATENT_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+WAN22_LATENT_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The causal video VAE of Wan 2.1."""
+    """The causal video VAE of Wan; the defaults are those of Wan 2.1.
+
+    `patch_size` pixels along each side become channels before the first convolution. `decoder_dim` is the width of
+    the decoder where it is not that of the encoder, `dim`. `shortcuts` lays a shortcut without parameters around
+    each level (Wan 2.2); otherwise upsampling halves the channels.
+    """
 
     dim: int = 96
     z_dim: int = 16
@@ -131,6 +200,9 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     mean: tuple[float, ...] = WAN21_LATENT_MEAN
     std: tuple[float, ...] = WAN21_LATENT_STD
+    patch_size: int = 1
+    decoder_dim: int | None = None
+    shortcuts: bool = False
 
     def __post_init__(self):
         _require(
@@ -148,7 +220,7 @@ class VAEConfig:
 
     @property
     def spatial_stride(self) -> int:
-        return 2 ** (len(self.dim_mult) - 1)
+        return self.patch_size * 2 ** (len(self.dim_mult) - 1)
 
     @property
     def temporal_stride(self) -> int:
@@ -305,11 +377,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How clips are made. `strength` scales the attention weight of the memory: 0 is exactly no memory."""
+    """How clips are made. `strength` scales the attention weight of the memory: 0 is exactly no memory.
+
+    `guidance_high` is the guidance of the expert for high noise, where there are two; None is `guidance`.
+    """
 
     steps: int = 40
     shift: float = 5.0
     guidance: float = 5.0
+    guidance_high: float | None = None
     strength: float = 1.0
     memory_in_negative: bool = True
     negative_prompt: str = ""
@@ -358,6 +434,7 @@ class Config:
 
     dit: DiTConfig
     memory: MemoryConfig
+    experts: ExpertsConfig = ExpertsConfig()
     vae: VAEConfig = VAEConfig()
     text: UMT5Config = UMT5Config()
     video: VideoConfig = VideoConfig()
@@ -373,11 +450,23 @@ class Config:
         pairs = (
             ("memory.dim", self.memory.dim, "dit.dim", self.dit.dim),
             ("memory.in_dim", self.memory.in_dim, "vae.z_dim", self.vae.z_dim),
-            ("dit.in_dim", self.dit.in_dim, "vae.z_dim", self.vae.z_dim),
+            ("dit.out_dim", self.dit.out_dim, "vae.z_dim", self.vae.z_dim),
             ("dit.text_dim", self.dit.text_dim, "text.dim", self.text.dim),
         )
         for name, value, other, expected in pairs:
             _require(value == expected, f"{name} must equal {other}", expected=expected, found=value)
+        _require(
+            self.dit.condition_dim == 0 and self.dit.image_dim is None,
+            "the transformer wants an image, which training and sampling do not give",
+            expected="a text-to-video kind",
+            found=f"{self.dit.condition_dim} channels of a condition, dit.image_dim {self.dit.image_dim}",
+        )
+        _require(
+            any(map(self.experts.trained_at, self.run.validation_sigmas)),
+            "none of run.validation_sigmas falls to the expert that trains",
+            expected=f"one on the {self.experts.trains} side of {self.experts.boundary}",
+            found=self.run.validation_sigmas,
+        )
         grid = self.vae.latent_grid(self.video.frames, self.video.height, self.video.width)
         for size, patch in zip(grid, self.dit.patch_size, strict=True):
             _require(
@@ -388,9 +477,26 @@ class Config:
             )
 
 
+_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 DIT_PRESETS = {
     "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "wan2.1-t2v-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.1-t2v-14b": _14B,
+    "wan2.1-i2v-14b": dataclasses.replace(_14B, in_dim=36, image_dim=1280),
+    "wan2.2-t2v-a14b": _14B,  # each of the two experts
+    "wan2.2-i2v-a14b": dataclasses.replace(_14B, in_dim=36),  # each of the two experts
+    "wan2.2-ti2v-5b": DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+}
+VAE_PRESETS = {
+    "wan2.1": VAEConfig(),
+    "wan2.2": VAEConfig(
+        dim=160,
+        z_dim=48,
+        mean=WAN22_LATENT_MEAN,
+        std=WAN22_LATENT_STD,
+        patch_size=2,
+        decoder_dim=256,
+        shortcuts=True,
+    ),
 }
 
 

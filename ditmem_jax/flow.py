@@ -44,6 +44,12 @@ def target(latents: Float[Array, "*shape"], noise: Float[Array, "*shape"]) -> Fl
     return noise - latents
 
 
-def euler_steps(sigmas: np.ndarray) -> np.ndarray:
-    """The (negative) step of sigma taken after each evaluation, `[steps]`; the last one ends at 0."""
-    return np.diff(sigmas, append=0.0)
+def euler_steps(sigmas: np.ndarray, end: float = 0.0) -> np.ndarray:
+    """The (negative) step of sigma taken after each evaluation, `[steps]`; the last one ends at `end`."""
+    return np.diff(sigmas, append=end)
+
+
+def split_schedule(sigmas: np.ndarray, boundary: float) -> list[tuple[np.ndarray, float]]:
+    """The levels from `boundary` on and those below it, each with the level at which they end."""
+    high, low = sigmas[sigmas >= boundary], sigmas[sigmas < boundary]
+    return [(high, low[0] if len(low) else 0.0), (low, 0.0)]

@@ -28,7 +28,7 @@ from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError, nearest
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
@@ -45,8 +45,9 @@ def denoise(
     noise: Latents,
     sigmas: Float[np.ndarray, " steps"],
     on_step: Callable[[], None] | None = None,
+    end: float = 0.0,
 ) -> Latents:
-    """Euler steps from noise at `sigmas[0]` = 1 down to clean latents at 0.
+    """Euler steps from noise at `sigmas[0]` = 1 down to clean latents at `end` = 0.
 
     Args:
         on_step: called on the host after every step.
@@ -59,7 +60,7 @@ def denoise(
             jax.debug.callback(lambda _: on_step(), x[0, 0, 0, 0, 0])  # the value makes it wait for the step
         return x, None
 
-    schedule = jnp.asarray(sigmas, jnp.float32), jnp.asarray(flow.euler_steps(sigmas), jnp.float32)
+    schedule = jnp.asarray(sigmas, jnp.float32), jnp.asarray(flow.euler_steps(sigmas, end), jnp.float32)
     return jax.lax.scan(step, noise, schedule)[0]
 
 
@@ -106,23 +107,26 @@ class Sampler:
     """The networks that make clips; compiled once per number of prompts and of reference videos.
 
     Args:
-        encoder: None for a sampler without memory.
+        encoder: None for a sampler without memory; two, for high noise and for low, where each expert has its own.
         on_step: called after every denoising step, for a progress bar.
     """
 
     def __init__(
         self,
         config: Config,
-        dit: DiT,
+        dit: DiT | Experts,
         vae: VAE,
         text: tuple[UMT5, Tokenizer],
-        encoder: MemoryEncoder | None = None,
+        encoder: MemoryEncoder | tuple[MemoryEncoder, MemoryEncoder] | None = None,
         on_step: Callable[[], None] | None = None,
     ):
         self.config, self.vae = config, vae
         self._text, self._tokenizer = text
         self._with_memory = encoder is not None
-        self._networks, self._states = zip(*(nnx.split(network) for network in (dit, encoder)), strict=True)
+        dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
+        encoders = encoder if isinstance(encoder, tuple) else (encoder,) * len(dits)
+        pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
+        self._networks, self._states = zip(*pairs, strict=True)
         self._on_step = on_step
         self._encode_text = nnx.jit(UMT5.__call__)
         self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
@@ -130,17 +134,21 @@ class Sampler:
 
     @classmethod
     def load(
-        cls, config: Config, encoder: str | Path | None = None, on_step: Callable[[], None] | None = None
+        cls,
+        config: Config,
+        encoder: str | Path | Sequence[str | Path] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> "Sampler":
-        """From `config.weights` and the file of a trained encoder.
+        """From `config.weights` and the file of a trained encoder, or the files of one for each expert.
 
         Raises:
             UserError: if a file is missing or does not fit the config.
         """
         memory = None
         if encoder is not None:
-            config = with_encoder(config, encoder)
-            memory = load_encoder(encoder)
+            config, paths = with_encoders(config, encoder)
+            loaded = tuple(map(load_encoder, paths))
+            memory = loaded if len(loaded) > 1 else loaded[0]
         return cls(config, load_dit(config), load_vae(config), load_umt5(config), memory, on_step)
 
     def generate(
@@ -191,13 +199,27 @@ class Sampler:
         return self._encode_text(self._text, jnp.asarray(ids), jnp.asarray(mask))
 
     def _denoised(self, states, noise, positive, negative, references, strength):
-        dit, encoder = (nnx.merge(*network) for network in zip(self._networks, states, strict=True))
-        settings = self.config.sample
-        memory = None if references is None else with_strength(encoder(references, training=False), strength)
-        velocity = guided(
-            dit, positive, negative, memory, settings.guidance, memory_in_negative=settings.memory_in_negative
-        )
-        return denoise(velocity, noise, flow.shifted_sigmas(settings.steps, settings.shift), self._on_step)
+        networks = [nnx.merge(*network) for network in zip(self._networks, states, strict=True)]
+        dits, encoders = networks[: len(networks) // 2], networks[len(networks) // 2 :]
+        options = dict(memory_in_negative=self.config.sample.memory_in_negative)
+        x, memory = noise, None
+        for dit, encoder, (sigmas, end, scale) in zip(dits, encoders, _schedule(self.config), strict=True):
+            if references is not None:
+                memory = with_strength(encoder(references, training=False), strength)
+            velocity = guided(dit, positive, negative, memory, scale, **options)
+            x = denoise(velocity, x, sigmas, self._on_step, end)
+        return x
+
+
+def _schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
+    """The noise levels of each transformer, high ones first, where they end, and the guidance there."""
+    settings, boundary = config.sample, config.experts.boundary
+    sigmas = flow.shifted_sigmas(settings.steps, settings.shift)
+    if boundary is None:
+        return [(sigmas, 0.0, settings.guidance)]
+    high, low = flow.split_schedule(sigmas, boundary)
+    guidance_high = settings.guidance if settings.guidance_high is None else settings.guidance_high
+    return [(*high, guidance_high), (*low, settings.guidance)]
 
 
 def with_encoder(config: Config, path: str | Path) -> Config:
@@ -220,6 +242,27 @@ def with_encoder(config: Config, path: str | Path) -> Config:
             fix="the config that it was trained with, or an encoder trained with this one",
         )
     return dataclasses.replace(config, memory=memory)
+
+
+def with_encoders(config: Config, files: str | Path | Sequence[str | Path]) -> tuple[Config, list[Path]]:
+    """`with_encoder` of one file or of one for each of two experts; and the files, that for high noise first.
+
+    Raises:
+        UserError: also if an expert would have no encoder, or one that was trained for the other.
+    """
+    files = [files] if isinstance(files, (str, Path)) else files
+    order, found = ("both", "high", "low"), {}
+    for path in files:
+        config = with_encoder(config, path)
+        found[encoder_metadata(path)[1].get("expert", "both")] = Path(path)
+    wanted = [("both",)] if config.experts.boundary is None else [("both",), ("high", "low")]
+    if len(found) < len(files) or (kinds := tuple(sorted(found, key=order.index))) not in wanted:
+        raise UserError(
+            "these encoders do not serve every noise level once",
+            expected=" or ".join(f"one for {' and one for '.join(names)}" for names in wanted),
+            found=", ".join(f"{path} for {kind}" for kind, path in found.items()),
+        )
+    return config, [found[kind] for kind in kinds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +301,7 @@ def make_clips(
     config: Config,
     prompt: str,
     out: str | Path,
-    encoder: str | Path | None = None,
+    encoder: str | Path | Sequence[str | Path] | None = None,
     memory: Literal["auto", "none"] | Sequence[str] = "auto",
     seeds: Sequence[int] = (0,),
 ) -> list[Path]:
@@ -266,7 +309,7 @@ def make_clips(
 
     Args:
         out: a folder, or the name of the only clip.
-        encoder: file of a trained memory encoder, needed unless `memory` is "none".
+        encoder: file of a trained memory encoder, or one for each of two experts; needed unless `memory` is "none".
         memory: "auto" takes the records that the bank finds for the prompt; or ids of records.
     Raises:
         UserError: for an empty prompt, a missing or unfit file, or a bank that cannot give the records.
@@ -287,13 +330,16 @@ def make_clips(
     else:
         if encoder is None:
             raise UserError("no encoder is named", fix="--encoder=FILE, or --memory=none")
-        config, encoder = with_encoder(config, encoder), Path(encoder)
+        config, encoder = with_encoders(config, encoder)
         retrieved = retrieve(config, prompt, None if memory == "auto" else memory)
         references = retrieved.latents[None]
         for entry, score in zip(retrieved.entries, retrieved.scores, strict=True):
             print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {entry.id}  {entry.caption}")
             about["memory"].append({"id": entry.id, "caption": entry.caption, "score": score})
-        about["encoder"] = {"file": encoder.name, "sha256": hashlib.sha256(encoder.read_bytes()).hexdigest()}
+        used = [
+            {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in encoder
+        ]
+        about["encoder"] = used if len(used) > 1 else used[0]
     about["config"] = to_dict(config)
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -333,13 +379,15 @@ def main() -> None:
     if memory not in ("auto", "none"):
         memory = [name.strip() for name in memory.split(",")]
     seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
-    make_clips(config, PROMPT.value, OUT.value, ENCODER.value, memory, seeds)
+    make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds)
 
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
-    ENCODER = flags.DEFINE_string(
-        "encoder", None, "File of a trained memory encoder; --memory=none needs none."
+    ENCODER = flags.DEFINE_list(
+        "encoder",
+        None,
+        "File of a trained memory encoder; FILE,FILE for one of each expert; --memory=none needs none.",
     )
     PROMPT = flags.DEFINE_string("prompt", None, "What the clip shows.", required=True)
     MEMORY = flags.DEFINE_string(

@@ -82,7 +82,7 @@ def make_train_step(
     def train_step(state: TrainState, backbone: Arrays, batch: Batch):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.run.seed), state.step), 5)
         size = len(batch["latents"])
-        sigma = objective.draw_sigma(goal, keys[0], size)
+        sigma = objective.draw_sigma(goal, keys[0], size, config.experts)
         noise = jax.random.normal(keys[1], batch["latents"].shape)
         keep = jax.random.bernoulli(keys[2], 1 - goal.memory_dropout, (size,)) & batch["present"].any(axis=1)
         if goal.shuffle_references:
@@ -193,7 +193,7 @@ class Setup:
                 self.networks,
                 self.backbone,
                 batches,
-                config.run.validation_sigmas,
+                tuple(filter(config.experts.trained_at, config.run.validation_sigmas)),
                 config.run.seed,
                 self.mesh,
             )
@@ -222,6 +222,7 @@ class Setup:
     def export(self, name: str, state: TrainState, step: int, gains: dict[str, float]) -> Path:
         """Writes the encoder to the run's folder."""
         extra = {"step": step, "gains": gains, "backbone": self.fingerprint}
+        extra |= {"expert": self.config.experts.trains}
         save_encoder(self.folder / name, state.params | state.rest, self.config.memory, extra)
         return self.folder / name
 
@@ -240,7 +241,7 @@ def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
         sharding = array_sharding(f"dit.{path}", array.shape, mesh)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    dit, backbone = split(load_dit(config, place))
+    dit, backbone = split(load_dit(config, place, config.experts.trains))
     encoder, _ = abstract(lambda: make_encoder(config))
     return Networks(dit, encoder), backbone
 
@@ -253,6 +254,14 @@ def check(config: Config, mesh: Mesh, bank: RecordReader, *streams: RecordReader
             "mesh.context divides the tokens of one clip, which training does not do",
             expected=1, found=mesh.shape["context"], fix="give the devices to mesh.data or mesh.fsdp",
         )  # fmt: skip
+    if config.experts.boundary is not None:
+        below = objective.share_below(config.objective, config.experts.boundary)
+        if {"high": 1 - below, "low": below, "both": 1.0}[config.experts.trains] == 0:
+            raise UserError(
+                "no noise level of objective.density falls to the expert that trains",
+                expected=f"some on the {config.experts.trains} side of {config.experts.boundary}",
+                fix="another objective.sigma_range, or the other expert",
+            )
     video = config.video
     grid = config.vae.latent_grid(video.frames, video.height, video.width)
     expected = ((*grid, config.vae.z_dim), config.text.dim)

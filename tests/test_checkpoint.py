@@ -1,5 +1,8 @@
 """Files of weights, encoders and runs: whole, or an error that names them."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +84,17 @@ def test_weights_of_another_width_are_named_before_anything_is_read(config):
 def test_a_missing_folder_tells_how_to_convert(config, tmp_path):
     with pytest.raises(UserError, match="python -m convert"):
         load_dit(replace(config, "weights", path=str(tmp_path / "absent")))
+
+
+def test_settings_that_the_weights_do_not_mention_have_their_defaults(config, tmp_path):
+    folder = shutil.copytree(config.weights.path, tmp_path / "weights")
+    index = json.loads((folder / "config.json").read_text())
+    del index["networks"]["dit"]["image_dim"], index["networks"]["dit"]["eps"]
+    (folder / "config.json").write_text(json.dumps(index))
+    older = replace(config, "weights", path=str(folder))
+    load_dit(older)
+    with pytest.raises(UserError, match=r"dit.eps = 0.001(.|\n)*dit.eps = 1e-06"):
+        load_dit(replace(older, "dit", eps=1e-3))
 
 
 def test_weights_take_the_dtype_of_the_config(config):

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from ditmem_jax.cli import read_config
 from ditmem_jax.config import (
     DIT_PRESETS,
+    VAE_PRESETS,
     Config,
     DataConfig,
     DiTConfig,
+    ExpertsConfig,
     MemoryConfig,
     MeshConfig,
     ObjectiveConfig,
@@ -86,6 +90,10 @@ def test_bad_keys_and_types(parts, messages):
         (lambda: MemoryConfig(dim=50), "memory.dim"),
         (lambda: MemoryConfig(dim=48, dropout=1.0), "memory.dropout"),
         (lambda: MemoryConfig(dim=48, latent_grid=(21, 4, 4)), "pool the latents away"),
+        (
+            lambda: DiTConfig(dim=48, ffn_dim=1, num_heads=4, num_layers=1, in_dim=8),
+            "at least dit.out_dim = 16",
+        ),
         (lambda: VAEConfig(z_dim=8), "vae.mean and vae.std"),
         (lambda: VAEConfig(temporal_downsample=(True,)), "vae.temporal_downsample"),
         (lambda: DataConfig(references=0), "data.references"),
@@ -93,9 +101,18 @@ def test_bad_keys_and_types(parts, messages):
         (lambda: ObjectiveConfig(sigma_range=(0.5, 0.5)), "objective.sigma_range"),
         (lambda: ObjectiveConfig(density="spectrum"), "objective.spectrum is no histogram"),
         (lambda: ObjectiveConfig(memory_dropout=1.0), "objective.memory_dropout"),
+        (lambda: ExpertsConfig(boundary=875.0), "experts.boundary is a noise level"),
+        (lambda: ExpertsConfig(trains="high"), "there is no experts.boundary"),
+        (
+            lambda: small(experts={"boundary": 0.99, "trains": "high"}),
+            "none of run.validation_sigmas falls to the expert",
+        ),
         (lambda: SampleConfig(steps=0), "sample.steps"),
         (lambda: SampleConfig(strength=-1.0), "sample.strength"),
         (lambda: small(memory={"dim": 64, "num_heads": 4}), "memory.dim must equal dit.dim"),
+        (lambda: small(dit=SMALL["dit"] | {"out_dim": 8}), "dit.out_dim must equal vae.z_dim"),
+        (lambda: small(dit=SMALL["dit"] | {"in_dim": 36}), "wants an image"),
+        (lambda: small(dit=SMALL["dit"] | {"image_dim": 1280}), "wants an image"),
         (lambda: small(video={"frames": 80}), "4n + 1 frames"),
         (lambda: small(video={"height": 484}), "multiple of 8 pixels"),
         (lambda: small(video={"height": 488}), "patches of the transformer"),
@@ -108,6 +125,7 @@ def test_impossible_values(make, message):
 
 def test_grids():
     assert VAEConfig().latent_grid(81, 480, 832) == (21, 60, 104)
+    assert VAE_PRESETS["wan2.2"].latent_grid(121, 704, 1280) == (31, 44, 80)
     assert MemoryConfig(dim=1536).feature_grid == (1, 3, 6)  # what the released encoder leaves of it
     assert VideoConfig().frames == 81
     assert MeshConfig().data == -1
@@ -119,7 +137,21 @@ def test_a_wrong_number_of_frames_names_the_nearest():
 
 
 def test_presets_are_the_published_sizes():
-    assert DIT_PRESETS["wan2.1-t2v-1.3b"].head_dim == DIT_PRESETS["wan2.1-t2v-14b"].head_dim == 128
+    assert {config.head_dim for config in DIT_PRESETS.values()} == {128}
+    conditions = {name: config.condition_dim for name, config in DIT_PRESETS.items() if config.condition_dim}
+    assert conditions == {"wan2.1-i2v-14b": 20, "wan2.2-i2v-a14b": 20}
+    assert VAE_PRESETS["wan2.1"] == VAEConfig()
+
+
+WAN = sorted((Path(__file__).parents[1] / "configs").glob("wan*.py"))
+
+
+@pytest.mark.parametrize("path", WAN, ids=[path.stem for path in WAN])
+def test_configs_of_wan_fit_together(path):
+    config = read_config(path)
+    video = config.video
+    assert config.memory.latent_grid == config.vae.latent_grid(video.frames, video.height, video.width)
+    assert config.dit in DIT_PRESETS.values() and config.vae in VAE_PRESETS.values()
 
 
 def test_nearest_names_come_first():

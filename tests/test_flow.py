@@ -20,6 +20,16 @@ def test_impossible_schedules(steps, shift):
         flow.shifted_sigmas(steps, shift)
 
 
+def test_a_schedule_of_two_experts_by_hand():
+    (high, end), (low, zero) = flow.split_schedule(np.array([1.0, 0.75, 0.5, 0.25]), 0.75)
+    np.testing.assert_array_equal(high, [1.0, 0.75])
+    np.testing.assert_array_equal(low, [0.5, 0.25])
+    assert (end, zero) == (0.5, 0.0)
+    np.testing.assert_array_equal(flow.euler_steps(high, end), [-0.25, -0.25])
+    (high, end), (low, _) = flow.split_schedule(np.array([1.0, 0.8]), 0.5)
+    assert (len(high), end, len(low)) == (2, 0.0, 0)
+
+
 def test_euler_steps_end_at_zero():
     np.testing.assert_array_equal(flow.euler_steps(np.array([1.0, 0.75, 0.25])), [-0.25, -0.5, -0.25])
 

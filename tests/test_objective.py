@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ditmem_jax import objective
-from ditmem_jax.config import ObjectiveConfig
+from ditmem_jax.config import ExpertsConfig, ObjectiveConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.flow import shifted_sigmas, training_weights
 from ditmem_jax.objective import Baseline, draw_sigma, released_weight
@@ -30,6 +30,36 @@ def test_spectrum_density_follows_its_histogram():
     sigma = draw_sigma(ObjectiveConfig(density="spectrum", spectrum=(0.0, 3.0, 1.0, 0.0)), KEY, 8000)
     counts, _ = np.histogram(sigma, bins=4, range=(0, 1))
     np.testing.assert_allclose(counts / 8000, [0, 0.75, 0.25, 0], atol=0.02)
+
+
+DENSITIES = [
+    (ObjectiveConfig(shift=5.0), 7 / 12),  # s below which 5 s / (1 + 4 s) stays below 0.875
+    (ObjectiveConfig(density="uniform", sigma_range=(0.5, 1.0)), 0.75),
+    (ObjectiveConfig(density="spectrum", spectrum=(0.0, 3.0, 1.0, 0.0)), 1.0),
+    (ObjectiveConfig(density="spectrum", spectrum=(1.0, 0.0, 0.0, 1.0)), 0.75),
+]
+
+
+@pytest.mark.parametrize(("config", "below"), DENSITIES)
+def test_levels_of_the_expert_that_trains(config, below):
+    np.testing.assert_allclose(objective.share_below(config, 0.875), below, atol=1e-3)
+    everything = np.asarray(draw_sigma(config, KEY, 4000))
+    for trains in ("high", "low"):
+        mine = (everything >= 0.875) if trains == "high" else (everything < 0.875)
+        if mine.any():
+            sigma = np.asarray(draw_sigma(config, KEY, 4000, ExpertsConfig(0.875, trains)))
+            assert ((sigma >= 0.875) == (trains == "high")).all()
+            np.testing.assert_allclose(sigma.mean(), everything[mine].mean(), atol=0.02)
+
+
+def test_an_encoder_of_both_experts_trains_on_each_by_its_share():
+    config, experts = DENSITIES[1][0], ExpertsConfig(0.875, "both")
+    keys = jax.random.split(KEY, 2000)
+    sigma = np.asarray(jax.vmap(lambda key: draw_sigma(config, key, 4, experts))(keys))
+    high = sigma >= 0.875
+    assert (high.all(1) | ~high.any(1)).all()
+    np.testing.assert_allclose(high.mean(), 0.25, atol=0.03)
+    np.testing.assert_allclose(np.histogram(sigma, 4, (0.5, 1))[0] / sigma.size, [0.25] * 4, atol=0.03)
 
 
 def test_released_weight_is_the_published_one():

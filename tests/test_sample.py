@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from ditmem_jax import flow
-from ditmem_jax.checkpoint import save_encoder
+from ditmem_jax.checkpoint import load_dit, load_encoder, load_umt5, load_vae, save_encoder
+from ditmem_jax.config import ExpertsConfig
 from ditmem_jax.data.video import read_video
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import with_strength
@@ -19,7 +20,7 @@ from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.sample import Sampler, denoise, guided, make_clips, retrieve
 from ditmem_jax.types import Memory
-from tests.tiny import make_tiny, random_arrays, replace
+from tests.tiny import make_tiny, random_arrays, replace, with_experts
 
 PROMPT = "A ball falls on planet Brux"
 
@@ -42,9 +43,9 @@ def sampler(config, encoder):
     return Sampler.load(config, encoder)
 
 
-def write_encoder(path, memory):
-    arrays = random_arrays(abstract(lambda: MemoryEncoder(memory, rngs=nnx.Rngs(0)))[1])
-    save_encoder(path, arrays, memory, {})
+def write_encoder(path, memory, seed=0, **extra):
+    arrays = random_arrays(abstract(lambda: MemoryEncoder(memory, rngs=nnx.Rngs(0)))[1], seed)
+    save_encoder(path, arrays, memory, extra)
 
 
 def test_denoise_takes_euler_steps():
@@ -134,6 +135,51 @@ def test_memory_by_id_and_no_memory(config, encoder, tmp_path):
     about = json.loads(plain.with_suffix(".json").read_text())
     assert about["memory"] == []
     assert about["encoder"] is None
+
+
+@pytest.fixture(scope="module")
+def two(config, tmp_path_factory):
+    """A config of two experts, and files of an encoder for each."""
+    folder = tmp_path_factory.mktemp("two")
+    config = replace(with_experts(config, folder / "weights"), "sample", guidance=2.0, guidance_high=4.0)
+    files = {kind: folder / f"{kind}.safetensors" for kind in ("high", "low")}
+    for seed, (kind, path) in enumerate(files.items()):
+        write_encoder(path, config.memory, seed=seed, expert=kind)
+    return config, files
+
+
+def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
+    config, files = two
+    references = retrieve(config, PROMPT).latents[None]
+    got = Sampler.load(config, [files["low"], files["high"]]).latents([PROMPT], [0], references)
+
+    single = dataclasses.replace(config, experts=ExpertsConfig())
+    text = load_umt5(config)
+
+    def denoised(kind, scale, noise, sigmas, end):
+        dit, encoder = load_dit(config, experts=kind), load_encoder(files[kind])
+        part = Sampler(single, dit, load_vae(config), text, encoder)
+        positive, negative = part._embed([PROMPT]), part._negative
+        memory = encoder(jnp.asarray(references), training=False)
+        return denoise(guided(dit, positive, negative, memory, scale), noise, sigmas, end=end)
+
+    noise = jax.random.normal(jax.random.key(0), got.shape[1:])[None]
+    sigmas = flow.shifted_sigmas(3, 5.0)  # 1, 0.909 and 0.714: two for high noise
+    middle = denoised("high", 4.0, noise, sigmas[:2], sigmas[2])
+    np.testing.assert_allclose(got, denoised("low", 2.0, middle, sigmas[2:], 0.0), atol=1e-4)
+
+
+def test_encoders_that_do_not_serve_every_noise_level_once(config, encoder, two):
+    experts, files = two
+    for settings, given in (
+        (experts, [files["high"]]),
+        (experts, [files["low"], files["low"]]),
+        (experts, [encoder, files["low"]]),
+        (config, [files["high"], files["low"]]),
+        (config, files["low"]),
+    ):
+        with pytest.raises(UserError, match="do not serve every noise level once"):
+            Sampler.load(settings, given)
 
 
 def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):

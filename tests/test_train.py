@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from ditmem_jax import runs
@@ -36,7 +37,7 @@ from ditmem_jax.train import (
     make_optimizer,
     make_train_step,
 )
-from tests.tiny import make_tiny, random_arrays, replace
+from tests.tiny import make_tiny, random_arrays, replace, with_experts
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,6 +122,22 @@ def test_only_the_encoder_changes_and_all_of_it(config):
     still = [name for name in state.params if np.array_equal(state.params[name], start.params[name])]
     assert still in ([], ["self_attention.k.bias"])
     assert all(np.isfinite(list(found.values())).all() for found in metrics)
+
+
+@pytest.mark.parametrize("trains", ["both", "high"])
+def test_two_experts(config, tmp_path, trains):
+    """Each step moves the encoder by the expert that its noise levels fall to; only what is needed is loaded."""
+    config = with_experts(config, tmp_path / "weights", trains)
+    metrics, state, backbone = run_steps(config, steps=2)
+    high = safetensors.numpy.load_file(tmp_path / "weights" / "dit_high.safetensors")
+    prefix = "high." if trains == "both" else ""
+    assert len(backbone) == len(high) * (2 if trains == "both" else 1)
+    np.testing.assert_array_equal(backbone[f"{prefix}head.kernel"], high["head.kernel"])
+    assert all(np.isfinite(list(found.values())).all() for found in metrics)
+    start = first_state(config)
+    assert (
+        np.mean([not np.array_equal(state.params[name], start.params[name]) for name in start.params]) > 0.9
+    )
 
 
 def test_every_option_at_once(config):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from ditmem_jax.config import (
     Config,
     DataConfig,
     DiTConfig,
+    ExpertsConfig,
     MemoryConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -101,11 +103,25 @@ def make_tiny(folder: str | Path, seed: int = 0) -> Config:
     return config
 
 
+def with_experts(config: Config, folder: str | Path, trains: str = "both") -> Config:
+    """`config` with a second transformer for noise levels from 0.875 on; its weights are copied to `folder` first."""
+    folder = Path(folder)
+    if not folder.exists():
+        shutil.copytree(config.weights.path, folder)
+        arrays = random_arrays(abstract(lambda: DiT(config.dit, rngs=nnx.Rngs(0)))[1], seed=7)
+        safetensors.numpy.save_file(arrays, folder / "dit_high.safetensors")
+        index = json.loads((folder / "config.json").read_text())
+        index["networks"]["dit_high"] = index["networks"]["dit"]
+        (folder / "config.json").write_text(json.dumps(index))
+    experts = ExpertsConfig(boundary=0.875, trains=trains)
+    return replace(dataclasses.replace(config, experts=experts), "weights", path=str(folder))
+
+
 def write_original(folder: Path, config: Config, seed: int = 0) -> None:
     """Random weights as a folder in original names."""
     folder.mkdir(parents=True)
     networks = {
-        "dit": (lambda: DiT(config.dit, rngs=nnx.Rngs(0)), convert.dit.table()),
+        "dit": (lambda: DiT(config.dit, rngs=nnx.Rngs(0)), convert.dit.table(config.dit)),
         "vae": (lambda: VAE(config.vae, rngs=nnx.Rngs(0)), convert.vae.table(config.vae)),
         "text": (lambda: UMT5(config.text, rngs=nnx.Rngs(0)), convert.umt5.table()),
     }

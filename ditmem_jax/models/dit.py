@@ -1,8 +1,14 @@
-"""The Wan text-to-video transformer, with memory rows in every self-attention (Wan 2.1; DiT-Mem section 3.2)."""
+"""The Wan video transformer, with memory rows in every self-attention (Wan 2.1 and 2.2; DiT-Mem section 3.2).
+
+One class for every kind. Text-to-video is the plain one. Image-to-video takes a condition beside the noisy latents
+and, in Wan 2.1, CLIP image tokens beside the text. Where frames are given among noisy ones (TI2V-5B), each run of
+tokens has a timestep of its own: 0 for a given frame. A memory has no frame, and its rows are modulated like the
+noisy ones.
+"""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +19,7 @@ from jaxtyping import Array, Float
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
+from ditmem_jax.flow import TRAIN_STEPS
 from ditmem_jax.models.attention import attention
 from ditmem_jax.models.layers import (
     FeedForward,
@@ -34,13 +41,13 @@ REMAT: dict[Remat, Callable[[Callable], Callable]] = {
 
 
 class Projections(nnx.Module):
-    """Query, key, value and output projections with RMS norm over the full width of query and key."""
+    """Query, key, value and output projections, or some of them; RMS norm over the full width of query and key."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        for name in ("q", "k", "v", "o"):
+    def __init__(self, config: DiTConfig, names: str = "qkvo", *, rngs: nnx.Rngs, dtype: DTypeLike):
+        for name in names:
             setattr(self, name, nnx.Linear(config.dim, config.dim, rngs=rngs, dtype=dtype, param_dtype=dtype))
-        self.norm_q = RMSNorm(config.dim, config.eps, dtype=dtype)
-        self.norm_k = RMSNorm(config.dim, config.eps, dtype=dtype)
+            if name in "qk":
+                setattr(self, f"norm_{name}", RMSNorm(config.dim, config.eps, dtype=dtype))
         self.num_heads = config.num_heads
 
     def heads(self, x: Float[Array, "B S D"]) -> Float[Array, "B S N K"]:
@@ -56,12 +63,28 @@ class Projections(nnx.Module):
         return self.o(x.reshape(*x.shape[:2], -1))
 
 
+class ImageEmbedding(nnx.Module):
+    """CLIP image tokens to the width of the transformer."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        width, eps = config.image_dim, 1e-5  # not the transformer's own eps
+        self.norm_in = LayerNorm(width, eps, dtype=dtype)
+        self.feed_forward = FeedForward(width, width, config.dim, exact=True, rngs=rngs, dtype=dtype)
+        self.norm_out = LayerNorm(config.dim, eps, dtype=dtype)
+
+    def __call__(self, image: Float[Array, "B I P"]) -> Float[Array, "B I D"]:
+        return self.norm_out(self.feed_forward(self.norm_in(image)))
+
+
 class Block(nnx.Module):
-    """Self-attention over video and memory, cross-attention to the text, feed-forward; modulated by time."""
+    """Self-attention over video and memory, cross-attention to text and image, feed-forward; modulated by time."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.self_attention = Projections(config, rngs=rngs, dtype=dtype)
         self.cross_attention = Projections(config, rngs=rngs, dtype=dtype)
+        self.image_attention = (
+            None if config.image_dim is None else Projections(config, "kv", rngs=rngs, dtype=dtype)
+        )
         self.cross_norm = LayerNorm(config.dim, config.eps, dtype=dtype)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dim, rngs=rngs, dtype=dtype)
         self.modulation = nnx.Param(
@@ -73,12 +96,14 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         context: Float[Array, "B L D"],
-        time: Float[Array, "B 6 D"],
+        image: Float[Array, "B I D"] | None,
+        time: Float[Array, "B G 6 D"],
         angles: np.ndarray,
         memory: Memory | None,
+        memory_time: Float[Array, "B 1 6 D"],
     ) -> Float[Array, "B S D"]:
-        time = time + self.modulation[...].astype(jnp.float32)[None]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (time[:, i : i + 1] for i in range(6))
+        own = self.modulation[...].astype(jnp.float32)[None, None]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = _parts(time + own)
 
         with jax.named_scope("self_attention"):
             rows = _modulate(layer_norm(x, self.eps), shift, scale)
@@ -88,14 +113,18 @@ class Block(nnx.Module):
             if memory is None:
                 attended = attention(query, key, value)
             else:
-                memory_rows = _modulate(layer_norm(memory.tokens.astype(x.dtype), self.eps), shift, scale)
+                memory_rows = layer_norm(memory.tokens.astype(x.dtype), self.eps)
+                memory_rows = _modulate(memory_rows, *_parts(memory_time + own)[:2])
                 attended = attention(
                     query, key, value, *self.self_attention.key_value(memory_rows), memory.bias
                 )
             x = x + _gated(self.self_attention.out(attended), gate)
         with jax.named_scope("cross_attention"):
             query = self.cross_attention.query(self.cross_norm(x))
-            x = x + self.cross_attention.out(attention(query, *self.cross_attention.key_value(context)))
+            attended = attention(query, *self.cross_attention.key_value(context))
+            if image is not None:  # a softmax of its own, as released
+                attended = attended + attention(query, *self.image_attention.key_value(image))
+            x = x + self.cross_attention.out(attended)
         with jax.named_scope("feed_forward"):
             return x + _gated(
                 self.feed_forward(_modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)), ffn_gate
@@ -103,7 +132,7 @@ class Block(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """The transformer: noisy latents, timestep and text (and a memory) in, velocity out.
+    """The transformer: noisy latents, timestep and text (and a memory, and an image) in, velocity out.
 
     Blocks are stacked along a leading axis and scanned, so that compile time does not grow with depth.
 
@@ -121,6 +150,9 @@ class DiT(nnx.Module):
         self.text_embedding = FeedForward(config.text_dim, config.dim, config.dim, rngs=rngs, dtype=dtype)
         self.time_embedding = nnx.List([linear(config.freq_dim, config.dim), linear(config.dim, config.dim)])
         self.time_projection = linear(config.dim, 6 * config.dim)
+        self.image_embedding = (
+            None if config.image_dim is None else ImageEmbedding(config, rngs=rngs, dtype=dtype)
+        )
         self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, dtype=dtype), in_axes=0, out_axes=0)(
             rngs.split(config.num_layers)
         )
@@ -133,61 +165,135 @@ class DiT(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "B T H W C"],
-        timestep: Float[Array, " B"],
+        timestep: Float[Array, " B"] | Float[Array, "B G"],
         context: Float[Array, "B L E"],
         memory: Memory | None = None,
         *,
+        condition: Float[Array, "B T H W Y"] | None = None,
+        image: Float[Array, "B I P"] | None = None,
         remat: Remat = "none",
         unroll: bool = False,
     ) -> Float[Array, "B T H W C"]:
         """Velocity of `latents` at `timestep` (1000 sigma) given text embeddings (zero past their length).
 
         Args:
+            timestep: one per sample, or G of them for G equal runs of tokens in the order of (t, h, w): one per
+                latent frame, or even one per token. Memory rows take the highest.
+            condition: `config.condition_dim` channels; in Wan a mask of 4 channels, 1 where a frame is given, then
+                the latents of the given frames.
+            image: CLIP tokens of the given frame, `config.image_dim` wide.
             remat: what the backward pass finds kept. "none" computes nothing again; "products" keeps matrix
                 products only, which saves half of the memory and on CPUs even time; "blocks" keeps the
                 inputs of blocks only.
             unroll: lay the blocks out instead of scanning them (for counting operations).
+        Raises:
+            UserError: if something is missing, not wanted, or of another size than the configuration says.
         """
         config = self.config
-        if latents.shape[-1] != config.in_dim:
-            raise UserError(
-                "latents do not fit the transformer",
-                expected=f"{config.in_dim} channels",
-                found=latents.shape,
-            )
-        if memory is not None and memory.tokens.shape[-1] != config.dim:
-            raise UserError(
-                "memory does not fit the transformer",
-                expected=f"width {config.dim}",
-                found=memory.tokens.shape,
-            )
+        _check_inputs(config, latents, memory, condition, image)
         grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
         angles = rotary_angles(grid, config.head_dim)
 
+        if condition is not None:
+            latents = jnp.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x = self.patch_embedding(_patchify(latents.astype(self.dtype), config.patch_size))
         context = self.text_embedding(context.astype(self.dtype))
-        first, second = self.time_embedding
-        time = second(nnx.silu(first(sinusoidal_embedding(timestep, config.freq_dim).astype(self.dtype))))
-        modulation = self.time_projection(nnx.silu(time)).astype(jnp.float32).reshape(-1, 6, config.dim)
+        image = None if image is None else self.image_embedding(image.astype(self.dtype))
+        timestep = timestep.reshape(len(timestep), -1)
+        time, modulation, memory_modulation = self._embed_time(timestep, tokens=x.shape[1])
 
         graph, layers = nnx.split(self.blocks)
 
         def block(x, layer):
-            return nnx.merge(graph, layer)(x, context, modulation, angles, memory), None
+            out = nnx.merge(graph, layer)(x, context, image, modulation, angles, memory, memory_modulation)
+            return out, None
 
         x, _ = jax.lax.scan(REMAT[remat](block), x, layers, unroll=config.num_layers if unroll else 1)
 
-        shift_scale = self.head_modulation[...].astype(jnp.float32)[None] + time.astype(jnp.float32)[:, None]
-        x = _modulate(layer_norm(x, config.eps), shift_scale[:, :1], shift_scale[:, 1:])
+        shift, scale = _parts(self.head_modulation[...].astype(jnp.float32)[None, None] + time[:, :, None])
+        x = _modulate(layer_norm(x, config.eps), shift, scale)
         return _unpatchify(self.head(x), grid, config.patch_size).astype(jnp.float32)
 
+    def _embed_time(
+        self, timestep: Float[Array, "B G"], tokens: int
+    ) -> tuple[Float[Array, "B G D"], Float[Array, "B G 6 D"], Float[Array, "B 1 6 D"]]:
+        """Embedding of the timesteps, what the blocks make of it, and that of the highest, for memory rows."""
+        batch, runs = timestep.shape
+        if tokens % runs:
+            raise UserError(
+                "the timesteps do not fit the latents",
+                expected=f"one per sample, or a number for each that divides its {tokens} tokens",
+                found=timestep.shape,
+            )
+        first, second = self.time_embedding
+        wave = sinusoidal_embedding(timestep.reshape(-1), self.config.freq_dim).astype(self.dtype)
+        time = second(nnx.silu(first(wave)))
+        modulation = self.time_projection(nnx.silu(time)).astype(jnp.float32).reshape(batch, runs, 6, -1)
+        highest = modulation
+        if runs > 1:
+            index = jnp.argmax(timestep, axis=1)[:, None, None, None]
+            highest = jnp.take_along_axis(modulation, index, axis=1)
+        return time.astype(jnp.float32).reshape(batch, runs, -1), modulation, highest
 
-def _modulate(x: Float[Array, "B S D"], shift: Float[Array, "B 1 D"], scale: Float[Array, "B 1 D"]):
-    return (x.astype(jnp.float32) * (1 + scale) + shift).astype(x.dtype)
+
+class Experts(nnx.Module):
+    """Two transformers as one: `high` serves noise levels from `boundary` on, `low` those below (Wan 2.2 A14B).
+
+    All samples of a call go to one of them, and only its blocks are computed.
+    """
+
+    def __init__(self, high: DiT, low: DiT, boundary: float):
+        self.high, self.low, self.boundary = high, low, boundary
+
+    def __call__(
+        self, latents: Float[Array, "B T H W C"], timestep: Array, *inputs: Any, **options: Any
+    ) -> Float[Array, "B T H W C"]:
+        """As a `DiT`."""
+
+        def of(expert: DiT) -> Callable[[], Array]:
+            return lambda: expert(latents, timestep, *inputs, **options)
+
+        return jax.lax.cond(timestep.max() >= TRAIN_STEPS * self.boundary, of(self.high), of(self.low))
 
 
-def _gated(x: Float[Array, "B S D"], gate: Float[Array, "B 1 D"]):
-    return (x.astype(jnp.float32) * gate).astype(x.dtype)
+def _check_inputs(
+    config: DiTConfig, latents: Array, memory: Memory | None, condition: Array | None, image: Array | None
+) -> None:
+    """What the configuration wants is there, as wide as it says, and nothing else."""
+    _check_width("latents", latents, config.out_dim)
+    _check_width("the condition", condition, config.condition_dim)
+    _check_width("image tokens", image, config.image_dim or 0)
+    if memory is not None:
+        _check_width("memory rows", memory.tokens, config.dim)
+
+
+def _check_width(what: str, x: Array | None, width: int) -> None:
+    if (0 if x is None else x.shape[-1]) != width:
+        raise UserError(
+            f"wrong input of the transformer: {what}",
+            expected=f"width {width}" if width else "nothing",
+            found="nothing" if x is None else x.shape,
+        )
+
+
+def _parts(modulation: Float[Array, "B G N D"]) -> list[Float[Array, "B G D"]]:
+    """Shift, scale and gate, as many as there are along the third axis."""
+    return [modulation[:, :, i] for i in range(modulation.shape[2])]
+
+
+def _modulate(x: Float[Array, "B S D"], shift: Float[Array, "B G D"], scale: Float[Array, "B G D"]):
+    """Scaled and shifted, each of the G runs of rows by its own."""
+    runs = _runs(x, shift.shape[1])
+    return (runs * (1 + scale[:, :, None]) + shift[:, :, None]).reshape(x.shape).astype(x.dtype)
+
+
+def _gated(x: Float[Array, "B S D"], gate: Float[Array, "B G D"]):
+    return (_runs(x, gate.shape[1]) * gate[:, :, None]).reshape(x.shape).astype(x.dtype)
+
+
+def _runs(x: Float[Array, "B S D"], count: int) -> Float[Array, "B G R D"]:
+    """The rows in `count` equal runs, float32."""
+    return x.astype(jnp.float32).reshape(x.shape[0], count, -1, x.shape[-1])
 
 
 def _patchify(x: Float[Array, "B T H W C"], patch: tuple[int, int, int]) -> Float[Array, "B S P"]:

@@ -47,14 +47,24 @@ class RMSNorm(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers around a tanh-approximated GELU."""
+    """Two linear layers around a GELU, which is approximated by a tanh unless it is to be `exact`."""
 
-    def __init__(self, dim: int, hidden: int, out: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        out: int,
+        *,
+        exact: bool = False,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
         self.up = nnx.Linear(dim, hidden, rngs=rngs, dtype=dtype, param_dtype=dtype)
         self.down = nnx.Linear(hidden, out, rngs=rngs, dtype=dtype, param_dtype=dtype)
+        self.exact = exact
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
-        return self.down(nnx.gelu(self.up(x), approximate=True))
+        return self.down(nnx.gelu(self.up(x), approximate=not self.exact))
 
 
 def sinusoidal_embedding(position: Float[Array, " B"], dim: int) -> Float[Array, "B dim"]:

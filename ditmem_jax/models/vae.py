@@ -1,4 +1,4 @@
-"""The causal video VAE of Wan 2.1: pixels [B, T, H, W, 3] in [-1, 1] to latents [B, T', H', W', Z] and back.
+"""The causal video VAE of Wan 2.1 and 2.2: pixels [B, T, H, W, 3] in [-1, 1] to latents [B, T', H', W', Z] and back.
 
 Time runs in chunks. The first frame is a chunk of its own and becomes the first latent frame; after it, every
 `temporal_stride` frames become one more. Each causal convolution keeps the last input frames that its next
@@ -6,9 +6,14 @@ chunk needs, so that a video of any length takes two programs: the first chunk a
 the pytree of those frames, `None` before the first chunk. A chunk may hold any number of latent frames, the
 first one too: the results are the same, only memory and speed differ.
 
-Source: Wan 2.1, section "Spatio-temporal variational autoencoder"; tensors of `Wan2.1_VAE.pth`.
+Wan 2.2 folds 2 x 2 pixels into channels before anything else, has a wider decoder, and adds to the output of each
+level its input, shrunk by averaging or grown by repetition.
+
+Source: Wan 2.1, section "Spatio-temporal variational autoencoder"; tensors of `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -128,11 +133,11 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles (`in_time`) the frames, sparing the first, then height and width; halves the channels."""
+    """Doubles (`in_time`) the frames, sparing the first, then height and width."""
 
-    def __init__(self, dim: int, in_time: bool, *, rngs, dtype):
+    def __init__(self, dim: int, outputs: int, in_time: bool, *, rngs, dtype):
         self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1), rngs=rngs, dtype=dtype) if in_time else None
-        self.conv = nnx.Conv(dim, dim // 2, (3, 3), rngs=rngs, dtype=dtype)
+        self.conv = nnx.Conv(dim, outputs, (3, 3), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         if self.time_conv is None:
@@ -172,33 +177,105 @@ class Chain(nnx.Module):
         return x, tuple(caches)
 
 
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """Shrinks without parameters: cells of `time` x `space` x `space` become channels, averaged to `outputs`."""
+
+    outputs: int
+    time: int
+    space: int
+
+    def __call__(self, x: Array, begins: bool) -> Array:
+        if begins:  # what stands before the first frame is black
+            x = jnp.pad(x, ((0, 0), (self.time - 1, 0), (0, 0), (0, 0), (0, 0)))
+        batch, frames, height, width, dim = x.shape
+        t, h, w = frames // self.time, height // self.space, width // self.space
+        x = x.reshape(batch, t, self.time, h, self.space, w, self.space, dim)
+        x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)  # channels, then the place in the cell
+        return x.reshape(batch, t, h, w, self.outputs, -1).mean(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Duplicate:
+    """Grows without parameters: repeated channels are spread over cells of `time` x `space` x `space`."""
+
+    outputs: int
+    time: int
+    space: int
+
+    def __call__(self, x: Array, begins: bool) -> Array:
+        cell = (self.outputs, self.time, self.space, self.space)
+        batch, t, h, w, dim = x.shape
+        x = x.repeat(math.prod(cell) // dim, axis=-1).reshape(batch, t, h, w, *cell)
+        x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.reshape(batch, t * self.time, h * self.space, w * self.space, self.outputs)
+        return x[:, self.time - 1 :] if begins else x  # the first frame is spared
+
+
+class Level(Chain):
+    """Layers in a row and, around them, a shortcut without parameters."""
+
+    def __init__(self, layers: list[nnx.Module], shortcut: Average | Duplicate | None):
+        super().__init__(layers)
+        self.shortcut = shortcut
+
+    def __call__(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+        y, after = super().__call__(x, cache)
+        return y if self.shortcut is None else y + self.shortcut(x, begins=cache is None), after
+
+
 def _middle(dim: int, **kwargs) -> list[nnx.Module]:
     return [Residual(dim, dim, **kwargs), FrameAttention(dim, **kwargs), Residual(dim, dim, **kwargs)]
 
 
 def _encoder(config: VAEConfig, **kwargs) -> Chain:
     dim = config.dim
-    layers = [CausalConv(3, dim, **kwargs)]
+    layers = [CausalConv(3 * config.patch_size**2, dim, **kwargs)]
     for level, multiple in enumerate(config.dim_mult):
+        inner, outputs = [], multiple * config.dim
         for _ in range(config.num_res_blocks):
-            layers.append(Residual(dim, multiple * config.dim, **kwargs))
-            dim = multiple * config.dim
-        if level < len(config.temporal_downsample):
-            layers.append(Downsample(dim, config.temporal_downsample[level], **kwargs))
+            inner.append(Residual(dim, outputs, **kwargs))
+            dim = outputs
+        last = level == len(config.temporal_downsample)
+        in_time = not last and config.temporal_downsample[level]
+        if not last:
+            inner.append(Downsample(dim, in_time, **kwargs))
+        shortcut = Average(dim, time=1 + in_time, space=1 if last else 2)
+        layers += [Level(inner, shortcut)] if config.shortcuts else inner
     return Chain([*layers, *_middle(dim, **kwargs), Head(dim, 2 * config.z_dim, **kwargs)])
 
 
 def _decoder(config: VAEConfig, **kwargs) -> Chain:
-    dim = config.dim_mult[-1] * config.dim
+    width = config.decoder_dim or config.dim
+    dim = config.dim_mult[-1] * width
     layers = [CausalConv(config.z_dim, dim, **kwargs), *_middle(dim, **kwargs)]
     for level, multiple in enumerate(reversed(config.dim_mult)):
+        inner, shortcut = [], None
         for _ in range(config.num_res_blocks + 1):
-            layers.append(Residual(dim, multiple * config.dim, **kwargs))
-            dim = multiple * config.dim
+            inner.append(Residual(dim, multiple * width, **kwargs))
+            dim = multiple * width
         if level < len(config.temporal_downsample):
-            layers.append(Upsample(dim, config.temporal_downsample[-1 - level], **kwargs))
-            dim //= 2
-    return Chain([*layers, Head(dim, 3, **kwargs)])
+            in_time = config.temporal_downsample[-1 - level]
+            shortcut = Duplicate(dim, time=1 + in_time, space=2)
+            outputs = dim if config.shortcuts else dim // 2
+            inner.append(Upsample(dim, outputs, in_time, **kwargs))
+            dim = outputs
+        layers += [Level(inner, shortcut)] if config.shortcuts else inner
+    return Chain([*layers, Head(dim, 3 * config.patch_size**2, **kwargs)])
+
+
+def _fold(x: Pixels, size: int) -> Array:
+    """Squares of `size` x `size` pixels as channels, in the order (colour, column, row)."""
+    batch, frames, height, width, colours = x.shape
+    x = x.reshape(batch, frames, height // size, size, width // size, size, colours)
+    return x.transpose(0, 1, 2, 4, 6, 5, 3).reshape(batch, frames, height // size, width // size, -1)
+
+
+def _unfold(x: Array, size: int) -> Pixels:
+    """Inverse of `_fold`."""
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height, width, channels // size**2, size, size)
+    return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(batch, frames, height * size, width * size, -1)
 
 
 class VAE(nnx.Module):
@@ -221,7 +298,7 @@ class VAE(nnx.Module):
 
         A video begins (`cache` None) with 1 + n * temporal_stride frames and goes on with n * temporal_stride.
         """
-        moments, cache = self.encoder(frames, cache)
+        moments, cache = self.encoder(_fold(frames, self.config.patch_size), cache)
         return cache, self.quant(moments).astype(jnp.float32)
 
     def encode_chunk(self, cache: Cache, frames: Pixels) -> tuple[Cache, Latents]:
@@ -232,7 +309,7 @@ class VAE(nnx.Module):
     def decode_chunk(self, cache: Cache, latents: Latents) -> tuple[Cache, Pixels]:
         """The next normalised latents, any number -> pixels, not clamped."""
         frames, cache = self.decoder(self.post_quant(self.unnormalise(latents)), cache)
-        return cache, frames.astype(jnp.float32)
+        return cache, _unfold(frames, self.config.patch_size).astype(jnp.float32)
 
     def normalise(self, latents: Latents) -> Latents:
         return (latents - self._channels(self.config.mean)) / self._channels(self.config.std)

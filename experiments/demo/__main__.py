@@ -43,10 +43,10 @@ class Settings:
     """How much of everything. `falls` and `others` are trials per unseen planet and phenomenon."""
 
     steps: int
-    train_planets: int = 128
-    train_clips: int = 6
+    train_planets: int = 96
+    train_clips: int = 18
     unseen_planets: int = 24
-    bank_clips: int = 12
+    bank_clips: int = 18
     falls: int = 2
     others: int = 1
     seed: int = 0

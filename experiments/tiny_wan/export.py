@@ -20,7 +20,7 @@ def main(_) -> None:
     statistics = json.loads((BUILD / "latent_stats.json").read_text())
     vae_config = dataclasses.replace(VAE_CONFIG, **{key: tuple(value) for key, value in statistics.items()})
     WEIGHTS.mkdir(exist_ok=True)
-    networks = {"dit": dit.table(), "vae": vae.table(vae_config), "text": umt5.table()}
+    networks = {"dit": dit.table(DIT_CONFIG), "vae": vae.table(vae_config), "text": umt5.table()}
     for name, table in networks.items():
         tensors = original(table, load_file(BUILD / f"{name}.safetensors"))
         if name == "dit":

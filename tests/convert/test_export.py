@@ -14,8 +14,10 @@ from flax import nnx
 
 from convert.export import export_encoder, export_folder
 from convert.folder import convert_folder
-from ditmem_jax.checkpoint import load_encoder, save_encoder
-from ditmem_jax.config import MemoryConfig
+from convert.kinds import KINDS
+from convert.original import original as original_tensors
+from ditmem_jax.checkpoint import load_encoder, read_networks, save_encoder
+from ditmem_jax.config import MemoryConfig, to_dict
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
@@ -49,6 +51,38 @@ def test_networks_come_back_bit_for_bit(original, tmp_path, naming):
     assert first == second
     assert indices[0]["networks"] == indices[1]["networks"]
     assert indices[1]["provenance"]["dit"]["names"] == naming
+
+
+KINDS_OF_NETWORKS = {
+    "image": ("dit", dict(in_dim=6, image_dim=24)),
+    "experts": ("dit", {}),
+    "nested": ("vae", dict(patch_size=2, decoder_dim=16, shortcuts=True)),
+}
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+@pytest.mark.parametrize("name", KINDS_OF_NETWORKS)
+def test_other_kinds_come_back_bit_for_bit(tmp_path, name, naming):
+    kind, change = KINDS_OF_NETWORKS[name]
+    network = KINDS[kind]
+    config = dataclasses.replace(getattr(tiny_config(tmp_path), kind), **change)
+    shapes = abstract(lambda: network.module(config, rngs=nnx.Rngs(0)))[1]
+    folders = ("high_noise_model", "low_noise_model") if name == "experts" else ("",)
+    for seed, folder in enumerate(folders):
+        path = tmp_path / "source" / folder
+        path.mkdir(parents=True)
+        tensors = original_tensors(network.table(config), random_arrays(shapes, seed))
+        safetensors.numpy.save_file(tensors, path / "model.safetensors")
+        described = to_dict(config) if kind == "dit" else {kind: to_dict(config)}
+        (path / "config.json").write_text(json.dumps(described))
+    convert_folder(tmp_path / "source", tmp_path / "first")
+    export_folder(tmp_path / "first", tmp_path / "exported", naming)
+    convert_folder(tmp_path / "exported", tmp_path / "second")
+    for path in (tmp_path / "first").glob("*.safetensors"):
+        assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
+    first, second = (read_networks(tmp_path / name) for name in ("first", "second"))
+    assert first == second
+    assert first.keys() == ({"dit", "dit_high"} if name == "experts" else {kind})
 
 
 def test_original_tensors_are_the_source(original, tmp_path):

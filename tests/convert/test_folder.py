@@ -148,7 +148,7 @@ def damage_width(folder):
 
 def damage_kind(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "i2v"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "vace"}))
 
 
 def damage_values(folder):

@@ -8,13 +8,17 @@ import pytest
 from convert.engine import Table, canonical
 from convert.kinds import configure, detect
 from convert.names_diffusers import aliases, pairs, renamed
-from ditmem_jax.config import DIT_PRESETS, MemoryConfig, UMT5Config, VAEConfig
+from ditmem_jax.config import DIT_PRESETS, VAE_PRESETS, MemoryConfig, UMT5Config
 
 MANIFESTS = sorted((Path(__file__).parents[1] / "manifests").glob("*.json"))
 CONFIGS = {
     "wan2.1_t2v_1.3b": DIT_PRESETS["wan2.1-t2v-1.3b"],
     "wan2.1_t2v_14b": DIT_PRESETS["wan2.1-t2v-14b"],
-    "wan2.1_vae": VAEConfig(),
+    "wan2.1_i2v_14b": DIT_PRESETS["wan2.1-i2v-14b"],
+    "wan2.2_i2v_a14b_expert": DIT_PRESETS["wan2.2-i2v-a14b"],
+    "wan2.2_ti2v_5b": DIT_PRESETS["wan2.2-ti2v-5b"],
+    "wan2.1_vae": VAE_PRESETS["wan2.1"],
+    "wan2.2_vae": VAE_PRESETS["wan2.2"],
     "umt5_xxl_encoder": UMT5Config(),
     "dit_mem_1.3b": MemoryConfig(dim=1536),
 }

@@ -1,5 +1,6 @@
-"""The transformer: published sizes, exactness of absent memory, options that change nothing."""
+"""The transformer: published sizes, kinds, exactness of absent memory, options that change nothing."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from convert import dit as names
 from convert.engine import assign, targets
 from ditmem_jax.config import DIT_PRESETS, DiTConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.dit import DiT, _patchify, _unpatchify
+from ditmem_jax.models.dit import Block, DiT, Experts, _patchify, _unpatchify
+from ditmem_jax.models.layers import layer_norm, rotary_angles, rotate
 from ditmem_jax.models.state import abstract
 from ditmem_jax.types import Memory
 from tests.tiny import random_arrays
@@ -45,12 +47,22 @@ def run(network, *inputs, **options):
     return jax.jit(lambda arrays, *inputs: structure.merge(arrays)(*inputs, **options))(arrays, *inputs)
 
 
-@pytest.mark.parametrize(("preset", "file"), [("wan2.1-t2v-1.3b", "1.3b"), ("wan2.1-t2v-14b", "14b")])
-def test_presets_have_the_published_tensors(preset, file):
-    manifest = json.loads((MANIFESTS / f"wan2.1_t2v_{file}.json").read_text())
+FILES = {
+    "wan2.1-t2v-1.3b": "wan2.1_t2v_1.3b",
+    "wan2.1-t2v-14b": "wan2.1_t2v_14b",
+    "wan2.1-i2v-14b": "wan2.1_i2v_14b",
+    "wan2.2-t2v-a14b": "wan2.1_t2v_14b",  # the experts have the tensors of the 2.1 model
+    "wan2.2-i2v-a14b": "wan2.2_i2v_a14b_expert",
+    "wan2.2-ti2v-5b": "wan2.2_ti2v_5b",
+}
+
+
+@pytest.mark.parametrize("preset", DIT_PRESETS)
+def test_presets_have_the_published_tensors(preset):
+    manifest = json.loads((MANIFESTS / f"{FILES[preset]}.json").read_text())
     wanted = targets(nnx.eval_shape(lambda: DiT(DIT_PRESETS[preset], rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
     shapes = {name: tuple(shape) for name, shape in manifest["tensors"].items()}
-    assignments, _ = assign(names.table(), shapes, wanted)
+    assignments, _ = assign(names.table(DIT_PRESETS[preset]), shapes, wanted)
     used = [source for assignment in assignments.values() for source in assignment.sources]
     assert sorted(used) == sorted(shapes)
     assert sum(x.size for x in wanted.values()) == manifest["elements"]
@@ -114,7 +126,91 @@ def test_remat_and_unrolling_change_nothing(network, inputs):
 def test_wrong_channels_and_widths_are_named(network, inputs):
     latents, time, context, memory = inputs
     model = network[0].merge(network[1])
-    with pytest.raises(UserError, match="4 channels"):
+    with pytest.raises(UserError, match=r"latents.*\n.*width 4"):
         model(latents[..., :3], time, context)
-    with pytest.raises(UserError, match="width 24"):
+    with pytest.raises(UserError, match=r"memory rows.*\n.*width 24"):
         model(latents, time, context, Memory(memory.tokens[..., :12], memory.bias))
+
+
+def test_an_image_is_given_exactly_to_the_kinds_that_want_one(network, inputs):
+    latents, time, context, _ = inputs
+    condition, image = jnp.zeros((B, 3, 4, 6, 2)), jnp.zeros((B, 7, 5))
+    config = dataclasses.replace(CONFIG, in_dim=6, image_dim=5)
+    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+
+    def shape(model, **given):
+        return jax.eval_shape(lambda model, given: model(latents, time, context, **given), model, given).shape
+
+    assert shape(model, condition=condition, image=image) == latents.shape
+    with pytest.raises(UserError, match=r"the condition.*\n.*width 2.*\n.*nothing"):
+        shape(model, image=image)
+    with pytest.raises(UserError, match=r"image tokens.*\n.*width 5.*\n.*7, 4"):
+        shape(model, condition=condition, image=image[..., :4])
+    with pytest.raises(UserError, match=r"image tokens.*\n.*nothing"):
+        shape(network[0].merge(network[1]), image=image)
+
+
+def test_timesteps_that_do_not_divide_the_tokens(network, inputs):
+    latents, _, context, _ = inputs
+    with pytest.raises(UserError, match="divides its 18 tokens"):
+        network[0].merge(network[1])(latents, jnp.zeros((B, 4)), context)
+
+
+@pytest.mark.parametrize("runs", [3, 18], ids=["frame", "token"])
+def test_equal_timesteps_of_all_frames_or_tokens_are_one(network, inputs, runs):
+    latents, time, context, memory = inputs
+    times = jnp.repeat(time[:, None], runs, axis=1)
+    got, want = (run(network, latents, t, context, memory) for t in (times, time))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_memory_rows_are_modulated_like_the_noisy_frames():
+    """One block with a given frame, against all rows joined, each with the modulation of its own timestep."""
+    rng, (frames, patches, dim) = np.random.default_rng(0), (3, 4, CONFIG.dim)
+    structure, shapes = abstract(lambda: Block(CONFIG, rngs=nnx.Rngs(0)))
+    block = structure.merge(jax.tree.map(jnp.asarray, random_arrays(shapes)))
+    x, tokens, context, time = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((B, frames * patches, dim), (B, M, dim), (B, 6, dim), (B, 2, 6, dim))
+    )
+    clean, noisy = time[:, :1], time[:, 1:]
+    angles = rotary_angles((frames, 2, 2), CONFIG.head_dim)
+    attention = block.self_attention
+
+    def joined(x, tokens):
+        rows = jnp.concatenate([jnp.repeat(clean, patches, 1), jnp.repeat(noisy, 2 * patches + M, 1)], axis=1)
+        shift, scale, gate = (rows[:, :, i] + block.modulation[...][None, None, i] for i in range(3))
+        h = layer_norm(jnp.concatenate([x, tokens], axis=1), CONFIG.eps) * (1 + scale) + shift
+        key, value = attention.key_value(h)
+        count = x.shape[1]
+        query = rotate(attention.query(h[:, :count]), angles)
+        key = jnp.concatenate([rotate(key[:, :count], angles), key[:, count:]], axis=1)
+        weights = jax.nn.softmax(jnp.einsum("BSNK,BJNK->BNSJ", query, key) * CONFIG.head_dim**-0.5)
+        return x + attention.out(jnp.einsum("BNSJ,BJNK->BSNK", weights, value)) * gate[:, :count]
+
+    # without cross-attention and feed-forward, what is left of the block is its self-attention
+    for part in (block.cross_attention.o, block.feed_forward.down):
+        part.kernel[...], part.bias[...] = jnp.zeros_like(part.kernel[...]), jnp.zeros_like(part.bias[...])
+    per_frame = jnp.concatenate([clean, noisy, noisy], axis=1)
+    got = block(x, context, None, per_frame, angles, Memory(tokens, jnp.zeros((B, M))), noisy)
+    np.testing.assert_allclose(got, joined(x, tokens), atol=1e-5)
+
+
+def test_the_memory_takes_the_highest_timestep(network):
+    model = network[0].merge(network[1])
+    times = jnp.array([[0.0, 700.0, 300.0], [500.0, 0.0, 0.0]])
+    _, modulation, highest = model._embed_time(times, tokens=18)
+    np.testing.assert_array_equal(highest[:, 0], jnp.stack([modulation[0, 1], modulation[1, 0]]))
+
+
+@pytest.mark.parametrize(("time", "served"), [([900.0, 880.0], "high"), ([874.0, 20.0], "low")])
+def test_each_noise_level_goes_to_its_expert(network, inputs, time, served):
+    structure, arrays = network
+    latents, _, context, memory = inputs
+    other = structure.merge({name: 1.1 * x for name, x in arrays.items()})
+    experts = Experts(structure.merge(arrays), other, boundary=0.875)
+    graph, state = nnx.split(experts)
+    inputs = (latents, jnp.array(time), context, memory)
+    got = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *inputs)
+    expected = run(network, *inputs) if served == "high" else jax.jit(lambda *inputs: other(*inputs))(*inputs)
+    np.testing.assert_allclose(got, expected, atol=1e-5)

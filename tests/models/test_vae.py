@@ -1,5 +1,6 @@
 """The causal video VAE: chunks, causality, sizes, names. Parity with the released one is in test_parity."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from convert import engine
 from convert.vae import table
-from ditmem_jax.config import VAEConfig
+from ditmem_jax.config import VAE_PRESETS, VAEConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models import vae as vae_module
 from ditmem_jax.models.vae import VAE, decode, decode_scan, encode, encode_scan, posterior
@@ -34,6 +35,7 @@ TWO_LEVELS = VAEConfig(
     mean=(0.0, 0.0),
     std=(1.0, 1.0),
 )
+SHORTCUTS = dataclasses.replace(TWO_LEVELS, patch_size=2, decoder_dim=4, shortcuts=True)
 
 
 def build(config: VAEConfig) -> VAE:
@@ -60,19 +62,24 @@ def close(got: jax.Array, want: jax.Array) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
-def test_names_and_shapes_of_the_released_file():
-    manifest = json.loads((Path(__file__).parents[1] / "manifests/wan2.1_vae.json").read_text())
+@pytest.mark.parametrize("preset", VAE_PRESETS)
+def test_names_and_shapes_of_the_released_file(preset):
+    config = VAE_PRESETS[preset]
+    manifest = json.loads((Path(__file__).parents[1] / f"manifests/{preset}_vae.json").read_text())
     shapes = {name: tuple(shape) for name, shape in manifest["tensors"].items()}
-    wanted = engine.targets(nnx.eval_shape(lambda: VAE(VAEConfig(), rngs=nnx.Rngs(0))))
-    assignments, _ = engine.assign(table(VAEConfig()), shapes, wanted)  # raises on any mismatch, both ways
+    wanted = engine.targets(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
+    assignments, _ = engine.assign(table(config), shapes, wanted)  # raises on any mismatch, both ways
     assert assignments.keys() == wanted.keys()
+    used = [source for assignment in assignments.values() for source in assignment.sources]
+    assert sorted(used) == sorted(shapes)
     assert sum(x.size for x in wanted.values()) == manifest["elements"]
 
 
-def test_chunks_do_not_change_the_result():
-    vae, video = build(TWO_LEVELS), random(1, 17, 8, 8, 3)
+@pytest.mark.parametrize("config", [TWO_LEVELS, SHORTCUTS], ids=["plain", "shortcuts"])
+def test_chunks_do_not_change_the_result(config):
+    vae, video = build(config), random(1, 17, 8, 8, 3)
     latents = jax.jit(encode_scan)(vae, video)
-    assert latents.shape == (1, 5, 2, 2, 2)
+    assert latents.shape == (1, 5, 8 // config.spatial_stride, 8 // config.spatial_stride, 2)
     close(encode(vae, video), latents)
     close(jax.jit(encode_scan, static_argnums=2)(vae, video, 2), latents)
     pixels = jax.jit(decode_scan)(vae, latents)
@@ -219,7 +226,7 @@ def test_downsampling_spares_the_first_frame():
 
 
 def test_upsampling_spares_and_forgets_the_first_frame():
-    up = vae_module.Upsample(2, True, **KWARGS)
+    up = vae_module.Upsample(2, 1, True, **KWARGS)
     up.conv.kernel[...] = jnp.zeros((3, 3, 2, 1)).at[1, 1, 0].set(1.0)  # the first channel
     taps = np.zeros((3, 2, 4), np.float32)
     taps[:, 0, 0] = 100, 10, 1  # first channel of the first of two frames
@@ -237,3 +244,29 @@ def test_upsampling_spares_and_forgets_the_first_frame():
     np.testing.assert_array_equal(y[:, :, :1, :1], clip(12, 24, 123, 246))
     whole, _ = up(frames(9, 1, 2, 3), None)
     np.testing.assert_array_equal(whole[:, :, 1:, 1:], clip(9, 1, 2, 12, 24, 123, 246))
+
+
+def test_averages_of_cells_with_black_before_the_first_frame():
+    x = jnp.arange(1.0, 13.0).reshape(1, 3, 2, 2, 1)  # frames 1 2 / 3 4, 5 6 / 7 8, 9 10 / 11 12
+    shrink = vae_module.Average(outputs=1, time=2, space=2)
+    np.testing.assert_array_equal(shrink(x, begins=True), clip((1 + 2 + 3 + 4) / 8, (5 + 12) / 2))
+    np.testing.assert_array_equal(shrink(x[:, 1:], begins=False), clip((5 + 12) / 2))
+    halves = vae_module.Average(outputs=2, time=2, space=2)(
+        x, begins=True
+    )  # one channel per time in the cell
+    np.testing.assert_array_equal(halves[0, :, 0, 0], [[0, 2.5], [6.5, 10.5]])
+
+
+def test_channels_are_repeated_into_cells_but_the_first_frame():
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 1, 1, 2)  # two frames of two channels
+    grow = vae_module.Duplicate(outputs=1, time=2, space=2)
+    cells = [np.full((2, 2), value) for value in (1, 2, 3, 4)]
+    np.testing.assert_array_equal(grow(x, begins=False)[0, ..., 0], cells)
+    np.testing.assert_array_equal(grow(x, begins=True)[0, ..., 0], cells[1:])
+
+
+def test_squares_of_pixels_are_channels_by_colour_column_and_row():
+    x = jnp.arange(12.0).reshape(1, 1, 2, 2, 3)  # rows, columns, colours
+    folded = vae_module._fold(x, 2)
+    np.testing.assert_array_equal(folded.ravel(), [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11])
+    np.testing.assert_array_equal(vae_module._unfold(folded, 2), x)

@@ -1,4 +1,6 @@
-"""Golden checks of the transformer, with and without memory."""
+"""Golden checks of the transformer and its kinds, with and without memory."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +30,26 @@ FIELDS = (
 
 def make_dit(meta: dict, weights: dict[str, np.ndarray]) -> DiT:
     """The transformer that a golden file describes, filled with its weights."""
-    config = build(DiTConfig, {key: meta[key] for key in FIELDS})
+    image_norm = weights.get("img_emb.proj.0.weight")
+    image_dim = None if image_norm is None else len(image_norm)
+    config = build(DiTConfig, {key: meta[key] for key in FIELDS} | {"image_dim": image_dim})
     dit = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))  # all of it comes from the file
-    load(dit, names.table(), weights)
+    load(dit, names.table(config), weights)
     return dit
 
 
 def velocity(
-    dit: DiT, latents: jax.Array, time: jax.Array, context: jax.Array, memory: Memory | None = None
+    dit: DiT,
+    latents: jax.Array,
+    time: jax.Array,
+    context: jax.Array,
+    memory: Memory | None = None,
+    **image: jax.Array,
 ) -> jax.Array:
     """The transformer's output, compiled."""
     graph, state = nnx.split(dit)
-    return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(
-        state, latents, time, context, memory
+    return jax.jit(lambda state, *inputs, **image: nnx.merge(graph, state)(*inputs, **image))(
+        state, latents, time, context, memory, **image
     )
 
 
@@ -60,10 +69,23 @@ def plain_memory(tokens: np.ndarray) -> Memory:
 def recognise(golden: GoldenFile) -> str | None:
     if "memory_repeated" in golden.tensors and "memory_distinct" in golden.tensors:
         return "dit_memory_repeated"
-    plain = "clip_feature" not in golden.tensors and "out/first_frame_given_no_memory" not in golden.tensors
-    if plain and {"latents", "memory", "out/memory", "timestep"} <= set(golden.tensors):
-        return "dit_memory"
+    if not {"latents", "memory", "timestep", "w/patch_embedding.weight"} <= set(golden.tensors):
+        return None
+    if any(name.startswith(("out/text_only", "out/first_frame_given")) for name in golden.tensors):
+        return "dit_ti2v"
+    if "out/memory" in golden.tensors:
+        return "dit_memory_i2v" if "y" in golden.tensors else "dit_memory"
     return None
+
+
+def image_inputs(golden: GoldenFile) -> dict[str, jax.Array]:
+    """What the image-to-video kinds take beside the others: condition and, in Wan 2.1, CLIP tokens."""
+    tensors, inputs = golden.tensors, {}
+    if "y" in tensors:
+        inputs["condition"] = channels_last(tensors["y"])
+    if "clip_feature" in tensors:
+        inputs["image"] = jnp.asarray(tensors["clip_feature"])
+    return inputs
 
 
 def check_memory(golden: GoldenFile) -> list[Check]:
@@ -71,12 +93,12 @@ def check_memory(golden: GoldenFile) -> list[Check]:
     dit = make_dit(golden.meta, golden.under("w/"))
     tensors = golden.tensors
     latents, context = channels_last(tensors["latents"]), jnp.asarray(tensors["context"])
-    time = jnp.asarray(tensors["timestep"])
+    time, image = jnp.asarray(tensors["timestep"]), image_inputs(golden)
     checks = []
     if "out/no_memory" in tensors:
-        out = velocity(dit, latents, time, context)
+        out = velocity(dit, latents, time, context, **image)
         checks.append(Check("out/no_memory", channels_first(out), tensors["out/no_memory"]))
-    out = velocity(dit, latents, time, context, plain_memory(tensors["memory"]))
+    out = velocity(dit, latents, time, context, plain_memory(tensors["memory"]), **image)
     checks.append(Check("out/memory", channels_first(out), tensors["out/memory"]))
     if "cotangent" in tensors:
         graph, state = nnx.split(dit)
@@ -84,7 +106,7 @@ def check_memory(golden: GoldenFile) -> list[Check]:
         @jax.jit
         def gradients(state, latents, tokens, cotangent):
             def run(latents, tokens):
-                return nnx.merge(graph, state)(latents, time, context, plain_memory(tokens))
+                return nnx.merge(graph, state)(latents, time, context, plain_memory(tokens), **image)
 
             return jax.vjp(run, latents, tokens)[1](cotangent)
 
@@ -118,4 +140,42 @@ def check_repeated(golden: GoldenFile) -> list[Check]:
     ]
 
 
-KINDS = {"dit_memory": check_memory, "dit_memory_repeated": check_repeated}
+def check_given_frame(golden: GoldenFile) -> list[Check]:
+    """Outputs with and without the first frame given, with and without memory, whichever the file has.
+
+    The released program fails where both are given. A memory of absent rows must then be no memory, and a number
+    for each token, all alike, must be one number for all.
+    """
+    dit, tensors = make_dit(golden.meta, golden.under("w/")), golden.tensors
+    latents, context = channels_last(tensors["latents"]), jnp.asarray(tensors["context"])
+    time, memory = jnp.asarray(tensors["timestep"]), plain_memory(tensors["memory"])
+    absent = memory._replace(bias=jnp.full_like(memory.bias, -jnp.inf))
+    patches = math.prod(latents.shape[2:4]) // math.prod(dit.config.patch_size)  # of a frame
+    per_frame = jnp.repeat(time[:, None], latents.shape[1], axis=1)
+    given = per_frame.at[:, 0].set(0.0)
+    per_token = jnp.repeat(per_frame, patches, axis=1)
+    runs = [
+        ("text_only_no_memory", "", time, None),
+        ("text_only_memory", "", time, memory),
+        ("text_only_memory", " (a timestep per token)", per_token, memory),
+        ("first_frame_given_no_memory", "", given, None),
+        ("first_frame_given_no_memory", " (absent rows)", given, absent),
+        ("first_frame_given_memory", "", given, memory),
+    ]
+    return [
+        Check(
+            f"out/{name}{note}",
+            channels_first(velocity(dit, latents, times, context, rows)),
+            tensors[f"out/{name}"],
+        )
+        for name, note, times, rows in runs
+        if f"out/{name}" in tensors
+    ]
+
+
+KINDS = {
+    "dit_memory": check_memory,
+    "dit_memory_repeated": check_repeated,
+    "dit_memory_i2v": check_memory,
+    "dit_ti2v": check_given_frame,
+}

@@ -15,14 +15,14 @@ from tests.parity.golden import Check, GoldenFile
 
 
 def recognise(golden: GoldenFile) -> str | None:
-    """Wan 2.1 convolves pixels; Wan 2.2 would convolve patches of 2 x 2 of them."""
+    """Wan 2.1 convolves pixels, Wan 2.2 squares of 2 x 2 of them."""
     weight = golden.tensors.get("w/encoder.conv1.weight")
-    return "vae_2_1" if weight is not None and weight.shape[1] == 3 else None
+    return None if weight is None else {3: "vae_2_1", 12: "vae_2_2"}.get(weight.shape[1])
 
 
 def build(golden: GoldenFile) -> VAE:
     """The VAE of a golden file, with its weights."""
-    meta, tensors = golden.meta, golden.tensors
+    meta, tensors, is_2_2 = golden.meta, golden.tensors, recognise(golden) == "vae_2_2"
     config = VAEConfig(
         dim=meta["dim"],
         z_dim=meta["z_dim"],
@@ -31,6 +31,7 @@ def build(golden: GoldenFile) -> VAE:
         temporal_downsample=tuple(meta["temporal_downsample"]),
         mean=tuple(tensors["mean"].tolist()),
         std=tuple(tensors["std"].tolist()),
+        **(dict(patch_size=2, decoder_dim=meta["dec_dim"], shortcuts=True) if is_2_2 else {}),
     )
     vae = nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
     load(vae, table(config), golden.under("w/"))
@@ -49,4 +50,4 @@ def check(golden: GoldenFile) -> list[Check]:
         ]
 
 
-KINDS: dict[str, Callable[[GoldenFile], list[Check]]] = {"vae_2_1": check}
+KINDS: dict[str, Callable[[GoldenFile], list[Check]]] = {"vae_2_1": check, "vae_2_2": check}
