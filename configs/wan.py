@@ -1,6 +1,6 @@
 """Wan2.1-T2V-1.3B with the released memory encoder and objective: 81 frames of 480 x 832 at 16 per second.
 
-The weights come from `python -m convert --source=Wan2.1-T2V-1.3B --target=weights/wan2.1-t2v-1.3b`.
+The weights come from `python -m convert Wan2.1-T2V-1.3B weights/wan2.1-t2v-1.3b`.
 """
 
 from ml_collections import ConfigDict

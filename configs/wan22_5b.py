@@ -1,6 +1,6 @@
 """Wan2.2-TI2V-5B from text, with a memory encoder of the released kind: 121 frames of 704 x 1280 at 24 per second.
 
-The weights come from `python -m convert --source=Wan2.2-TI2V-5B --target=weights/wan2.2-ti2v-5b`.
+The weights come from `python -m convert Wan2.2-TI2V-5B weights/wan2.2-ti2v-5b`.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Wan2.2-T2V-A14B with a memory encoder of the released kind that feeds both experts: 81 frames of 720 x 1280.
 
-The weights come from `python -m convert --source=Wan2.2-T2V-A14B --target=weights/wan2.2-t2v-a14b`. For an encoder
+The weights come from `python -m convert Wan2.2-T2V-A14B weights/wan2.2-t2v-a14b`. For an encoder
 of each expert train with --config.experts.trains=high and =low, and sample with both files: --encoder=HIGH,LOW.
 """
 

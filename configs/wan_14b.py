@@ -1,6 +1,6 @@
 """Wan2.1-T2V-14B with a memory encoder of the released kind: 81 frames of 720 x 1280 at 16 per second.
 
-The weights come from `python -m convert --source=Wan2.1-T2V-14B --target=weights/wan2.1-t2v-14b`.
+The weights come from `python -m convert Wan2.1-T2V-14B weights/wan2.1-t2v-14b`.
 """
 
 from ml_collections import ConfigDict

@@ -1,18 +1,134 @@
-"""`python -m convert --source=ORIGINAL --target=CONVERTED`: weights in original names to the library's."""
+"""Weights of Wan and DiT-Mem in and out.
+
+    python -m convert SOURCE DEST
+    python -m convert --list SOURCE
+    python -m convert --dry-run SOURCE DEST
+    python -m convert --verify SOURCE DEST
+    python -m convert --export original|diffusers CONVERTED DEST
+    python -m convert --export dit-mem ENCODER OUT.safetensors
+
+SOURCE is a folder of original files or of diffusers, or one file (.safetensors, .pth): the transformer, its VAE, its
+text encoder, or a DiT-Mem memory encoder. Everything in it that is known is converted. DEST becomes a folder that
+config.weights.path names; a memory encoder in it is DEST/encoder.safetensors, for --encoder.
+
+A folder can be put together in several calls: a DEST of an earlier call gets what it lacks.
+
+    python -m convert Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors weights/wan
+    python -m convert Wan2.1-T2V-1.3B/Wan2.1_VAE.pth weights/wan
+
+Sizes are read from shapes and from a config.json beside the files. What neither tells (heads of another width than
+128, strides and pools of a memory encoder) can be written there: {"num_heads": 6, "memory": {"stages": ...}}.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert.folder import convert_folder
+from convert import export, folder
+from convert.engine import differences, findings
+from convert.kinds import KINDS
+from convert.plan import FILES, Network, mapping, plan, skipped
+from convert.sources import Source, open_source
 from ditmem_jax import cli
+from ditmem_jax.errors import UserError
 
-SOURCE = flags.DEFINE_string("source", None, "Folder of the original files.", required=True)
-TARGET = flags.DEFINE_string("target", None, "Folder to make.", required=True)
+KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Convert this kind of network only.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the result; by default as stored.")
+LIST = flags.DEFINE_bool("list", False, "Print which tensor goes where; read no values.")
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print what would be done.")
+VERIFY = flags.DEFINE_bool(
+    "verify", False, "Compare DEST with SOURCE, tensor by tensor, and with its checksums."
+)
+EXPORT = flags.DEFINE_enum("export", None, ["original", "diffusers", "dit-mem"], "Names to write.")
+PREFIX = flags.DEFINE_string("prefix", "", "Stands before every name of an exported memory encoder.")
+
+RATE = 150e6  # bytes per second that two slow cores read, turn and write
 
 
-def main() -> None:
-    convert_folder(SOURCE.value, TARGET.value)
-    print(f"{TARGET.value} is ready")
+def main(source: str, dest: str | None = None) -> None:
+    if dest is None and not LIST.value:
+        raise UserError("DEST is missing", expected="SOURCE DEST", fix="see --help")
+    if EXPORT.value == "dit-mem":
+        export.export_encoder(source, dest, prefix=PREFIX.value, dtype=DTYPE.value or "float32")
+    elif EXPORT.value:
+        size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+        with _progress(size) as advance:
+            export.export_folder(source, dest, EXPORT.value, advance)
+    else:
+        _convert(source, dest)
+        return
+    print(f"{dest} is ready")
+
+
+def _convert(source: str, dest: str | None) -> None:
+    opened = open_source(source)
+    networks = plan(opened, kind=KIND.value, dtype=DTYPE.value)
+    if LIST.value:
+        for network in networks:
+            print("\n".join(mapping(network)))
+        return
+    for network in networks:
+        print(network)
+    for part in skipped(opened, networks):
+        print(f"skipped: {part}: no network that we know")
+    if VERIFY.value:
+        _verify(networks, dest)
+    elif DRY_RUN.value:
+        _dry_run(opened, networks, Path(dest))
+    else:
+        with _progress(folder.work(networks)) as advance:
+            folder.write_folder(opened, networks, dest, advance)
+        _print_ready(opened, networks, Path(dest))
+
+
+def _dry_run(source: Source, networks: list[Network], dest: Path) -> None:
+    index = folder.read_index(dest) if dest.exists() else folder.empty_index()
+    folder.check_target(networks, dest, index)
+    for network in networks:
+        read = sum(path.stat().st_size for path in network.part.files)
+        print(f"{read:,} bytes of {network.part} -> {network.size:,} bytes of {dest / FILES[network.role]}")
+    if source.tokenizer:
+        print(f"{source.tokenizer} -> {dest / 'tokenizer.json'}")
+    print(f"about {folder.work(networks) / RATE:.0f} seconds; nothing was written")
+
+
+def _verify(networks: list[Network], dest: str) -> None:
+    problems = folder.damage(dest)
+    for network in networks:
+        problems += differences(network.match.equal, network.part.tensors)
+    compared = 0
+    with _progress(sum(network.size for network in networks)) as advance:
+        for name, size, problem in folder.deviations(networks, dest):
+            advance(size)
+            compared += 1
+            if problem:
+                problems.append(f"{name}: {problem}")
+    if problems:
+        raise findings(f"{dest} is not what its source gives", problems, fix="convert again")
+    print(f"{compared} tensors agree, and so do the checksums of {dest}")
+
+
+def _print_ready(source: Source, networks: list[Network], dest: Path) -> None:
+    print(f"{dest} is ready")
+    held = folder.read_index(dest)["networks"]
+    if "dit" in held and (missing := [name for name in ("vae", "text") if name not in held]):
+        print(f"to train and sample, add {' and '.join(missing)} by another call with the same DEST")
+    if "text" in held and not (dest / "tokenizer.json").exists():
+        print(f"the text encoder needs its tokenizer.json: copy it to {dest / 'tokenizer.json'}")
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over that many bytes; yields what to tell of those that are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("weights", total=total)
+        yield lambda size: progress.advance(bar, size)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "SOURCE [DEST]")

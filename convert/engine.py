@@ -64,67 +64,106 @@ class Assignment:
     stacked: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Which source fills which target, decided from names and shapes alone.
+
+    `equal` are groups of source names that must hold equal values (aliases); `ignored` sources are left out.
+    """
+
+    assignments: dict[str, Assignment]
+    equal: list[list[str]]
+    ignored: list[str]
+    problems: list[str]
+
+
 def targets(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of every array that a checkpoint must hold: all state except generators."""
     state = nnx.state(module, nnx.Not(nnx.RngState))
     return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def assign(
+def canonical(table: Table, name: str) -> str:
+    """A source name without its prefix and in the spelling of the rules."""
+    for prefix in sorted(table.prefixes, key=len, reverse=True):
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            break
+    for alias, replacement in table.aliases.items():
+        name = re.sub(alias, replacement, name)
+    return name
+
+
+def match(
     table: Table, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> tuple[dict[str, Assignment], dict[str, list[str]]]:
-    """Decides which source fills which target, from names and shapes alone.
+) -> Match:
+    """Decides which source fills which target; what does not fit stands in `problems`.
 
     Args:
         shapes: shape of each source tensor, by original name.
         wanted: what the module holds, see `targets`.
-    Returns:
-        The assignment of each target, and the groups of source names that must hold equal values (aliases).
-    Raises:
-        UserError: with every finding.
     """
+    groups: dict[str, list[str]] = {}
+    for name in sorted(shapes):
+        groups.setdefault(canonical(table, name), []).append(name)
+    ignored, kept = [], {}
+    for name, names in groups.items():
+        if any(re.search(pattern, name) for pattern in table.ignored):
+            ignored += names
+        else:
+            kept[name] = names
+    problems = [
+        f"{names[0]} {list(shapes[names[0]])} and {other} {list(shapes[other])} are names of one tensor"
+        for names in kept.values()
+        for other in names[1:]
+        if shapes[other] != shapes[names[0]]
+    ]
+    found = _layers(table, {name: names[0] for name, names in kept.items()}, shapes, problems)
+    assignments = _assignments(table, found, shapes, wanted, problems)
+    for path in sorted(set(found) - set(wanted)):
+        problems.append(f"{next(iter(found[path].values()))} has no place: the module has no {path}")
+    return Match(assignments, [names for names in kept.values() if len(names) > 1], ignored, problems)
+
+
+def _layers(
+    table: Table, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], problems: list[str]
+) -> dict[str, dict[int, str]]:
+    """Target -> number of the layer (0 for targets without layers) -> source name."""
     patterns = [
-        (re.compile(re.escape(rule.source).replace(re.escape("{i}"), r"(\d+)") + r"\Z"), rule)
+        (re.compile(re.escape(rule.source).replace(re.escape("{i}"), r"(\d{1,6})") + r"\Z"), rule)
         for rule in table.rules
     ]
-    problems: list[str] = []
     found: dict[str, dict[int, str]] = {}
-    rule_of: dict[str, Rule] = {}
-    equal: dict[str, list[str]] = {}
-    for name in sorted(shapes):
-        canonical = name
-        for prefix in sorted(table.prefixes, key=len, reverse=True):
-            if canonical.startswith(prefix):
-                canonical = canonical.removeprefix(prefix)
-                break
-        for alias, replacement in table.aliases.items():
-            canonical = re.sub(alias, replacement, canonical)
-        if any(re.search(pattern, canonical) for pattern in table.ignored):
-            continue
-        equal.setdefault(canonical, []).append(name)
-        if len(equal[canonical]) > 1:
-            continue
-        matches = [(rule, match) for pattern, rule in patterns if (match := pattern.match(canonical))]
-        if not matches:
+    for spelled, name in names.items():
+        matches = ((rule, match) for pattern, rule in patterns if (match := pattern.match(spelled)))
+        rule, groups = next(matches, (None, None))
+        if rule is None:
             problems.append(f"unknown tensor {name} {list(shapes[name])}")
             continue
-        rule, match = matches[0]
-        layer = int(match.group(1)) if match.groups() else 0
         layers = found.setdefault(rule.target, {})
+        layer = int(groups.group(1)) if groups.groups() else 0
         if layer in layers:
             problems.append(f"{name} and {layers[layer]} both fill {rule.target}")
         layers[layer] = name
-        rule_of[rule.target] = rule
+    return found
 
+
+def _assignments(
+    table: Table,
+    found: Mapping[str, Mapping[int, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    problems: list[str],
+) -> dict[str, Assignment]:
+    rule_of = {rule.target: rule for rule in reversed(table.rules)}
     assignments = {}
     for path, want in wanted.items():
-        if path not in found:
-            sources = [rule.source for rule in table.rules if rule.target == path]
+        rule, layers = rule_of.get(path), found.get(path)
+        if layers is None:
             problems.append(
-                f"nothing fills {path} {list(want.shape)}" + (f": {sources[0]} is missing" if sources else "")
+                f"nothing fills {path} {list(want.shape)}" + (f": {rule.source} is missing" if rule else "")
             )
             continue
-        rule, layers = rule_of[path], found[path]
         stacked = "{i}" in rule.source
         order = range(want.shape[0]) if stacked else range(1)
         shape = tuple(want.shape[1:] if stacked else want.shape)
@@ -139,18 +178,34 @@ def assign(
                 problems.append(
                     f"{layers[layer]} gives shape {list(got or shapes[layers[layer]])}, {path} needs {list(shape)}"
                 )
-        assignments[path] = Assignment(
-            tuple(layers.get(layer, "") for layer in order), rule.transform, stacked
-        )
-    for path in sorted(set(found) - set(wanted)):
-        problems.append(f"{next(iter(found[path].values()))} has no place: the module has no {path}")
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise UserError(
-            f"the weights do not fit the module ({len(problems)} findings):\n  " + "\n  ".join(shown),
+        sources = tuple(layers.get(layer, "") for layer in order)
+        assignments[path] = Assignment(sources, rule.transform, stacked)
+    return assignments
+
+
+def assign(
+    table: Table, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, Assignment], list[list[str]]]:
+    """The assignments and groups of equal names of `match`; raises a UserError with every finding."""
+    found = match(table, shapes, wanted)
+    if found.problems:
+        raise findings(
+            "the weights do not fit the module",
+            found.problems,
             fix="compare the configuration with the checkpoint's",
         )
-    return assignments, {name: names for name, names in equal.items() if len(names) > 1}
+    return found.assignments, found.equal
+
+
+def findings(what: str, problems: Sequence[str], fix: str | None = None) -> UserError:
+    """One error with every finding, a line each."""
+    count = f"{len(problems)} finding" + "s" * (len(problems) != 1)
+    return UserError(f"{what} ({count}):\n  " + "\n  ".join(problems), fix=fix)
+
+
+def one_line(error: UserError) -> str:
+    """An error as a finding among others."""
+    return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 def _shape_after(transform: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -161,39 +216,51 @@ def _shape_after(transform: str, shape: tuple[int, ...]) -> tuple[int, ...] | No
         return None
 
 
+def differences(equal: Sequence[Sequence[str]], tensors: Mapping[str, Any]) -> list[str]:
+    """Names of one tensor that hold different values."""
+    return [
+        f"{names[0]} and {other} are names of one tensor but differ"
+        for names in equal
+        for other in names[1:]
+        if not np.array_equal(tensors[names[0]], tensors[other])
+    ]
+
+
 def stream(
-    table: Table, tensors: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields target path and array, in the module's layout and dtype, in the order of `wanted`.
+    assignments: Mapping[str, Assignment], tensors: Mapping[str, Any]
+) -> Iterator[tuple[str, int, str, np.ndarray]]:
+    """Yields target path, layer, source name and values in the module's layout and the source's dtype.
+
+    Targets come in the order of `assignments`, their layers in order, so that what is yielded is the content of the
+    stacked arrays from front to back.
 
     Args:
-        tensors: anything with a shape that numpy can turn into an array; turned into one only when it is needed.
-    Raises:
-        UserError: as `assign`; and at the end for aliases that differ and values that are not finite.
+        tensors: anything that numpy can turn into an array; turned into one only when it is needed.
     """
-    assignments, equal = assign(table, {name: tuple(x.shape) for name, x in tensors.items()}, wanted)
-    problems = []
-    for names in equal.values():
-        for other in names[1:]:
-            if not np.array_equal(tensors[names[0]], tensors[other]):
-                problems.append(f"{names[0]} and {other} are names of one tensor but differ")
     for path, assignment in assignments.items():
-        parts = [TRANSFORMS[assignment.transform](np.asarray(tensors[name])) for name in assignment.sources]
-        problems += [
-            f"{name} holds values that are not finite"
-            for name, part in zip(assignment.sources, parts, strict=True)
-            if not np.all(np.isfinite(part.astype(np.float32) if part.dtype.itemsize < 4 else part))
-        ]
-        yield path, (np.stack(parts) if assignment.stacked else parts[0]).astype(wanted[path].dtype)
-    if problems:
-        raise UserError("the weights are not usable:\n  " + "\n  ".join(problems[:20]))
+        for layer, name in enumerate(assignment.sources):
+            yield path, layer, name, TRANSFORMS[assignment.transform](np.asarray(tensors[name]))
 
 
 def convert(
-    table: Table, tensors: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct]
+    table: Table, tensors: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, np.ndarray]:
-    """The whole of `stream`: target path -> array."""
-    return dict(stream(table, tensors, wanted))
+    """Target path -> array in the module's layout and dtype, all in memory.
+
+    Raises:
+        UserError: as `assign`; and for aliases that differ and values that are not finite.
+    """
+    assignments, equal = assign(table, {name: tuple(x.shape) for name, x in tensors.items()}, wanted)
+    problems = differences(equal, tensors)
+    arrays = {path: np.empty(x.shape, x.dtype) for path, x in wanted.items()}
+    for path, layer, name, values in stream(assignments, tensors):
+        if not np.isfinite(values).all():
+            problems.append(f"{name} holds values that are not finite")
+        array = arrays[path]
+        (array[layer] if assignments[path].stacked else array)[...] = values
+    if problems:
+        raise findings("the weights are not usable", problems)
+    return arrays
 
 
 def fill(module: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,70 +1,37 @@
-"""A folder of weights in original names and files to the folder of converted weights that the library loads.
+"""Folders of converted weights: written whole or not at all, completed network by network, checked.
 
-The original folder holds, as Wan 2.1 is published,
-
-    config.json                                   of the transformer
-    diffusion_pytorch_model*.safetensors          or dit.safetensors
-    Wan2.1_VAE.safetensors or .pth                or vae.safetensors
-    models_t5_umt5-xxl-enc-bf16.safetensors or .pth    or text.safetensors
-    google/umt5-xxl/tokenizer.json                or tokenizer.json
-
-Its config.json may have entries "vae" and "text" for networks of other sizes than the published ones.
-Arrays pass through one at a time, and the converted folder appears whole or not at all.
+A new folder is made under a hidden name beside its place and renamed at the end. A network that is added to a
+folder is not part of it until config.json says so, which is written last. Values pass through in blocks.
 """
 
-import dataclasses
+import contextlib
 import hashlib
+import importlib.metadata
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-from flax import nnx
 
-import convert.dit
-import convert.umt5
-import convert.vae
-from convert.engine import Table, stream, targets
-from ditmem_jax.checkpoint import FORMAT, VERSION, write_safetensors
-from ditmem_jax.config import DiTConfig, UMT5Config, VAEConfig, build, to_dict
+from convert.engine import canonical, convert, differences, findings, one_line, stream
+from convert.plan import FILES, Network, plan
+from convert.sources import Source, open_source
+from ditmem_jax.checkpoint import FORMAT, VERSION, save_encoder
+from ditmem_jax.config import to_dict
+from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.tensors import Stored, as_bytes, open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.dit import DiT
-from ditmem_jax.models.umt5 import UMT5
-from ditmem_jax.models.vae import VAE
 
 ROOT = Path(__file__).parents[1]
-UNUSED = {"_class_name", "_diffusers_version", "model_type", "window_size", "qk_norm", "cross_attn_norm"}
+UNREAD = "unread.safetensors"  # of a memory encoder: what no program computes with, kept for its export
+BLOCK = 32 << 20  # bytes that are in memory at once, beside one mapped tensor
 
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """Where a network is in an original folder, and how it is made and filled."""
-
-    files: tuple[str, ...]
-    config: type
-    module: Callable[..., nnx.Module]
-    table: Callable[[Any], Table]
-
-
-NETWORKS = {
-    "dit": Network(
-        ("diffusion_pytorch_model*.safetensors", "dit.safetensors"),
-        DiTConfig, DiT, convert.dit.table,
-    ),
-    "vae": Network(
-        ("Wan2.1_VAE.safetensors", "vae.safetensors", "Wan2.1_VAE.pth"),
-        VAEConfig, VAE, convert.vae.table,
-    ),
-    "text": Network(
-        ("models_t5_umt5-xxl-enc-bf16.safetensors", "text.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
-        UMT5Config, UMT5, lambda _: convert.umt5.table(),
-    ),
-}  # fmt: skip
-TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer.json")
+Advance = Callable[[int], None]
+"""Told of every number of bytes that are done; see `work` for how many there are."""
 
 
 def converted(source: str | Path) -> str:
@@ -73,9 +40,8 @@ def converted(source: str | Path) -> str:
     Its name holds a hash of the content, so weights that change are converted anew.
     """
     source = ROOT / source
-    files = _sources(source)
     digest = hashlib.sha256()
-    for path in sorted(path for paths in files.values() for path in paths):
+    for path in sorted(path for path in source.iterdir() if path.is_file()):
         digest.update(path.read_bytes())
     target = ROOT / "build" / "weights" / f"{source.parent.name}-{digest.hexdigest()[:12]}"
     if not target.exists():
@@ -84,117 +50,254 @@ def converted(source: str | Path) -> str:
 
 
 def convert_folder(source: str | Path, target: str | Path) -> None:
-    """Writes the converted form of the folder `source` to `target`, which must not exist.
+    """Writes the converted form of everything in `source` to the folder `target`."""
+    opened = open_source(source)
+    write_folder(opened, plan(opened), target)
+
+
+def write_folder(
+    source: Source, networks: list[Network], target: str | Path, advance: Advance = lambda _: None
+) -> None:
+    """Writes networks of a source to `target`, a new folder or one of converted weights that lacks them.
 
     Raises:
-        UserError: if files are missing or do not hold what their configuration says.
+        UserError: with every finding: values that are not finite, aliases that differ; for a target that is
+            something else or holds one of the networks; and if the disk is full or fails.
     """
-    source, target = Path(source), Path(target)
-    files = _sources(source)
-    if target.exists():
-        raise UserError(f"{target} exists", fix="another target, or delete it first")
-    configs = _configs(source / "config.json")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(target)
+    index = read_index(target) if target.exists() else empty_index()
+    check_target(networks, target, index)
+    with new_folder(target) as unfinished:
+        _write(source, networks, unfinished, index, advance)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `target` whose files appear in `target` when the block has succeeded.
+
+    Raises:
+        UserError: if the disk is full or fails.
+    """
     unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    for name, network in NETWORKS.items():
-        _convert_network(network, configs[name], files[name], unfinished / f"{name}.safetensors")
-    shutil.copyfile(files["tokenizer"][0], unfinished / "tokenizer.json")
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "networks": {name: to_dict(c) for name, c in configs.items()},
-    }
-    (unfinished / "config.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    unfinished.rename(target)
-
-
-def _sources(folder: Path) -> dict[str, list[Path]]:
-    """The files of each network, of the tokeniser and of the configuration."""
-    patterns = {name: network.files for name, network in NETWORKS.items()}
-    patterns |= {"tokenizer": TOKENIZERS, "config": ("config.json",)}
-    found = {
-        name: next(filter(None, (sorted(folder.glob(p)) for p in options)), [])
-        for name, options in patterns.items()
-    }
-    if missing := [name for name, paths in found.items() if not paths]:
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        unfinished.mkdir()
+        yield unfinished
+        _sync(unfinished)
+        if target.exists():
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, target / path.name)
+            _sync(target)
+        else:
+            unfinished.rename(target)
+        _sync(target.parent)
+    except OSError as error:
         raise UserError(
-            f"{folder} lacks {', '.join(missing)}",
-            expected="; ".join(f"{name}: {' or '.join(patterns[name])}" for name in missing),
-            found=", ".join(sorted(path.name for path in folder.glob("*"))) or "no files",
-        )
-    return found
-
-
-def _configs(path: Path) -> dict[str, Any]:
-    """Configuration of each network, in our types."""
-    try:
-        original = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged", found=error) from error
-    if (kind := original.get("model_type", "t2v")) != "t2v":
-        raise UserError(f"{path} is of another kind of transformer", expected="model_type t2v", found=kind)
-    others = {name: original.pop(name, {}) for name in ("vae", "text")}
-    return {
-        name: build(network.config, {k: v for k, v in values.items() if k not in UNUSED}, f"{path}: {name}")
-        for (name, network), values in zip(
-            NETWORKS.items(), (original, others["vae"], others["text"]), strict=True
-        )
-    }
-
-
-def _convert_network(network: Network, config: Any, files: Iterable[Path], target: Path) -> None:
-    tensors = {name: tensor for path in files for name, tensor in _tensors(path).items()}
-    half = all(tensor.dtype == jnp.bfloat16 for tensor in tensors.values())
-    dtype = jnp.bfloat16 if half else jnp.float32
-    wanted = targets(nnx.eval_shape(lambda: network.module(config, rngs=nnx.Rngs(0), dtype=dtype)))
-    write_safetensors(target, wanted, stream(network.table(config), tensors, wanted), {})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lazy:
-    """A tensor of a safetensors file, read when numpy asks for it."""
-
-    file: Any
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.file.get_tensor(self.name), dtype, copy=copy)
-
-
-def _tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a file by name; those of a `.pth` are all in memory."""
-    if path.suffix == ".pth":
-        return _read_pth(path)
-    try:
-        file = safetensors.safe_open(path, framework="np")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path}", expected="a whole safetensors file", found=error) from error
-    dtypes = {"BF16": jnp.bfloat16}
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 safetensors files are not iterable
-    return {
-        name: _Lazy(file, name, tuple(x.get_shape()), np.dtype(dtypes.get(x.get_dtype(), np.float32)))
-        for name, x in slices.items()
-    }
-
-
-def _read_pth(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a torch file. `weights_only` keeps it from running what may be pickled inside."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs torch to be read",
-            fix="pip install 'ditmem_jax[convert]', or a safetensors file instead",
+            f"cannot write {target}", found=error, fix="free space on the disk, or another target"
         ) from error
-    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    bits = {torch.bfloat16: (torch.int16, jnp.bfloat16)}
-    arrays = {}
-    for name, x in tensors.items():
-        as_integer, dtype = bits.get(x.dtype, (x.dtype, None))
-        array = x.contiguous().view(as_integer).numpy()
-        arrays[name] = array.view(dtype) if dtype else array
-    return arrays
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def empty_index() -> dict[str, Any]:
+    """What config.json says of a folder without any network."""
+    return {"format": FORMAT, "version": VERSION, "networks": {}, "provenance": {}, "checksums": {}}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder of converted weights."""
+    try:
+        index = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (index["format"], index["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {index['format']} {index['version']}")
+        return empty_index() | index
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is no folder of converted weights",
+            found=error,
+            fix="another folder, or delete it first" if folder.exists() else "python -m convert SOURCE DEST",
+        ) from error
+
+
+def check_target(networks: list[Network], target: Path, index: dict[str, Any]) -> None:
+    """Raises a UserError if `target` holds one of the networks or its disk has no room for them."""
+    if held := [network.role for network in networks if network.role in index["networks"]]:
+        raise UserError(
+            f"{target} exists and holds {', '.join(held)}", fix="another target, or delete it first"
+        )
+    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    needed, free = sum(network.size for network in networks), shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"no room for {target}", expected=f"{needed:,} bytes", found=f"{free:,} bytes free on its disk"
+        )
+
+
+def work(networks: list[Network]) -> int:
+    """Bytes that `write_folder` tells of: every file read for its hash, every array written."""
+    files = {path for network in networks for path in network.part.files}
+    return sum(path.stat().st_size for path in files) + sum(network.size for network in networks)
+
+
+def _write(
+    source: Source, networks: list[Network], folder: Path, index: dict[str, Any], advance: Advance
+) -> None:
+    problems = []
+    for network in networks:
+        path = folder / FILES[network.role]
+        if network.kind == "memory":
+            sums = _write_encoder(network, path, problems, advance)
+        else:
+            sums = _write_network(network, path, problems, advance)
+        index["networks"][network.role] = to_dict(network.config)
+        index["provenance"][network.role] = _provenance(source, network, advance)
+        index["checksums"][path.name] = sums
+    if problems:
+        raise findings(f"the weights in {source.root} are not usable", problems)
+    if source.tokenizer:
+        with replacing(folder / "tokenizer.json") as temporary:
+            shutil.copyfile(source.tokenizer, temporary)
+    for part in ("networks", "provenance", "checksums"):  # in one order, whatever the calls that filled them
+        index[part] = dict(sorted(index[part].items()))
+    write_text(folder / "config.json", json.dumps(index, indent=1) + "\n")
+
+
+def _write_network(network: Network, path: Path, problems: list[str], advance: Advance) -> dict[str, str]:
+    """Writes the arrays of a network block by block; returns their checksums."""
+    sums = dict.fromkeys(network.wanted, 0)
+    unequal = differences(network.match.equal, network.part.tensors)
+    problems += [f"{network.part}: {problem}" for problem in unequal]
+
+    def pieces() -> Iterator[tuple[str, np.ndarray]]:
+        for target, _, name, values in stream(network.match.assignments, network.part.tensors):
+            finite = True
+            for block in blocks(values, network.wanted[target].dtype):
+                finite = finite and bool(np.isfinite(block).all())
+                sums[target] = zlib.crc32(as_bytes(block), sums[target])
+                yield target, block
+                advance(block.nbytes)
+            if not finite:
+                problems.append(f"{network.part}: {name} holds values that are not finite")
+
+    write_safetensors(path, network.wanted, pieces(), {})
+    return {target: f"{value:08x}" for target, value in sums.items()}
+
+
+def _write_encoder(network: Network, path: Path, problems: list[str], advance: Advance) -> dict[str, str]:
+    """Writes a memory encoder as training saves it; it is small enough to be in memory."""
+    try:
+        arrays = convert(network.table, network.part.tensors, network.wanted)
+    except UserError as error:
+        problems.append(f"{network.part}: {one_line(error)}")
+        return {}
+    save_encoder(path, arrays, network.config, {})
+    tensors = network.part.tensors
+    unread = {canonical(network.table, name): tensors[name].read() for name in network.match.ignored}
+    write_safetensors(path.with_name(UNREAD), unread, unread.items(), {})
+    advance(network.size)
+    return {name: f"{zlib.crc32(as_bytes(array)):08x}" for name, array in arrays.items()}
+
+
+def blocks(values: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """`values` from front to back in another dtype, about `BLOCK` bytes at a time."""
+    values = values.reshape(-1) if values.ndim == 0 else values
+    rows = max(1, BLOCK // max(1, values[:1].nbytes))
+    for start in range(0, len(values), rows):
+        with np.errstate(
+            over="ignore"
+        ):  # what is too large for the dtype becomes infinite, and is told as such
+            block = np.ascontiguousarray(values[start : start + rows]).astype(dtype, copy=False)
+        yield block
+
+
+def _provenance(source: Source, network: Network, advance: Advance) -> dict[str, Any]:
+    """Where a network comes from; no times and no places, so that the same source gives the same bytes."""
+    root = source.root if source.root.is_dir() else source.root.parent
+    files = []
+    for path in network.part.files:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
+        files.append({"name": str(path.relative_to(root)), "bytes": size, "sha256": digest})
+        advance(size)
+    return {"kind": network.kind, "names": network.naming, "files": files, "tool": f"ditmem_jax {_version()}"}
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ditmem_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a checkout"
+
+
+def _sync(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def damage(folder: str | Path) -> list[str]:
+    """What is wrong with a converted folder by its own checksums."""
+    folder, problems = Path(folder), []
+    for name, sums in read_index(folder)["checksums"].items():
+        try:
+            stored, _ = open_tensors(folder / name)
+        except UserError as error:
+            problems.append(one_line(error))
+            continue
+        problems += [f"{name}: {path} is missing" for path in sorted(sums.keys() - stored.keys())]
+        problems += [f"{name}: {path} is unknown" for path in sorted(stored.keys() - sums.keys())]
+        problems += [
+            f"{name}: {path} has checksum {found}, {sums[path]} was written"
+            for path in sorted(sums.keys() & stored.keys())
+            if (found := _checksum(stored[path])) != sums[path]
+        ]
+    return problems
+
+
+def _checksum(stored: Stored) -> str:
+    """CRC-32 of a tensor, mapped anew for each block, since pages that are mapped and read count as memory."""
+    value, length = 0, stored.shape[0] if stored.shape else 1
+    rows = max(1, BLOCK * length // max(1, stored.size))
+    for start in range(0, length, rows):
+        value = zlib.crc32(as_bytes(np.atleast_1d(stored.read())[start : start + rows]), value)
+    return f"{value:08x}"
+
+
+def deviations(networks: list[Network], folder: str | Path) -> Iterator[tuple[str, int, str | None]]:
+    """Compares a converted folder with its source, tensor by tensor.
+
+    Yields the source's name, the bytes of its values in the folder, and what is wrong with them.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    for network in networks:
+        if index["networks"].get(network.role) != to_dict(network.config):
+            yield network.role, network.size, f"{folder} holds no {network.role} of this configuration"
+            continue
+        stored, _ = open_tensors(folder / FILES[network.role])
+        for target, layer, name, values in stream(network.match.assignments, network.part.tensors):
+            size = values.size * network.wanted[target].dtype.itemsize
+            place = layer if network.match.assignments[target].stacked else ...
+            yield name, size, _deviation(stored, target, place, values)
+
+
+def _deviation(stored: dict, target: str, place: Any, values: np.ndarray) -> str | None:
+    if target not in stored:
+        return f"{target} is missing"
+    array = stored[target].read()[place]
+    if array.shape != values.shape:
+        return f"{target} has another shape"
+    array, start = array.reshape(-1) if array.ndim == 0 else array, 0
+    for block in blocks(values, array.dtype):
+        if as_bytes(block) != as_bytes(array[start : start + len(block)]):
+            return f"{target} holds other values"
+        start += len(block)
+    return None

@@ -1,5 +1,8 @@
 """Arrays of ours back under their original names: the inverse of the engine, for weights that are made here."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import numpy as np
 
 from convert.engine import Table
@@ -13,21 +16,32 @@ INVERSES = {
 }
 
 
-def original(
-    table: Table, arrays: dict[str, np.ndarray], patch_size: tuple[int, int, int] = (1, 2, 2)
-) -> dict[str, np.ndarray]:
-    """Original name -> tensor, for every rule of the table whose target is among `arrays`.
+def originals(
+    table: Table, arrays: Mapping[str, Any], patch_size: tuple[int, int, int] = (1, 2, 2)
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Original name and tensor, a view where that is possible, for every rule of the table.
 
     Args:
+        arrays: in our layout, by our path; anything with a shape that numpy can turn into an array.
         patch_size: of a transformer, whose patch embedding is a convolution there.
     """
     inverses = INVERSES | {
         "patch": lambda x: x.reshape(*patch_size, -1, x.shape[-1]).transpose(4, 3, 0, 1, 2),
         "flatten": lambda x: x.reshape(-1, 1, 1, 1),
+        "frames": lambda x: x.reshape(-1, 1, 1),
     }
-    tensors = {}
     for rule in table.rules:
-        inverse, x = inverses[rule.transform], arrays[rule.target]
-        layers = enumerate(x) if "{i}" in rule.source else [(0, x)]
-        tensors |= {rule.source.format(i=i): np.ascontiguousarray(inverse(layer)) for i, layer in layers}
-    return tensors
+        frames = rule.transform == "flatten" and rule.source.endswith(".norm.gamma")  # attention of the VAE
+        inverse, array = inverses["frames" if frames else rule.transform], arrays[rule.target]
+        if "{i}" not in rule.source:
+            yield rule.source, inverse(np.asarray(array))
+            continue
+        for i in range(array.shape[0]):
+            yield rule.source.format(i=i), inverse(np.asarray(array)[i])  # mapped anew, if it is on disk
+
+
+def original(
+    table: Table, arrays: Mapping[str, np.ndarray], patch_size: tuple[int, int, int] = (1, 2, 2)
+) -> dict[str, np.ndarray]:
+    """The whole of `originals`, in memory."""
+    return {name: np.ascontiguousarray(x) for name, x in originals(table, arrays, patch_size)}

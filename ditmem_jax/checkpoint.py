@@ -2,9 +2,11 @@
 
 Converted weights (`python -m convert`) are a folder:
 
-    config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}}}
+    config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}},
+                           "provenance": {where each comes from}, "checksums": {file: {array: CRC-32}}}
     dit.safetensors, vae.safetensors, text.safetensors    arrays by our dotted paths, layers stacked
     dit_high.safetensors  of two experts, the one for high noise
+    encoder.safetensors   a memory encoder, if one was converted
     tokenizer.json
 
 A trained encoder is one safetensors file that carries its configuration and a checksum. The state of a run is a
@@ -15,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
 from flax import nnx
 from jax.typing import DTypeLike
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ditmem_jax.config import Config, MemoryConfig, build, to_dict
-from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.files import write_text
+from ditmem_jax.data.tensors import DTYPES as STORED_DTYPES
+from ditmem_jax.data.tensors import as_bytes, cast, open_tensors, write_safetensors
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
@@ -121,7 +124,7 @@ def read_networks(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no folder of converted weights",
             expected=path,
             found=error.strerror,
-            fix=f"python -m convert --source=ORIGINAL_FOLDER --target={folder}",
+            fix=f"python -m convert ORIGINAL_FOLDER {folder}",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged", found=repr(error), fix="convert the weights again") from error
@@ -131,60 +134,21 @@ def read_networks(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Place) -> Arrays:
-    """Exactly the arrays that `shapes` names, in its dtypes, read one after the other."""
-    with _open(path) as file:
-        problems = [f"{name} is missing" for name in sorted(shapes.keys() - file.keys())]
-        problems += [f"{name} is unknown" for name in sorted(file.keys() - shapes.keys())]
-        for name in sorted(shapes.keys() & file.keys()):
-            if (shape := tuple(file.get_slice(name).get_shape())) != shapes[name].shape:
-                problems.append(f"{name} has shape {list(shape)}, {list(shapes[name].shape)} is needed")
-        if problems:
-            more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
-            raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
-        return {name: place(name, file.get_tensor(name).astype(shapes[name].dtype)) for name in shapes}
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="np")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path}", expected="a whole safetensors file", found=error) from error
-
-
-# --- safetensors files ------------------------------------------------------------------------------------------
-
-_NAMES = {np.dtype(np.float32): "F32", np.dtype(jnp.bfloat16): "BF16"}
-
-
-def write_safetensors(
-    path: Path,
-    shapes: dict[str, jax.ShapeDtypeStruct],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    metadata: dict[str, str],
-) -> None:
-    """Writes a safetensors file array by array, so that a network larger than the memory can pass through.
-
-    Args:
-        shapes: of every array, in the order in which `arrays` yields them.
-    """
-    header, offset = {"__metadata__": metadata}, 0
-    for name, x in shapes.items():
-        size = int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[x.dtype],
-            "shape": list(x.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, array), expected in zip(arrays, shapes, strict=True):
-            assert (
-                name == expected and array.dtype == shapes[name].dtype and array.shape == shapes[name].shape
+    """Exactly the arrays that `shapes` names, in its dtypes, mapped and placed one after the other."""
+    stored, _ = open_tensors(path)
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
+    problems += [f"{name} is unknown" for name in sorted(stored.keys() - shapes.keys())]
+    for name in sorted(shapes.keys() & stored.keys()):
+        if (shape := stored[name].shape) != shapes[name].shape:
+            problems.append(f"{name} has shape {list(shape)}, {list(shapes[name].shape)} is needed")
+        elif stored[name].dtype not in STORED_DTYPES:
+            problems.append(
+                f"{name} has dtype {stored[name].dtype}, one of {', '.join(STORED_DTYPES)} is needed"
             )
-            file.write(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    if problems:
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
+    return {name: place(name, cast(stored[name].read(), x.dtype)) for name, x in shapes.items()}
 
 
 # --- trained encoders -------------------------------------------------------------------------------------------
@@ -220,8 +184,7 @@ def load_encoder(
     path, (config, _) = Path(path), encoder_metadata(path)
     structure, shapes = abstract(lambda: MemoryEncoder(config, rngs=nnx.Rngs(0), dtype=dtype))
     arrays = _read_arrays(path, shapes, lambda _, array: array)
-    with _open(path) as file:
-        expected = file.metadata()["crc32"]
+    expected = open_tensors(path)[1]["crc32"]
     if (found := _crc32({name: arrays[name] for name in sorted(arrays)})) != expected:
         raise UserError(
             f"{path} was altered", expected=f"checksum {expected}", found=found, fix="copy or train it again"
@@ -231,8 +194,7 @@ def load_encoder(
 
 def encoder_metadata(path: str | Path) -> tuple[MemoryConfig, dict[str, Any]]:
     """Configuration and `extra` of an encoder's file."""
-    with _open(Path(path)) as file:
-        metadata = file.metadata() or {}
+    _, metadata = open_tensors(Path(path))
     if metadata.get("format") != f"{FORMAT}.encoder":
         raise UserError(f"{path} is no memory encoder", expected="the encoder.safetensors of a training run")
     return build(MemoryConfig, json.loads(metadata["config"]), "memory"), json.loads(metadata["extra"])
@@ -241,7 +203,7 @@ def encoder_metadata(path: str | Path) -> tuple[MemoryConfig, dict[str, Any]]:
 def _crc32(arrays: dict[str, np.ndarray]) -> str:
     value = 0
     for array in arrays.values():
-        value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"", value)
+        value = zlib.crc32(as_bytes(array), value)
     return f"{value:08x}"
 
 

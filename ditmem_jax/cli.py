@@ -46,12 +46,20 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build(Config, values)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main()`. A `UserError` ends the program with exit status 1 and no traceback."""
+def run(main: Callable[..., None], arguments: str = "") -> None:
+    """Parses the flags and runs `main`. A `UserError` ends the program with exit status 1 and no traceback.
+
+    Args:
+        arguments: names of what `main` takes from the command line beside flags, such as "SOURCE [DEST]"; those in
+            brackets may be left out.
+    """
     for name in ("debug", "config"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # listed by --help
-    app.run(lambda rest: _guarded(main, rest[1:]), [re.sub(r"^--?config\.", "--set=", a) for a in sys.argv])
+    app.run(
+        lambda rest: _guarded(main, rest[1:], arguments.split()),
+        [re.sub(r"^--?config\.", "--set=", a) for a in sys.argv],
+    )
 
 
 def keep_freed_memory() -> None:
@@ -66,14 +74,18 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def _guarded(main: Callable[[], None], unexpected: list[str]) -> None:
+def _guarded(main: Callable[..., None], given: list[str], names: list[str]) -> None:
     keep_freed_memory()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # else libraries tell of all that they do
     try:
-        if unexpected:
-            raise UserError(f"unexpected argument {unexpected[0]!r}", fix="flags start with --; see --help")
-        main()
+        if len(given) > len(names):
+            raise UserError(
+                f"unexpected argument {given[len(names)]!r}", fix="flags start with --; see --help"
+            )
+        if missing := [name for name in names[len(given) :] if not name.startswith("[")]:
+            raise UserError(f"{' '.join(missing)} is missing", expected=" ".join(names), fix="see --help")
+        main(*given)
     except UserError as error:
         if DEBUG.value:
             raise

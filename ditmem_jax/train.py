@@ -260,7 +260,8 @@ def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
     """Structures of both networks, and the frozen weights on the mesh."""
 
     def place(path: str, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, array_sharding(f"dit.{path}", array.shape, mesh))
+        sharding = array_sharding(f"dit.{path}", array.shape, mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     dit, backbone = split(load_dit(config, place, config.experts.trains))
     encoder, _ = abstract(lambda: make_encoder(config))

@@ -1,0 +1,233 @@
+"""Converted weights and trained encoders back to the names and files that other programs read."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import names_diffusers
+from convert.engine import findings
+from convert.folder import UNREAD, Advance, blocks, damage, new_folder, read_index
+from convert.kinds import KINDS
+from convert.original import original, originals
+from convert.plan import FILES
+from ditmem_jax.checkpoint import DTYPES, load_encoder
+from ditmem_jax.config import DiTConfig, MemoryConfig, build
+from ditmem_jax.data.files import write_text
+from ditmem_jax.data.tensors import open_tensors, write_safetensors
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.state import split
+
+# --- memory encoders --------------------------------------------------------------------------------------------
+
+RELEASED = {"filter": "released", "norm": "batch", "strength": None}
+
+
+def export_encoder(source: str | Path, out: str | Path, *, prefix: str = "", dtype: str = "float32") -> None:
+    """Writes a memory encoder as the released program saves it: every name of its module, aliases included.
+
+    Args:
+        source: file of a trained encoder, or a converted folder that holds one.
+        prefix: stands before every name: nothing, "dit_mem." or "pipe.dit_mem.".
+    Raises:
+        UserError: if the file is no encoder, or one that the released program cannot hold.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists", fix="another file, or delete it first")
+    encoder = load_encoder(source / FILES["memory"] if source.is_dir() else source)
+    config = encoder.config
+    other = {key: getattr(config, key) for key, value in RELEASED.items() if getattr(config, key) != value}
+    if not isinstance(config.tokens, int):
+        other["tokens"] = config.tokens
+    if other:
+        raise UserError(
+            f"the released program has no place for the encoder in {source}",
+            expected=", ".join(f"memory.{key} = {RELEASED.get(key, 'a number')}" for key in other),
+            found=", ".join(f"memory.{key} = {value}" for key, value in other.items()),
+        )
+    arrays = {name: np.asarray(jax.device_get(x)) for name, x in split(encoder)[1].items()}
+    tensors = original(KINDS["memory"].table(config), arrays) | _unread(config)
+    if source.is_dir() and (source / UNREAD).exists():
+        tensors |= {name: np.array(x) for name, x in open_tensors(source / UNREAD)[0].items()}
+    tensors |= {
+        re.sub(r"\.conv_block(\d+)\.", lambda found: f".cnn.{int(found[1]) - 1}.", name): x
+        for name, x in tensors.items()
+    }
+    tensors = {
+        prefix + name: x if np.issubdtype(x.dtype, np.integer) else x.astype(DTYPES[dtype])
+        for name, x in tensors.items()
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(out, tensors, tensors.items(), {"format": "pt"})
+    except OSError as error:
+        raise UserError(f"cannot write {out}", found=error) from error
+
+
+def _unread(config: MemoryConfig) -> dict[str, np.ndarray]:
+    """Tensors of the released module that nothing computes with, as they are at its creation."""
+    tensors = {}
+    for band in ("high", "low"):
+        for i, (channels, *_) in enumerate(config.stages, start=1):
+            block = f"{band}_pass_module.conv_block{i}"
+            for name, fill in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+                tensors[f"{block}.bn.{name}"] = np.full(channels, fill, np.float32)
+            for norm in ("bn", "fft_filter.norm"):
+                tensors[f"{block}.{norm}.num_batches_tracked"] = np.zeros((), np.int64)
+    return tensors
+
+
+# --- folders of networks ----------------------------------------------------------------------------------------
+
+ORIGINAL_FILES = {
+    "dit": "diffusion_pytorch_model.safetensors",
+    "vae": "Wan2.1_VAE.safetensors",
+    "text": "models_t5_umt5-xxl-enc-bf16.safetensors",
+}
+DIFFUSERS_FILES = {
+    "dit": "transformer/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text": "text_encoder/model.safetensors",
+}
+EXPERTS = {
+    "original": {
+        "dit": "low_noise_model/diffusion_pytorch_model.safetensors",
+        "dit_high": "high_noise_model/diffusion_pytorch_model.safetensors",
+    },
+    "diffusers": {
+        "dit": "transformer_2/diffusion_pytorch_model.safetensors",
+        "dit_high": "transformer/diffusion_pytorch_model.safetensors",
+    },
+}
+
+
+def export_folder(
+    source: str | Path, dest: str | Path, naming: str, advance: Advance = lambda _: None
+) -> None:
+    """Writes the networks of a converted folder in "original" or "diffusers" names, to a new folder.
+
+    Raises:
+        UserError: if `dest` exists or the folder is damaged.
+    """
+    source, dest = Path(source), Path(dest)
+    if dest.exists():
+        raise UserError(f"{dest} exists", fix="another folder, or delete it first")
+    networks = read_index(source)["networks"]
+    files = ORIGINAL_FILES if naming == "original" else DIFFUSERS_FILES
+    if "dit_high" in networks:
+        files = files | EXPERTS[naming]
+    if problems := damage(source):
+        raise findings(f"{source} is damaged", problems, fix="convert again")
+    with new_folder(dest) as unfinished:
+        for role in sorted(networks.keys() & files.keys()):
+            kind = role.removesuffix("_high")
+            config = build(KINDS[kind].config, networks[role], role)
+            path = unfinished / files[role]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _export_network(source / FILES[role], path, kind, naming, config, advance)
+            if naming == "diffusers":
+                _write_json(path.with_name("config.json"), _theirs(kind, config))
+            elif kind == "dit":
+                _write_json(
+                    path.with_name("config.json"), {"model_type": _model_type(config)} | networks[role]
+                )
+        if naming == "original":
+            _add_sizes(unfinished / "config.json", networks)
+        if (source / "tokenizer.json").exists():
+            path = (
+                unfinished / ("google/umt5-xxl" if naming == "original" else "tokenizer") / "tokenizer.json"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / "tokenizer.json", path)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def _model_type(config: DiTConfig) -> str:
+    """The word of original configurations for a kind of transformer."""
+    return "i2v" if config.condition_dim else "ti2v" if config.in_dim == 48 else "t2v"
+
+
+def _add_sizes(path: Path, networks: dict[str, Any]) -> None:
+    """Tells the sizes of VAE and text encoder, which original configurations leave out, in the config.json."""
+    described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    _write_json(path, described | {kind: networks[kind] for kind in ("vae", "text") if kind in networks})
+
+
+def _export_network(source: Path, path: Path, kind: str, naming: str, config: Any, advance: Advance) -> None:
+    arrays = open_tensors(source)[0]
+    table, patch = KINDS[kind].table(config), config.patch_size if kind == "dit" else (1, 2, 2)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in originals(table, arrays, patch)}
+    found = names_diffusers.pairs(kind, shapes) if naming == "diffusers" else ()
+
+    def pieces() -> Iterator[tuple[str, np.ndarray]]:
+        for name, x in originals(table, arrays, patch):
+            for block in blocks(x, x.dtype):
+                yield names_diffusers.renamed(found, name), block
+                advance(block.nbytes)
+
+    shapes = {names_diffusers.renamed(found, name): x for name, x in shapes.items()}
+    write_safetensors(path, shapes, pieces(), {"format": "pt"})
+
+
+def _theirs(kind: str, config: Any) -> dict[str, Any]:
+    """The config.json of diffusers or transformers for a network."""
+    if kind == "dit":
+        return {
+            "_class_name": "WanTransformer3DModel",
+            "patch_size": config.patch_size,
+            "num_attention_heads": config.num_heads,
+            "attention_head_dim": config.head_dim,
+            "in_channels": config.in_dim,
+            "out_channels": config.out_dim,
+            "text_dim": config.text_dim,
+            "freq_dim": config.freq_dim,
+            "ffn_dim": config.ffn_dim,
+            "num_layers": config.num_layers,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "eps": config.eps,
+            "image_dim": config.image_dim,
+            "added_kv_proj_dim": config.dim if config.image_dim else None,
+        } | (
+            {} if config.text_len == 512 else {"text_len": config.text_len}
+        )  # the length that diffusers is told
+    if kind == "vae":
+        return {
+            "_class_name": "AutoencoderKLWan",
+            "base_dim": config.dim,
+            "z_dim": config.z_dim,
+            "dim_mult": config.dim_mult,
+            "num_res_blocks": config.num_res_blocks,
+            "temperal_downsample": config.temporal_downsample,  # so spelled there
+            "latents_mean": config.mean,
+            "latents_std": config.std,
+            "in_channels": 3 * config.patch_size**2,
+            "out_channels": 3 * config.patch_size**2,
+            "patch_size": config.patch_size if config.patch_size > 1 else None,
+            "decoder_base_dim": config.decoder_dim,
+            "is_residual": config.shortcuts,
+            "scale_factor_spatial": config.spatial_stride,
+            "scale_factor_temporal": config.temporal_stride,
+        }
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "d_model": config.dim,
+        "d_kv": config.dim_attn // config.num_heads,
+        "d_ff": config.dim_ffn,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "vocab_size": config.vocab,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_dist,
+        "feed_forward_proj": "gated-gelu",
+    }

@@ -1,0 +1,134 @@
+"""Models that diffusers and transformers save are converted, compute the same here, and go back into them.
+
+Needs the extra `parity`; random models of a tiny size, no downloads.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from convert.export import export_folder
+from convert.folder import convert_folder
+from convert.kinds import KINDS
+from ditmem_jax.checkpoint import read_networks
+from ditmem_jax.config import build
+from ditmem_jax.models import vae as vae_module
+from ditmem_jax.models.state import abstract
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+SHAPE = (2, 4, 3, 4, 6)  # latents [B, C, T, H, W]
+DIT = dict(
+    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+    freq_dim=32, ffn_dim=48, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+)  # fmt: skip
+VAE = dict(base_dim=8, z_dim=4, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.0, 1.2])
+VAE_2_2 = dict(
+    decoder_base_dim=16,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+)
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if parameter.ndim == 1 or parameter.shape[1:].numel() == 1:
+                parameter.add_(0.5)
+    return model.eval()
+
+
+def converted(model, part, tmp_path):
+    """The same network here, after a check that its export has exactly the tensors that the model was saved with."""
+    model.save_pretrained(tmp_path / "source" / part)
+    convert_folder(tmp_path / "source", tmp_path / "converted")
+    export_folder(tmp_path / "converted", tmp_path / "exported", "diffusers")
+    (saved,) = (tmp_path / "source" / part).glob("*.safetensors")
+    tensors, exported = (
+        safetensors.numpy.load_file(path) for path in (saved, tmp_path / "exported" / part / saved.name)
+    )
+    assert exported.keys() == tensors.keys()
+    for name in tensors:
+        assert exported[name].shape == tensors[name].shape
+        assert exported[name].tobytes() == tensors[name].tobytes(), name
+    ((kind, values),) = read_networks(tmp_path / "converted").items()
+    config = build(KINDS[kind].config, values)
+    structure, _ = abstract(lambda: KINDS[kind].module(config, rngs=nnx.Rngs(0)))
+    arrays = safetensors.numpy.load_file(tmp_path / "converted" / f"{kind}.safetensors")
+    return structure.merge({name: jnp.asarray(x) for name, x in arrays.items()})
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def channels_last(x):
+    return jnp.asarray(np.moveaxis(np.asarray(x), 1, -1))
+
+
+def assert_close(got, expected):
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape
+    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "a timestep per token"])
+def test_transformer(tmp_path, kind):
+    image = kind == "i2v"
+    extra = dict(in_channels=8, image_dim=24, added_kv_proj_dim=24) if image else {}
+    model = randomised(diffusers.WanTransformer3DModel(**DIT | extra))
+    dit = converted(model, "transformer", tmp_path)
+    length = 512 if image else 7  # diffusers takes what is beyond 512 rows for the image
+    latents, context = random(*SHAPE), random(2, length, 16, seed=1)
+    condition, tokens = random(*SHAPE, seed=2), random(2, 5, 24, seed=3)
+    timestep = np.array([900.0, 20.0], np.float32)
+    if kind == "a timestep per token":
+        timestep = np.abs(random(2, 3 * 2 * 3, seed=4)) * 300
+    with torch.no_grad():
+        expected = model(
+            torch.from_numpy(np.concatenate([latents, condition], axis=1) if image else latents),
+            torch.from_numpy(timestep),
+            torch.from_numpy(context),
+            encoder_hidden_states_image=torch.from_numpy(tokens) if image else None,
+        ).sample
+    given = dict(condition=channels_last(condition), image=jnp.asarray(tokens)) if image else {}
+    with jax.default_matmul_precision("highest"):
+        got = dit(channels_last(latents), jnp.asarray(timestep), jnp.asarray(context), **given)
+    assert_close(got, channels_last(expected))
+
+
+@pytest.mark.parametrize("extra", [{}, VAE_2_2], ids=["2.1", "2.2"])
+def test_vae(tmp_path, extra):
+    model = randomised(diffusers.AutoencoderKLWan(**VAE | extra))
+    vae = converted(model, "vae", tmp_path)
+    video = np.clip(random(1, 3, 9, 32, 32), -1, 1)
+    with torch.no_grad():
+        moments = model.encode(torch.from_numpy(video)).latent_dist.mode()
+        pixels = model.decode(moments).sample
+    with jax.default_matmul_precision("highest"):
+        latents = vae.normalise(channels_last(moments))
+        assert_close(vae_module.encode(vae, channels_last(video)), latents)
+        assert_close(jnp.clip(vae_module.decode(vae, latents), -1, 1), channels_last(pixels))
+
+
+def test_text_encoder(tmp_path):
+    config = transformers.UMT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2)
+    model = randomised(transformers.UMT5EncoderModel(config))
+    text = converted(model, "text_encoder", tmp_path)
+    ids = np.random.default_rng(0).integers(64, size=(2, 9))
+    mask = np.arange(9)[None] < np.array([[9], [5]])
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64)))
+    with jax.default_matmul_precision("highest"):
+        got = text(jnp.asarray(ids, jnp.int32), jnp.asarray(mask))
+    assert_close(got, np.where(mask[..., None], expected.last_hidden_state.numpy(), 0))
