@@ -194,7 +194,9 @@ def test_muon_turns_kernels_in_all_directions_alike():
     directions = np.linalg.svd(updates["conv.kernel"].reshape(24, 8), compute_uv=False)
     expected = 0.2 * np.sqrt(24)  # a matrix with orthonormal columns has an rms of 1 / sqrt(24)
     assert 0.6 * expected < directions.min() and directions.max() < 1.3 * expected
-    np.testing.assert_allclose(updates["conv.bias"], -np.sign(weights["conv.bias"]), rtol=1e-5)  # Adam's first
+    np.testing.assert_allclose(
+        updates["conv.bias"], -np.sign(weights["conv.bias"]), rtol=1e-5
+    )  # Adam's first
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
