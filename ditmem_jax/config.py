@@ -5,12 +5,11 @@ configuration raises in its constructor.
 """
 
 import dataclasses
-import json
-import types
-import typing
 from typing import Any, Literal
 
-from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.errors import UserError
+from ditmem_jax.strict import build as build
+from ditmem_jax.strict import to_dict as to_dict
 
 
 def _require(condition: bool, what: str, **details: Any) -> None:
@@ -502,69 +501,3 @@ VAE_PRESETS = {
         shortcuts=True,
     ),
 }
-
-
-def build(cls: type, values: Any, where: str = "config") -> Any:
-    """Builds the dataclass `cls` from a mapping (a ConfigDict or parsed JSON), strictly.
-
-    Raises:
-        UserError: for a key that `cls` does not have (the nearest names are listed), a missing one, or a
-            value of another type.
-    """
-    if not hasattr(values, "keys"):
-        raise UserError(f"{where} has the wrong type", expected="values by name", found=repr(values))
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    kwargs = {}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"unknown config key {where}.{key}", expected=f"one of: {nearest(key, fields)}")
-        kwargs[key] = _coerce(hints[key], values[key], f"{where}.{key}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in kwargs
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}", fix=f"set {where}.{missing[0]}")
-    return cls(**kwargs)
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`: lists become tuples, integers floats; anything else must fit as it is."""
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(
-                f"{where} has an unknown value", expected=f"one of {list(arguments)}", found=repr(value)
-            )
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        for option in arguments:
-            if isinstance(value, (list, tuple)) == (typing.get_origin(option) is tuple):
-                return _coerce(option, value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is Ellipsis:
-            return tuple(_coerce(arguments[0], item, where) for item in value)
-        if len(value) == len(arguments):
-            return tuple(_coerce(kind, item, where) for kind, item in zip(arguments, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise UserError(
-        f"{where} has the wrong type",
-        expected=getattr(hint, "__name__", hint),
-        found=f"{type(value).__name__} {value!r}",
-    )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as plain JSON-able values (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))

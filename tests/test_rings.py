@@ -12,7 +12,7 @@ LIBRARY = ROOT / "ditmem_jax"
 
 # A home is a file or a package of the library. It imports from homes of lower rings only.
 RINGS = (
-    ("types", "errors", "config", "cli"),
+    ("types", "errors", "strict", "config", "cli"),
     ("sharding", "flow"),
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
@@ -22,7 +22,8 @@ RINGS = (
 )
 # What else it may import, from its own ring.
 BESIDE = {
-    "config": {"errors"},
+    "strict": {"errors"},
+    "config": {"errors", "strict"},
     "cli": {"config", "errors"},
     "bank": {"data"},
     "worlds": {"data"},
