@@ -34,19 +34,20 @@ NAMES = {
 
 
 def print_tables(console: Console, rows: Sequence[Row]) -> None:
-    """Errors, and how well measured constants follow the true ones, in at most 100 columns."""
-    ways = [NAMES[way] for way in SAMPLED]
-    errors = _table("law error, |ln(measured/true)|", *ways, "right / none", "clips")
+    """Errors, and how well measured constants follow the true ones, in at most 80 columns."""
+    ways = ["none", "right", "wrong", "stated"]  # as SAMPLED
+    errors = _table("law error, |ln(measured/true)|, by memory", *ways, "right / none", "clips")
     for row in rows:
         errors.add_row(row.name, *(_error(row, way) for way in SAMPLED), _ratio(row, "right"), _clips(row))
-    follow = _table("correlation of measured with true", *ways, "wrong, with its own")
+    follow = _table("correlation of measured with true, by memory", *ways, "wrong, with its own")
     for row in rows:
         follow.add_row(row.name, *(_number(row.correlation[way]) for way in (*SAMPLED, "other")))
     console.print("", errors, "", follow, "")
 
 
 def _table(title: str, *headings: str) -> Table:
-    found = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    style = dict(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    found = Table(title=title, title_justify="left", **style)
     found.add_column(no_wrap=True)
     for heading in headings:
         found.add_column(heading, justify="right", no_wrap=True)
@@ -58,7 +59,7 @@ def _number(value: float) -> str:
 
 
 def _error(row: Row, way: str) -> str:
-    return f"{row.error[way][0]:.2f} ± {row.error[way][1]:.2f}" if row.clips else "-"
+    return f"{row.error[way][0]:.2f}±{row.error[way][1]:.2f}" if row.clips else "-"
 
 
 def _ratio(row: Row, way: str) -> str:
