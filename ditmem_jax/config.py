@@ -348,7 +348,7 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW on float32 master weights; or Muon for matrices and convolutions, AdamW for the rest.
+    """AdamW on float32 master weights; or Muon for matrices and convolutions, NAdamW for the rest.
 
     Muon wants a rate some five times higher and learns from far fewer steps where networks are narrow.
     """
