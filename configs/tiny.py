@@ -31,6 +31,6 @@ def get_config() -> ConfigDict:
         dict(kind="running", density="uniform", sigma_range=(0.5, 1.0), memory_dropout=0.1)
     )
     config.optim = ConfigDict(dict(kind="muon", learning_rate=3e-3, schedule="cosine", warmup=50, b2=0.99))
-    config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0))
+    config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0, memory_in_negative=False))
     config.run = ConfigDict(dict(out="runs/tiny", steps=2500, remat="products"))
     return config

@@ -41,11 +41,11 @@ class Row:
 
 
 def rows(findings: Findings) -> list[Row]:
-    """Gravity from falls, each constant, all together."""
+    """All constants together, gravity from falls, each constant."""
     everything = np.ones(len(findings.constant), bool)
-    kinds = {"gravity (falls)": (findings.constant == "gravity") & (findings.phenomenon == "fall")}
+    kinds = {"all constants": everything}
+    kinds |= {"gravity (falls)": (findings.constant == "gravity") & (findings.phenomenon == "fall")}
     kinds |= {constant: findings.constant == constant for constant in RANGES}
-    kinds |= {"all constants": everything}
     return [_row(name, findings, chosen) for name, chosen in kinds.items()]
 
 
@@ -103,20 +103,24 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def finding(row: Row, references: int) -> str:
-    """One sentence about gravity from falls, whichever way it turned out."""
+    """One sentence about all constants together, whichever way it turned out."""
     if row.clips < 3:
-        return f"Nothing can be said: of {row.of} falls only {row.clips} could be measured in every version."
+        return (
+            f"Nothing can be said: of {row.of} constants only {row.clips} could be measured in every version."
+        )
     (ratio, low, high), (other, other_low, other_high) = row.ratio["right"], row.ratio["wrong"]
     shown = f"shown {'one clip' if references == 1 else f'{references} clips'} of a planet it never saw"
     if high < 1 and ratio <= AIM:
-        text = f"{shown}, the frozen model takes on its gravity: the error falls to {percent(ratio)} of that without memory"
+        text = f"{shown}, the frozen model takes on its laws: the error falls to {percent(ratio)} of that without memory"
     elif high < 1:
-        text = f"{shown}, the frozen model takes on a little of its gravity: the error falls to {percent(ratio)} of that "
+        text = f"{shown}, the frozen model takes on a little of its laws: the error falls to {percent(ratio)} of that "
         text += f"without memory, short of the {percent(AIM)} aimed at"
     elif low > 1:
-        text = f"the memory does harm: {shown}, the frozen model's error in gravity rises to {percent(ratio)}"
+        text = (
+            f"the memory does harm: {shown}, the error of the frozen model's laws rises to {percent(ratio)}"
+        )
     else:
-        text = f"no effect of the memory can be told: {shown}, the frozen model errs in gravity by {percent(ratio)} "
+        text = f"no effect of the memory can be told: {shown}, the frozen model errs in its laws by {percent(ratio)} "
         text += "of what it errs without memory"
     if other_high < 1:
         text += (
@@ -136,7 +140,7 @@ def evidence(row: Row, planets: int) -> str:
     (without, spread), right, wrong = row.error["without"], row.error["right"], row.error["wrong"]
     ratio, low, high = row.ratio["right"]
     return (
-        f"Over {row.clips} falls on {planets} unseen planets the error |ln(measured / true)| of gravity is "
+        f"Over {row.clips} constants in clips of {planets} unseen planets the error |ln(measured / true)| is "
         f"{without:.2f} ± {spread:.2f} without memory, {right[0]:.2f} ± {right[1]:.2f} with the right planet's clips "
         f"and {wrong[0]:.2f} ± {wrong[1]:.2f} with a wrong planet's. Right over none: {ratio:.2f}, 95 % interval "
         f"{low:.2f} to {high:.2f}."

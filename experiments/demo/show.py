@@ -292,7 +292,7 @@ def _reading(result: dict[str, Any], rows: Sequence[Row]) -> list[Html]:
         (
             "Law error",
             "is |ln(measured / true)| of a constant: 0.1 is about 10 % off, 0.7 a factor of two. Always naming the "
-            f"middle of the range would err by {_number(first.guess)} for gravity (column guess).",
+            f"middle of the range would err by {_number(first.guess)} on average (column guess).",
         ),
         (
             "Four versions",

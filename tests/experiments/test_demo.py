@@ -53,8 +53,10 @@ def test_errors_by_hand():
         right=[2.0 * e**0.5, 4.0, 8.0 * e**-0.5, 5.0],
         wrong=[2.0, 4.0, 8.0, math.nan],
     )
-    row = score.rows(found)[0]
-    assert row.name == "gravity (falls)" and (row.clips, row.of) == (3, 4)
+    everything, row = score.rows(found)[:2]
+    assert (everything.name, row.name) == ("all constants", "gravity (falls)")
+    assert everything.error == row.error  # there is nothing else
+    assert (row.clips, row.of) == (3, 4)
     assert row.measured == {"real": 4, "without": 4, "right": 4, "wrong": 3, "stated": 4}
     assert row.error["without"][0] == pytest.approx(4 / 3)
     assert row.error["right"][0] == pytest.approx(1 / 3)
@@ -76,7 +78,7 @@ def test_rows_without_anything_to_compare():
     rows = score.rows(findings([2.0, 4.0], right=[math.nan, math.nan]))
     assert [row.clips for row in rows] == [0] * 7
     assert score.finding(rows[0], 3).startswith("Nothing can be said")
-    console = Console(width=100)
+    console = Console(width=80)
     with console.capture() as text:
         show.print_tables(console, rows)
     assert "nan" not in text.get()
@@ -91,10 +93,10 @@ def row(ratio, low, high, other, other_low, other_high) -> score.Row:
 @pytest.mark.parametrize(
     ("numbers", "says", "silent"),
     [
-        ((0.4, 0.3, 0.5, 1.1, 0.9, 1.3), ["takes on its gravity", "40 %", "do not help (110 %)"], ["short of"]),
-        ((0.4, 0.3, 0.5, 1.5, 1.2, 1.9), ["takes on its gravity", "raise it to 150 %"], ["do not help"]),
+        ((0.4, 0.3, 0.5, 1.1, 0.9, 1.3), ["takes on its laws", "40 %", "do not help (110 %)"], ["short of"]),
+        ((0.4, 0.3, 0.5, 1.5, 1.2, 1.9), ["takes on its laws", "raise it to 150 %"], ["do not help"]),
         ((0.4, 0.3, 0.5, 0.6, 0.5, 0.8), ["lower it too", "not all of this is knowledge"], []),
-        ((0.8, 0.7, 0.9, 1.0, 0.9, 1.1), ["a little of its gravity", "short of the 70 % aimed at"], ["takes on its"]),
+        ((0.8, 0.7, 0.9, 1.0, 0.9, 1.1), ["a little of its laws", "short of the 70 % aimed at"], ["takes on its"]),
         ((0.6, 0.3, 1.1, 1.0, 0.9, 1.1), ["No effect of the memory can be told"], ["takes on", "falls"]),
         ((1.3, 1.1, 1.5, 1.0, 0.9, 1.1), ["The memory does harm"], ["takes on", "falls"]),
     ],
