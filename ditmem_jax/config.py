@@ -350,7 +350,7 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW on float32 master weights; or Muon for matrices and convolutions, NAdamW for the rest.
 
-    Muon wants a rate some five times higher and learns from far fewer steps where networks are narrow.
+    For the memory of the tiny Wan, Muon at 3e-3 learned in 400 steps what AdamW, at 1e-3 and 3e-3, did not begin to.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"

@@ -143,7 +143,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             weight_decay=config.weight_decay,
             weight_decay_mask=_matrices,
             muon_weight_dimension_numbers=_matrix_axes,
-            consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
+            consistent_rms=0.2,  # updates about as large as those of Adam, which takes the same rate for the rest
         )
     else:
         rule = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_matrices)
