@@ -2,8 +2,10 @@
 
 import ast
 import ctypes
+import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +50,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def run(main: Callable[..., None], arguments: str = "") -> None:
     """Parses the flags and runs `main`. A `UserError` ends the program with exit status 1 and no traceback.
 
+    So do Ctrl-C, with the status 130 of shells, and a reader such as `head` that has seen enough.
+
     Args:
         arguments: names of what `main` takes from the command line beside flags, such as "SOURCE [DEST]"; those in
             brackets may be left out.
@@ -87,10 +91,17 @@ def _guarded(main: Callable[..., None], given: list[str], names: list[str]) -> N
         if missing := [name for name in names[len(given) :] if not name.startswith("[")]:
             raise UserError(f"{' '.join(missing)} is missing", expected=" ".join(names), fix="see --help")
         main(*given)
+        sys.stdout.flush()
     except UserError as error:
         if DEBUG.value:
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails again
+        sys.exit(1)
 
 
 def _run_config(path: Path) -> dict[str, Any] | ConfigDict:

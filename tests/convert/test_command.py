@@ -1,5 +1,6 @@
 """`python -m convert` as one types it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,17 @@ import safetensors.numpy
 from tests.convert.test_sources import random_text
 
 ROOT = Path(__file__).parents[2]
+
+
+INTERRUPTED = """
+from convert import folder
+from convert.__main__ import main
+from ditmem_jax import cli
+def blocks(*_):
+    raise KeyboardInterrupt
+folder.blocks = blocks
+cli.run(main, "SOURCE [DEST]")
+"""
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
@@ -67,3 +79,20 @@ def test_errors_are_a_few_lines_without_a_traceback(source, tmp_path, arguments,
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {source.name}
+
+
+def test_an_interruption_leaves_nothing_behind(source, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, source, tmp_path / "dest"]
+    result = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 130
+    assert "interrupted" in result.stderr and "Traceback" not in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {source.name}
+
+
+def test_a_reader_that_has_seen_enough(source):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "convert", "--list", str(source)]
+    result = subprocess.run(command, check=False, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
