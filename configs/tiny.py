@@ -28,14 +28,16 @@ def get_config() -> ConfigDict:
         dict(records="demo/records/train", bank="demo/records/train", references=3, batch_size=32, cache=True)
     )
     config.objective = ConfigDict(
-        dict(
-            kind="running",
-            density="spectrum",  # where stating a law is worth most; elsewhere the memory learns to do no harm
-            spectrum=(1.0, 1.0, 1.0, 1.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0),
-            memory_dropout=0.1,
-        )
+        dict(kind="running", density="uniform", sigma_range=(0.5, 1.0), memory_dropout=0.1)
     )
     config.optim = ConfigDict(dict(kind="muon", learning_rate=3e-3, schedule="cosine", warmup=50, b2=0.99))
     config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0, memory_in_negative=False))
-    config.run = ConfigDict(dict(out="runs/tiny", steps=3000, remat="products"))
+    config.run = ConfigDict(
+        dict(
+            out="runs/tiny",
+            steps=3000,
+            remat="products",
+            validation_sigmas=(0.5, 0.6, 0.7, 0.8, 0.9, 0.98),
+        )
+    )
     return config
