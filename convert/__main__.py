@@ -46,10 +46,20 @@ VERIFY = flags.DEFINE_bool(
 EXPORT = flags.DEFINE_enum("export", None, ["original", "diffusers", "dit-mem"], "Names to write.")
 PREFIX = flags.DEFINE_string("prefix", "", "Stands before every name of an exported memory encoder.")
 
+MODES = {  # what can be asked for, and the flags that each takes
+    "a conversion": ("kind", "dtype"),
+    "--list": ("kind",),
+    "--dry-run": ("kind", "dtype"),
+    "--verify": ("kind", "dtype"),
+    "--export=original": (),
+    "--export=diffusers": (),
+    "--export=dit-mem": ("dtype", "prefix"),
+}
 RATE = 150e6  # bytes per second that two slow cores read, turn and write
 
 
 def main(source: str, dest: str | None = None) -> None:
+    _check_flags()
     if dest is None and not LIST.value:
         raise UserError("DEST is missing", expected="SOURCE DEST", fix="see --help")
     if EXPORT.value == "dit-mem":
@@ -62,6 +72,21 @@ def main(source: str, dest: str | None = None) -> None:
         _convert(source, dest)
         return
     print(f"{dest} is ready")
+
+
+def _check_flags() -> None:
+    """Raises a UserError for flags that mean nothing together."""
+    asked = [f"--{flag.name}" for flag in (LIST, DRY_RUN, VERIFY) if flag.value]
+    asked += [f"--export={EXPORT.value}"] if EXPORT.value else []
+    mode, *others = asked or ["a conversion"]
+    others += [
+        f"--{flag.name}" for flag in (KIND, DTYPE, PREFIX) if flag.value and flag.name not in MODES[mode]
+    ]
+    if others:
+        takes = ", ".join(f"--{name}" for name in MODES[mode]) or "no such flag"
+        raise UserError(
+            f"{mode} has no use for {', '.join(others)}", expected=takes, fix="leave out one or the other"
+        )
 
 
 def _convert(source: str, dest: str | None) -> None:
