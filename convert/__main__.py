@@ -140,7 +140,8 @@ def _verify(networks: list[Network], dest: str) -> None:
 def _print_ready(source: Source, networks: list[Network], dest: Path) -> None:
     print(f"{dest} is ready")
     held = folder.read_index(dest)["networks"]
-    if "dit" in held and (missing := [name for name in ("vae", "text") if name not in held]):
+    missing = [name for name in ("dit", "vae", "text") if name not in held]
+    if missing and held.keys() & {"dit", "dit_high"}:
         print(f"to train and sample, add {' and '.join(missing)} by another call with the same DEST")
     if "text" in held and not (dest / "tokenizer.json").exists():
         print(f"the text encoder needs its tokenizer.json: copy it to {dest / 'tokenizer.json'}")

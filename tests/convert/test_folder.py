@@ -285,20 +285,46 @@ def test_values_too_large_for_the_dtype(copy, tmp_path):
         write_folder(source, plan(source, dtype="bfloat16"), tmp_path / "converted")
 
 
-def test_two_experts_are_two_transformers(copy, tmp_path):
-    for name, shift in (("high_noise_model", 1), ("low_noise_model", 0)):
-        (copy / name).mkdir()
-        tensors = safetensors.numpy.load_file(copy / "dit.safetensors")
+LAYOUTS = [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")]
+
+
+def two_experts(folder, names):
+    """Puts two transformers that differ in the place of the one in a folder."""
+    for shift, name in enumerate(reversed(names)):
+        (folder / name).mkdir()
+        tensors = safetensors.numpy.load_file(folder / "dit.safetensors")
         tensors["head.head.bias"] += shift
-        safetensors.numpy.save_file(tensors, copy / name / "diffusion_pytorch_model.safetensors")
-        shutil.copy(copy / "config.json", copy / name)
-    (copy / "dit.safetensors").unlink()
-    convert_folder(copy, tmp_path / "converted")
+        safetensors.numpy.save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
+        shutil.copy(folder / "config.json", folder / name)
+    (folder / "dit.safetensors").unlink()
+
+
+@pytest.mark.parametrize("names", LAYOUTS)
+@pytest.mark.parametrize("what", ["root", "folders", "files"])
+def test_two_experts_are_two_transformers(copy, tmp_path, names, what):
+    two_experts(copy, names)
+    if what == "root":
+        convert_folder(copy, tmp_path / "converted")
+    else:
+        for name in names:
+            source = copy / name
+            source = source / "diffusion_pytorch_model.safetensors" if what == "files" else source
+            convert_folder(source, tmp_path / "converted")
     high, low = (
         safetensors.numpy.load_file(tmp_path / "converted" / f"{name}.safetensors")
         for name in ("dit_high", "dit")
     )
     np.testing.assert_array_equal(high["head.bias"], low["head.bias"] + 1)
+
+
+def test_one_expert_of_two(copy, tmp_path, monkeypatch):
+    two_experts(copy, LAYOUTS[0])
+    monkeypatch.chdir(copy / "high_noise_model")
+    assert [network.role for network in plan(open_source("."))] == ["dit_high"]
+    shutil.rmtree(copy / "low_noise_model")
+    assert "dit_high" in [network.role for network in plan(open_source(copy))]
+    (copy / "high_noise_model").rename(copy / "transformer")
+    assert "dit" in [network.role for network in plan(open_source(copy))]
 
 
 def test_provenance_and_checksums(original, tmp_path):
