@@ -116,8 +116,8 @@ def _dry_run(source: Source, networks: list[Network], dest: Path) -> None:
     for network in networks:
         read = sum(path.stat().st_size for path in network.part.files)
         print(f"{read:,} bytes of {network.part} -> {network.size:,} bytes of {dest / FILES[network.role]}")
-    if source.tokenizer:
-        print(f"{source.tokenizer} -> {dest / 'tokenizer.json'}")
+    if tokenizer := folder.tokenizer_for(source, networks, dest):
+        print(f"{tokenizer} -> {dest / folder.TOKENIZER}")
     print(f"about {folder.work(networks) / RATE:.0f} seconds; nothing was written")
 
 
@@ -143,8 +143,8 @@ def _print_ready(source: Source, networks: list[Network], dest: Path) -> None:
     missing = [name for name in ("dit", "vae", "text") if name not in held]
     if missing and held.keys() & {"dit", "dit_high"}:
         print(f"to train and sample, add {' and '.join(missing)} by another call with the same DEST")
-    if "text" in held and not (dest / "tokenizer.json").exists():
-        print(f"the text encoder needs its tokenizer.json: copy it to {dest / 'tokenizer.json'}")
+    if "text" in held and not (dest / folder.TOKENIZER).exists():
+        print(f"the text encoder needs its tokenizer.json: copy it to {dest / folder.TOKENIZER}")
 
 
 @contextlib.contextmanager

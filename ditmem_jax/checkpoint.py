@@ -3,7 +3,8 @@
 Converted weights (`python -m convert`) are a folder:
 
     config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}},
-                           "provenance": {where each comes from}, "checksums": {file: {array: CRC-32}}}
+                           "provenance": {where each comes from},
+                           "checksums": {file: {array: CRC-32}, "tokenizer.json": SHA-256}}
     dit.safetensors, vae.safetensors, text.safetensors    arrays by our dotted paths, layers stacked
     dit_high.safetensors  of two experts, the one for high noise
     encoder.safetensors   a memory encoder, if one was converted

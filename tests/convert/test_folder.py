@@ -257,9 +257,33 @@ def test_a_folder_is_put_together_in_several_calls(original, tmp_path):
         convert_folder(original / f"{name}.safetensors", tmp_path / "parts")
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert whole.keys() - parts.keys() == {"tokenizer.json"}
+    indices = [json.loads(files.pop("config.json")) for files in (whole, parts)]
+    del indices[0]["checksums"]["tokenizer.json"]
+    assert indices[0] == indices[1]
     assert all(parts[name] == whole[name] for name in parts)
     with pytest.raises(UserError, match="exists and holds vae"):
         convert_folder(original / "vae.safetensors", tmp_path / "parts")
+
+
+def test_the_tokenizer_belongs_to_the_text_encoder(original, copy, tmp_path):
+    for name in ("vae", "text"):
+        (copy / f"{name}.safetensors").unlink()
+    (copy / "tokenizer.json").write_text("{}")  # of a folder that now holds a transformer only
+    source, target = open_source(original), tmp_path / "converted"
+    text = plan(source, kind="text")
+    write_folder(source, text, target)
+    convert_folder(copy, target)
+    assert (target / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
+    assert damage(target) == []
+    (target / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json has sha256" in damage(target)[0]
+    (target / "tokenizer.json").unlink()
+    assert damage(target) == ["tokenizer.json is missing"]
+
+    convert_folder(copy, tmp_path / "other")
+    assert (tmp_path / "other" / "tokenizer.json").read_text() == "{}"
+    with pytest.raises(UserError, match="is not the tokenizer of this text encoder"):
+        write_folder(source, text, tmp_path / "other")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
