@@ -67,7 +67,9 @@ def main(source: str, dest: str | None = None) -> None:
     elif EXPORT.value:
         size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
         with _progress(size) as advance:
-            export.export_folder(source, dest, EXPORT.value, advance)
+            left_out = export.export_folder(source, dest, EXPORT.value, advance)
+        for network in left_out:
+            print(f"left out: {network}: --export dit-mem writes it")
     else:
         _convert(source, dest)
         return

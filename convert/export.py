@@ -109,11 +109,13 @@ EXPERTS = {
 
 def export_folder(
     source: str | Path, dest: str | Path, naming: str, advance: Advance = lambda _: None
-) -> None:
+) -> list[str]:
     """Writes the networks of a converted folder in "original" or "diffusers" names, to a new folder.
 
+    Returns the names of the networks that are left out, which have no place there: a memory encoder.
+
     Raises:
-        UserError: if `dest` exists or the folder is damaged.
+        UserError: if `dest` exists, or the folder is damaged or holds nothing that has a place there.
     """
     source, dest = Path(source), Path(dest)
     if dest.exists():
@@ -122,6 +124,13 @@ def export_folder(
     files = ORIGINAL_FILES if naming == "original" else DIFFUSERS_FILES
     if "dit_high" in networks:
         files = files | EXPERTS[naming]
+    if not networks.keys() & files.keys():
+        raise UserError(
+            f"{source} holds no network that has {naming} names",
+            expected=f"one of: {', '.join(files)}",
+            found=", ".join(networks) or "none at all",
+            fix="--export dit-mem writes a memory encoder",
+        )
     if problems := damage(source):
         raise findings(f"{source} is damaged", problems, fix="convert again")
     with new_folder(dest) as unfinished:
@@ -145,6 +154,7 @@ def export_folder(
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / "tokenizer.json", path)
+    return sorted(networks.keys() - files.keys())
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -138,6 +138,17 @@ def released_tensors() -> dict[str, np.ndarray]:
     return tensors
 
 
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_an_encoder_has_no_place_among_other_names(original, tmp_path, naming):
+    safetensors.numpy.save_file(released_tensors(), tmp_path / "DiT-Mem.safetensors")
+    convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
+    with pytest.raises(UserError, match=rf"holds no network that has {naming} names(.|\n)*--export dit-mem"):
+        export_folder(tmp_path / "converted", tmp_path / "exported", naming)
+    assert not (tmp_path / "exported").exists()
+    convert_folder(original / "text.safetensors", tmp_path / "converted")
+    assert export_folder(tmp_path / "converted", tmp_path / "exported", naming) == ["memory"]
+
+
 @pytest.mark.parametrize("prefix", ["", "dit_mem.", "pipe.dit_mem."])
 @pytest.mark.parametrize("left_out", [None, ".cnn.", ".conv_block"])
 def test_a_released_encoder_in_and_out(tmp_path, prefix, left_out):
