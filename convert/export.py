@@ -17,7 +17,7 @@ from convert.kinds import KINDS
 from convert.original import original, originals
 from convert.plan import FILES
 from ditmem_jax.checkpoint import DTYPES, load_encoder
-from ditmem_jax.config import DiTConfig, MemoryConfig, build
+from ditmem_jax.config import DIT_PRESETS, DiTConfig, MemoryConfig, build
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.tensors import open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
@@ -90,6 +90,7 @@ ORIGINAL_FILES = {
     "vae": "Wan2.1_VAE.safetensors",
     "text": "models_t5_umt5-xxl-enc-bf16.safetensors",
 }
+VAE_2_2 = "Wan2.2_VAE.safetensors"  # instead, for a VAE with shortcuts
 DIFFUSERS_FILES = {
     "dit": "transformer/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -124,6 +125,8 @@ def export_folder(
     files = ORIGINAL_FILES if naming == "original" else DIFFUSERS_FILES
     if "dit_high" in networks:
         files = files | EXPERTS[naming]
+    if naming == "original" and networks.get("vae", {}).get("shortcuts"):
+        files = files | {"vae": VAE_2_2}
     if not networks.keys() & files.keys():
         raise UserError(
             f"{source} holds no network that has {naming} names",
@@ -163,7 +166,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _model_type(config: DiTConfig) -> str:
     """The word of original configurations for a kind of transformer."""
-    return "i2v" if config.condition_dim else "ti2v" if config.in_dim == 48 else "t2v"
+    if config.condition_dim:
+        return "i2v"
+    return "ti2v" if config == DIT_PRESETS["wan2.2-ti2v-5b"] else "t2v"
 
 
 def _add_sizes(path: Path, networks: dict[str, Any]) -> None:
