@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from convert.original import original, originals
 from convert.plan import FILES
 from ditmem_jax.checkpoint import DTYPES, load_encoder
 from ditmem_jax.config import DIT_PRESETS, DiTConfig, MemoryConfig, build
-from ditmem_jax.data.files import write_text
+from ditmem_jax.data.files import reading, write_text
 from ditmem_jax.data.tensors import open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
@@ -156,7 +155,9 @@ def export_folder(
                 unfinished / ("google/umt5-xxl" if naming == "original" else "tokenizer") / "tokenizer.json"
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / "tokenizer.json", path)
+            with reading(source / "tokenizer.json"):
+                content = (source / "tokenizer.json").read_bytes()
+            path.write_bytes(content)
     return sorted(networks.keys() - files.keys())
 
 

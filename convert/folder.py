@@ -22,7 +22,7 @@ from convert.plan import FILES, Network, plan
 from convert.sources import Source, open_source
 from ditmem_jax.checkpoint import FORMAT, VERSION, save_encoder
 from ditmem_jax.config import to_dict
-from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.files import reading, replacing, write_text
 from ditmem_jax.data.tensors import Stored, as_bytes, open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 
@@ -76,6 +76,8 @@ def write_folder(
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields a hidden folder beside `target` whose files appear in `target` when the block has succeeded.
+
+    Every OSError of the block counts as one of writing: what it reads, it reads with `reading`.
 
     Raises:
         UserError: if the disk is full or fails.
@@ -184,8 +186,10 @@ def _write(
     if problems:
         raise findings(f"the weights in {source.root} are not usable", problems)
     if tokenizer:
+        with reading(tokenizer):
+            content = tokenizer.read_bytes()
         with replacing(folder / TOKENIZER) as temporary:
-            shutil.copyfile(tokenizer, temporary)
+            temporary.write_bytes(content)
         index["checksums"][TOKENIZER] = _sha256(folder / TOKENIZER)
     for part in ("networks", "provenance", "checksums"):  # in one order, whatever the calls that filled them
         index[part] = dict(sorted(index[part].items()))
@@ -245,14 +249,14 @@ def _provenance(source: Source, network: Network, advance: Advance) -> dict[str,
     root = source.root if source.root.is_dir() else source.root.parent
     files = []
     for path in network.part.files:
-        size = path.stat().st_size
-        files.append({"name": str(path.relative_to(root)), "bytes": size, "sha256": _sha256(path)})
+        digest, size = _sha256(path), path.stat().st_size
+        files.append({"name": str(path.relative_to(root)), "bytes": size, "sha256": digest})
         advance(size)
     return {"kind": network.kind, "names": network.naming, "files": files, "tool": f"ditmem_jax {_version()}"}
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -440,6 +440,23 @@ def test_a_disk_that_is_full(original, tmp_path, monkeypatch, function):
     assert not list(tmp_path.glob("*converted*"))
 
 
+@pytest.mark.parametrize("name", ["dit.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("moment", ["_write_network", "_provenance"])
+def test_a_source_that_vanishes_is_no_full_disk(copy, tmp_path, monkeypatch, name, moment):
+    source = open_source(copy)
+    networks = plan(source)
+    function = getattr(folders, moment)
+
+    def vanishes(*arguments):
+        (copy / name).unlink(missing_ok=True)
+        return function(*arguments)
+
+    monkeypatch.setattr(folders, moment, vanishes)
+    with pytest.raises(UserError, match=rf"cannot read .*{name}(.|\n)*No such file"):
+        write_folder(source, networks, tmp_path / "converted")
+    assert not list(tmp_path.glob("*converted*"))
+
+
 def test_a_disk_without_room(original, tmp_path, monkeypatch):
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 2, 7))
     with pytest.raises(UserError, match=r"no room for .*converted(.|\n)*7 bytes free"):
