@@ -34,6 +34,7 @@ from convert.kinds import KINDS
 from convert.plan import FILES, Network, mapping, plan, skipped
 from convert.sources import Source, open_source
 from ditmem_jax import cli
+from ditmem_jax.checkpoint import empty_index, read_index
 from ditmem_jax.errors import UserError
 
 KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Convert this kind of network only.")
@@ -113,7 +114,7 @@ def _convert(source: str, dest: str | None) -> None:
 
 
 def _dry_run(source: Source, networks: list[Network], dest: Path) -> None:
-    index = folder.read_index(dest) if dest.exists() else folder.empty_index()
+    index = read_index(dest) if dest.exists() else empty_index()
     folder.check_target(networks, dest, index)
     for network in networks:
         read = sum(path.stat().st_size for path in network.part.files)
@@ -141,7 +142,7 @@ def _verify(networks: list[Network], dest: str) -> None:
 
 def _print_ready(source: Source, networks: list[Network], dest: Path) -> None:
     print(f"{dest} is ready")
-    held = folder.read_index(dest)["networks"]
+    held = read_index(dest)["networks"]
     missing = [name for name in ("dit", "vae", "text") if name not in held]
     if missing and held.keys() & {"dit", "dit_high"}:
         print(f"to train and sample, add {' and '.join(missing)} by another call with the same DEST")

@@ -11,11 +11,11 @@ import numpy as np
 
 from convert import names_diffusers
 from convert.engine import findings
-from convert.folder import UNREAD, Advance, blocks, damage, new_folder, read_index
+from convert.folder import UNREAD, Advance, blocks, damage, new_folder
 from convert.kinds import KINDS
 from convert.original import original, originals
 from convert.plan import FILES
-from ditmem_jax.checkpoint import DTYPES, load_encoder
+from ditmem_jax.checkpoint import DTYPES, load_encoder, read_index
 from ditmem_jax.config import DIT_PRESETS, DiTConfig, MemoryConfig, build
 from ditmem_jax.data.files import reading, write_text
 from ditmem_jax.data.tensors import open_tensors, write_safetensors

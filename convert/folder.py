@@ -20,7 +20,7 @@ import numpy as np
 from convert.engine import canonical, convert, differences, findings, one_line, stream
 from convert.plan import FILES, Network, plan
 from convert.sources import Source, open_source
-from ditmem_jax.checkpoint import FORMAT, VERSION, save_encoder
+from ditmem_jax.checkpoint import empty_index, read_index, save_encoder
 from ditmem_jax.config import to_dict
 from ditmem_jax.data.files import reading, replacing, write_text
 from ditmem_jax.data.tensors import Stored, as_bytes, open_tensors, write_safetensors
@@ -102,26 +102,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def empty_index() -> dict[str, Any]:
-    """What config.json says of a folder without any network."""
-    return {"format": FORMAT, "version": VERSION, "networks": {}, "provenance": {}, "checksums": {}}
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder of converted weights."""
-    try:
-        index = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (index["format"], index["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {index['format']} {index['version']}")
-        return empty_index() | index
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is no folder of converted weights",
-            found=error,
-            fix="another folder, or delete it first" if folder.exists() else "python -m convert SOURCE DEST",
-        ) from error
 
 
 def check_target(networks: list[Network], target: Path, index: dict[str, Any]) -> None:
