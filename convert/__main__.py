@@ -34,6 +34,7 @@ from convert.kinds import KINDS
 from convert.plan import FILES, Network, mapping, plan, skipped
 from convert.sources import Source, open_source
 from ditmem_jax import cli
+from ditmem_jax.checkpoint import empty_index, read_index
 from ditmem_jax.errors import UserError
 
 KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Convert this kind of network only.")
@@ -46,10 +47,20 @@ VERIFY = flags.DEFINE_bool(
 EXPORT = flags.DEFINE_enum("export", None, ["original", "diffusers", "dit-mem"], "Names to write.")
 PREFIX = flags.DEFINE_string("prefix", "", "Stands before every name of an exported memory encoder.")
 
+MODES = {  # what can be asked for, and the flags that each takes
+    "a conversion": ("kind", "dtype"),
+    "--list": ("kind",),
+    "--dry-run": ("kind", "dtype"),
+    "--verify": ("kind", "dtype"),
+    "--export=original": (),
+    "--export=diffusers": (),
+    "--export=dit-mem": ("dtype", "prefix"),
+}
 RATE = 150e6  # bytes per second that two slow cores read, turn and write
 
 
 def main(source: str, dest: str | None = None) -> None:
+    _check_flags()
     if dest is None and not LIST.value:
         raise UserError("DEST is missing", expected="SOURCE DEST", fix="see --help")
     if EXPORT.value == "dit-mem":
@@ -57,11 +68,28 @@ def main(source: str, dest: str | None = None) -> None:
     elif EXPORT.value:
         size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
         with _progress(size) as advance:
-            export.export_folder(source, dest, EXPORT.value, advance)
+            left_out = export.export_folder(source, dest, EXPORT.value, advance)
+        for network in left_out:
+            print(f"left out: {network}: --export dit-mem writes it")
     else:
         _convert(source, dest)
         return
     print(f"{dest} is ready")
+
+
+def _check_flags() -> None:
+    """Raises a UserError for flags that mean nothing together."""
+    asked = [f"--{flag.name}" for flag in (LIST, DRY_RUN, VERIFY) if flag.value]
+    asked += [f"--export={EXPORT.value}"] if EXPORT.value else []
+    mode, *others = asked or ["a conversion"]
+    others += [
+        f"--{flag.name}" for flag in (KIND, DTYPE, PREFIX) if flag.value and flag.name not in MODES[mode]
+    ]
+    if others:
+        takes = ", ".join(f"--{name}" for name in MODES[mode]) or "no such flag"
+        raise UserError(
+            f"{mode} has no use for {', '.join(others)}", expected=takes, fix="leave out one or the other"
+        )
 
 
 def _convert(source: str, dest: str | None) -> None:
@@ -86,13 +114,13 @@ def _convert(source: str, dest: str | None) -> None:
 
 
 def _dry_run(source: Source, networks: list[Network], dest: Path) -> None:
-    index = folder.read_index(dest) if dest.exists() else folder.empty_index()
+    index = read_index(dest) if dest.exists() else empty_index()
     folder.check_target(networks, dest, index)
     for network in networks:
         read = sum(path.stat().st_size for path in network.part.files)
         print(f"{read:,} bytes of {network.part} -> {network.size:,} bytes of {dest / FILES[network.role]}")
-    if source.tokenizer:
-        print(f"{source.tokenizer} -> {dest / 'tokenizer.json'}")
+    if tokenizer := folder.tokenizer_for(source, networks, dest):
+        print(f"{tokenizer} -> {dest / folder.TOKENIZER}")
     print(f"about {folder.work(networks) / RATE:.0f} seconds; nothing was written")
 
 
@@ -114,11 +142,12 @@ def _verify(networks: list[Network], dest: str) -> None:
 
 def _print_ready(source: Source, networks: list[Network], dest: Path) -> None:
     print(f"{dest} is ready")
-    held = folder.read_index(dest)["networks"]
-    if "dit" in held and (missing := [name for name in ("vae", "text") if name not in held]):
+    held = read_index(dest)["networks"]
+    missing = [name for name in ("dit", "vae", "text") if name not in held]
+    if missing and held.keys() & {"dit", "dit_high"}:
         print(f"to train and sample, add {' and '.join(missing)} by another call with the same DEST")
-    if "text" in held and not (dest / "tokenizer.json").exists():
-        print(f"the text encoder needs its tokenizer.json: copy it to {dest / 'tokenizer.json'}")
+    if "text" in held and not (dest / folder.TOKENIZER).exists():
+        print(f"the text encoder needs its tokenizer.json: copy it to {dest / folder.TOKENIZER}")
 
 
 @contextlib.contextmanager

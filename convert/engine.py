@@ -24,7 +24,6 @@ TRANSFORMS = {
     "patch": lambda x: x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0]),
     "flatten": lambda x: x.reshape(-1),
     "squeeze0": lambda x: x[0],
-    "complex": lambda x: x[..., 0] + 1j * x[..., 1],
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import numpy as np
 
 from convert import names_diffusers
 from convert.engine import findings
-from convert.folder import UNREAD, Advance, blocks, damage, new_folder, read_index
+from convert.folder import UNREAD, Advance, blocks, damage, new_folder
 from convert.kinds import KINDS
 from convert.original import original, originals
 from convert.plan import FILES
-from ditmem_jax.checkpoint import DTYPES, load_encoder
-from ditmem_jax.config import DiTConfig, MemoryConfig, build
-from ditmem_jax.data.files import write_text
+from ditmem_jax.checkpoint import DTYPES, load_encoder, read_index
+from ditmem_jax.config import DIT_PRESETS, DiTConfig, MemoryConfig, build
+from ditmem_jax.data.files import reading, write_text
 from ditmem_jax.data.tensors import open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
@@ -90,6 +89,7 @@ ORIGINAL_FILES = {
     "vae": "Wan2.1_VAE.safetensors",
     "text": "models_t5_umt5-xxl-enc-bf16.safetensors",
 }
+VAE_2_2 = "Wan2.2_VAE.safetensors"  # instead, for a VAE with shortcuts
 DIFFUSERS_FILES = {
     "dit": "transformer/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -109,11 +109,13 @@ EXPERTS = {
 
 def export_folder(
     source: str | Path, dest: str | Path, naming: str, advance: Advance = lambda _: None
-) -> None:
+) -> list[str]:
     """Writes the networks of a converted folder in "original" or "diffusers" names, to a new folder.
 
+    Returns the names of the networks that are left out, which have no place there: a memory encoder.
+
     Raises:
-        UserError: if `dest` exists or the folder is damaged.
+        UserError: if `dest` exists, or the folder is damaged or holds nothing that has a place there.
     """
     source, dest = Path(source), Path(dest)
     if dest.exists():
@@ -122,6 +124,15 @@ def export_folder(
     files = ORIGINAL_FILES if naming == "original" else DIFFUSERS_FILES
     if "dit_high" in networks:
         files = files | EXPERTS[naming]
+    if naming == "original" and networks.get("vae", {}).get("shortcuts"):
+        files = files | {"vae": VAE_2_2}
+    if not networks.keys() & files.keys():
+        raise UserError(
+            f"{source} holds no network that has {naming} names",
+            expected=f"one of: {', '.join(files)}",
+            found=", ".join(networks) or "none at all",
+            fix="--export dit-mem writes a memory encoder",
+        )
     if problems := damage(source):
         raise findings(f"{source} is damaged", problems, fix="convert again")
     with new_folder(dest) as unfinished:
@@ -144,7 +155,10 @@ def export_folder(
                 unfinished / ("google/umt5-xxl" if naming == "original" else "tokenizer") / "tokenizer.json"
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / "tokenizer.json", path)
+            with reading(source / "tokenizer.json"):
+                content = (source / "tokenizer.json").read_bytes()
+            path.write_bytes(content)
+    return sorted(networks.keys() - files.keys())
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -153,7 +167,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _model_type(config: DiTConfig) -> str:
     """The word of original configurations for a kind of transformer."""
-    return "i2v" if config.condition_dim else "ti2v" if config.in_dim == 48 else "t2v"
+    if config.condition_dim:
+        return "i2v"
+    return "ti2v" if config == DIT_PRESETS["wan2.2-ti2v-5b"] else "t2v"
 
 
 def _add_sizes(path: Path, networks: dict[str, Any]) -> None:

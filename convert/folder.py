@@ -20,13 +20,14 @@ import numpy as np
 from convert.engine import canonical, convert, differences, findings, one_line, stream
 from convert.plan import FILES, Network, plan
 from convert.sources import Source, open_source
-from ditmem_jax.checkpoint import FORMAT, VERSION, save_encoder
+from ditmem_jax.checkpoint import empty_index, read_index, save_encoder
 from ditmem_jax.config import to_dict
-from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.files import reading, replacing, write_text
 from ditmem_jax.data.tensors import Stored, as_bytes, open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+TOKENIZER = "tokenizer.json"
 UNREAD = "unread.safetensors"  # of a memory encoder: what no program computes with, kept for its export
 BLOCK = 32 << 20  # bytes that are in memory at once, beside one mapped tensor
 
@@ -62,18 +63,21 @@ def write_folder(
 
     Raises:
         UserError: with every finding: values that are not finite, aliases that differ; for a target that is
-            something else or holds one of the networks; and if the disk is full or fails.
+            something else, holds one of the networks or has another tokenizer; and if the disk is full or fails.
     """
     target = Path(target)
     index = read_index(target) if target.exists() else empty_index()
     check_target(networks, target, index)
+    tokenizer = tokenizer_for(source, networks, target)
     with new_folder(target) as unfinished:
-        _write(source, networks, unfinished, index, advance)
+        _write(source, networks, tokenizer, unfinished, index, advance)
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields a hidden folder beside `target` whose files appear in `target` when the block has succeeded.
+
+    Every OSError of the block counts as one of writing: what it reads, it reads with `reading`.
 
     Raises:
         UserError: if the disk is full or fails.
@@ -100,26 +104,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def empty_index() -> dict[str, Any]:
-    """What config.json says of a folder without any network."""
-    return {"format": FORMAT, "version": VERSION, "networks": {}, "provenance": {}, "checksums": {}}
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder of converted weights."""
-    try:
-        index = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (index["format"], index["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {index['format']} {index['version']}")
-        return empty_index() | index
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is no folder of converted weights",
-            found=error,
-            fix="another folder, or delete it first" if folder.exists() else "python -m convert SOURCE DEST",
-        ) from error
-
-
 def check_target(networks: list[Network], target: Path, index: dict[str, Any]) -> None:
     """Raises a UserError if `target` holds one of the networks or its disk has no room for them."""
     if held := [network.role for network in networks if network.role in index["networks"]]:
@@ -134,6 +118,27 @@ def check_target(networks: list[Network], target: Path, index: dict[str, Any]) -
         )
 
 
+def tokenizer_for(source: Source, networks: list[Network], target: Path) -> Path | None:
+    """The tokenizer of a source if it goes to `target`: with a text encoder, or where there is none yet.
+
+    Raises:
+        UserError: if `target` has another one than the text encoder of the source.
+    """
+    held = target / TOKENIZER
+    if source.tokenizer is None or not held.exists():
+        return source.tokenizer
+    if all(network.role != "text" for network in networks):
+        return None
+    if (found := _sha256(held)) != (expected := _sha256(source.tokenizer)):
+        raise UserError(
+            f"{held} is not the tokenizer of this text encoder",
+            expected=f"sha256 {expected}, as {source.tokenizer} has",
+            found=f"sha256 {found}",
+            fix="another target, or delete it first",
+        )
+    return source.tokenizer
+
+
 def work(networks: list[Network]) -> int:
     """Bytes that `write_folder` tells of: every file read for its hash, every array written."""
     files = {path for network in networks for path in network.part.files}
@@ -141,7 +146,12 @@ def work(networks: list[Network]) -> int:
 
 
 def _write(
-    source: Source, networks: list[Network], folder: Path, index: dict[str, Any], advance: Advance
+    source: Source,
+    networks: list[Network],
+    tokenizer: Path | None,
+    folder: Path,
+    index: dict[str, Any],
+    advance: Advance,
 ) -> None:
     problems = []
     for network in networks:
@@ -155,9 +165,12 @@ def _write(
         index["checksums"][path.name] = sums
     if problems:
         raise findings(f"the weights in {source.root} are not usable", problems)
-    if source.tokenizer:
-        with replacing(folder / "tokenizer.json") as temporary:
-            shutil.copyfile(source.tokenizer, temporary)
+    if tokenizer:
+        with reading(tokenizer):
+            content = tokenizer.read_bytes()
+        with replacing(folder / TOKENIZER) as temporary:
+            temporary.write_bytes(content)
+        index["checksums"][TOKENIZER] = _sha256(folder / TOKENIZER)
     for part in ("networks", "provenance", "checksums"):  # in one order, whatever the calls that filled them
         index[part] = dict(sorted(index[part].items()))
     write_text(folder / "config.json", json.dumps(index, indent=1) + "\n")
@@ -216,12 +229,15 @@ def _provenance(source: Source, network: Network, advance: Advance) -> dict[str,
     root = source.root if source.root.is_dir() else source.root.parent
     files = []
     for path in network.part.files:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = path.stat().st_size
+        digest, size = _sha256(path), path.stat().st_size
         files.append({"name": str(path.relative_to(root)), "bytes": size, "sha256": digest})
         advance(size)
     return {"kind": network.kind, "names": network.naming, "files": files, "tool": f"ditmem_jax {_version()}"}
+
+
+def _sha256(path: Path) -> str:
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version() -> str:
@@ -246,7 +262,13 @@ def _sync(folder: Path) -> None:
 def damage(folder: str | Path) -> list[str]:
     """What is wrong with a converted folder by its own checksums."""
     folder, problems = Path(folder), []
-    for name, sums in read_index(folder)["checksums"].items():
+    checksums = read_index(folder)["checksums"]
+    if expected := checksums.pop(TOKENIZER, None):
+        if not (folder / TOKENIZER).is_file():
+            problems.append(f"{TOKENIZER} is missing")
+        elif (found := _sha256(folder / TOKENIZER)) != expected:
+            problems.append(f"{TOKENIZER} has sha256 {found}, {expected} was written")
+    for name, sums in checksums.items():
         try:
             stored, _ = open_tensors(folder / name)
         except UserError as error:

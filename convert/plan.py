@@ -21,8 +21,6 @@ from ditmem_jax.errors import UserError
 FILES = {name: f"{name}.safetensors" for name in ("dit", "dit_high", "vae", "text")} | {
     "memory": "encoder.safetensors"
 }
-HIGH_NOISE = ("high_noise_model", "transformer")  # folders of the expert for high noise, if there are two
-LOW_NOISE = ("low_noise_model", "transformer_2")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -64,7 +62,7 @@ def plan(source: Source, *, kind: str | None = None, dtype: str | None = None) -
     for part in source.parts:
         if (detected := kinds.detect(part.tensors, kind)) is None:
             continue
-        role = _role(detected[0], part, source)
+        role = _role(detected[0], part)
         if role in roles:
             problems.append(f"{roles[role]} and {part} are both the network {role}")
         roles[role] = part
@@ -103,12 +101,17 @@ def mapping(network: Network) -> Iterator[str]:
     yield from (f"{name} -> nothing reads it" for name in network.match.ignored)
 
 
-def _role(kind: str, part: Part, source: Source) -> str:
-    """The name of the network in the converted folder."""
-    if kind != "dit":
-        return kind
-    experts = {other.folder.name for other in source.parts} & {*HIGH_NOISE, *LOW_NOISE}
-    return "dit_high" if len(experts) > 1 and part.folder.name in HIGH_NOISE else "dit"
+def _role(kind: str, part: Part) -> str:
+    """The name of the network in the converted folder.
+
+    The folder tells the expert for high noise. In the layout of diffusers it is called like an only transformer,
+    and has the other expert beside it.
+    """
+    folder = part.folder.absolute()
+    high = folder.name == "high_noise_model" or (
+        folder.name == "transformer" and folder.with_name("transformer_2").is_dir()
+    )
+    return "dit_high" if kind == "dit" and high else kind
 
 
 def _network(role: str, kind: str, naming: str, part: Part, dtype: str | None) -> Network:

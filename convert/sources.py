@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from convert.engine import findings, one_line
+from ditmem_jax.data.files import reading
 from ditmem_jax.data.tensors import POINTER, Stored, open_tensors
 from ditmem_jax.errors import UserError
 
@@ -183,18 +184,15 @@ def _tensors(files: list[Path], problems: list[str]) -> dict[str, Stored]:
 
 # What torch raises for files that are cut off or altered, which depends on where.
 DAMAGED = (
-    OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, NameError, ArithmeticError,
-    AssertionError, MemoryError, struct.error, zipfile.BadZipFile,
+    OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
+    zipfile.BadZipFile,
 )  # fmt: skip
 
 
 def _read_pth(path: Path) -> dict[str, Stored]:
     """Tensors of a torch file. `weights_only` keeps it from running what may be pickled inside."""
-    try:
-        with open(path, "rb") as file:
-            pointer = file.read(len(POINTER)) == POINTER
-    except OSError as error:
-        raise UserError(f"cannot read {path}", found=error) from error
+    with reading(path), open(path, "rb") as file:
+        pointer = file.read(len(POINTER)) == POINTER
     if pointer:
         raise UserError(
             f"{path} is a pointer to weights, not the weights", fix=f"git lfs pull --include {path.name}"

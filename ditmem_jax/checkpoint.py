@@ -3,7 +3,8 @@
 Converted weights (`python -m convert`) are a folder:
 
     config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}},
-                           "provenance": {where each comes from}, "checksums": {file: {array: CRC-32}}}
+                           "provenance": {where each comes from},
+                           "checksums": {file: {array: CRC-32}, "tokenizer.json": SHA-256}}
     dit.safetensors, vae.safetensors, text.safetensors    arrays by our dotted paths, layers stacked
     dit_high.safetensors  of two experts, the one for high noise
     encoder.safetensors   a memory encoder, if one was converted
@@ -115,22 +116,37 @@ def _load(
 
 def read_networks(folder: str | Path) -> dict[str, Any]:
     """The configurations of the networks in a folder of converted weights: "dit", "vae", "text", perhaps "dit_high"."""
+    return read_index(folder)["networks"]
+
+
+def empty_index() -> dict[str, Any]:
+    """What config.json says of a folder without any network."""
+    return {"format": FORMAT, "version": VERSION, "networks": {}, "provenance": {}, "checksums": {}}
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a folder of converted weights.
+
+    Raises:
+        UserError: if the folder is something else, or the file is damaged or of another format.
+    """
     path = Path(folder) / "config.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        identity, networks = (index["format"], index["version"]), index["networks"]
+        identity = (index["format"], index["version"])
+        index = empty_index() | index
     except OSError as error:
         raise UserError(
             f"{folder} is no folder of converted weights",
             expected=path,
             found=error.strerror,
-            fix=f"python -m convert ORIGINAL_FOLDER {folder}",
+            fix="another folder, or a new one that python -m convert SOURCE DEST makes",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged", found=repr(error), fix="convert the weights again") from error
     if identity != (FORMAT, VERSION):
         raise UserError(f"{path} has another format", expected=(FORMAT, VERSION), found=identity)
-    return networks
+    return index
 
 
 def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Place) -> Arrays:

@@ -1,9 +1,20 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and the error for those that cannot be read."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from ditmem_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises a UserError that names `path` when the block, which reads it, fails."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}", found=error) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from ditmem_jax.data.files import replacing
+from ditmem_jax.data.files import reading, replacing
 from ditmem_jax.errors import UserError
 
 DTYPES = {
@@ -78,7 +78,8 @@ def _stored(path: Path, offset: int, entry: Mapping) -> Stored:
     def read() -> np.ndarray:
         if start == stop:
             return np.zeros(shape, DTYPES[entry["dtype"]])
-        return np.memmap(path, DTYPES[entry["dtype"]], "r", offset + start, shape)
+        with reading(path):
+            return np.memmap(path, DTYPES[entry["dtype"]], "r", offset + start, shape)
 
     return Stored(shape, entry["dtype"], stop - start, read)
 

@@ -71,6 +71,20 @@ def test_look_convert_and_verify(source, tmp_path):
         (["--verify", "{source}", "{folder}/dest"], "is no folder of converted weights"),
         (["--export=dit-mem", "{source}", "{folder}/dest"], "is no memory encoder"),
         (["--export=original", "{folder}", "{folder}/dest"], "is no folder of converted weights"),
+        (["{source}", "{folder}/dest", "--prefix=dit_mem."], "a conversion has no use for --prefix"),
+        (["--list", "--export=original", "{source}"], "--list has no use for --export=original"),
+        (
+            ["--dry-run", "--export=original", "{source}", "{folder}/dest"],
+            "--dry-run has no use for --export=original",
+        ),
+        (
+            ["--export=diffusers", "--kind=dit", "--dtype=float32", "--verify", "{source}", "{folder}/dest"],
+            "--verify has no use for --export=diffusers",
+        ),
+        (
+            ["--export=diffusers", "--kind=dit", "--dtype=float32", "{source}", "{folder}/dest"],
+            "--export=diffusers has no use for --kind, --dtype",
+        ),
     ],
 )
 def test_errors_are_a_few_lines_without_a_traceback(source, tmp_path, arguments, message):

@@ -52,7 +52,6 @@ def test_layouts_by_hand():
     assert TRANSFORMS["conv3d"](np.zeros((5, 7, 1, 2, 3))).shape == (1, 2, 3, 7, 5)
     patch = np.arange(2 * 3 * 1 * 2 * 2).reshape(2, 3, 1, 2, 2)  # [O, I, T, H, W] -> [T H W I, O]
     assert TRANSFORMS["patch"](patch)[:4].tolist() == [[0, 12], [4, 16], [8, 20], [1, 13]]
-    np.testing.assert_array_equal(TRANSFORMS["complex"](np.array([[1.0, 2.0]])), [1 + 2j])
 
 
 def test_layers_are_stacked_in_the_order_of_their_numbers(network, tensors):

@@ -12,12 +12,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from convert.export import export_encoder, export_folder
+from convert.export import _model_type, export_encoder, export_folder
 from convert.folder import convert_folder
 from convert.kinds import KINDS
 from convert.original import original as original_tensors
 from ditmem_jax.checkpoint import load_encoder, read_networks, save_encoder
-from ditmem_jax.config import MemoryConfig, to_dict
+from ditmem_jax.config import DIT_PRESETS, DiTConfig, MemoryConfig, to_dict
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
@@ -53,6 +53,18 @@ def test_networks_come_back_bit_for_bit(original, tmp_path, naming):
     assert indices[1]["provenance"]["dit"]["names"] == naming
 
 
+FILES_OF_NETWORKS = {
+    ("image", "original"): ["diffusion_pytorch_model"],
+    ("image", "diffusers"): ["transformer/diffusion_pytorch_model"],
+    ("experts", "original"): [
+        "high_noise_model/diffusion_pytorch_model", "low_noise_model/diffusion_pytorch_model",
+    ],
+    ("experts", "diffusers"): [
+        "transformer/diffusion_pytorch_model", "transformer_2/diffusion_pytorch_model",
+    ],
+    ("nested", "original"): ["Wan2.2_VAE"],
+    ("nested", "diffusers"): ["vae/diffusion_pytorch_model"],
+}  # fmt: skip
 KINDS_OF_NETWORKS = {
     "image": ("dit", dict(in_dim=6, image_dim=24)),
     "experts": ("dit", {}),
@@ -77,12 +89,31 @@ def test_other_kinds_come_back_bit_for_bit(tmp_path, name, naming):
         (path / "config.json").write_text(json.dumps(described))
     convert_folder(tmp_path / "source", tmp_path / "first")
     export_folder(tmp_path / "first", tmp_path / "exported", naming)
+    exported = (tmp_path / "exported").rglob("*.safetensors")
+    assert (
+        sorted(str(path.relative_to(tmp_path / "exported").with_suffix("")) for path in exported)
+        == (FILES_OF_NETWORKS[name, naming])
+    )
     convert_folder(tmp_path / "exported", tmp_path / "second")
     for path in (tmp_path / "first").glob("*.safetensors"):
         assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
     first, second = (read_networks(tmp_path / name) for name in ("first", "second"))
     assert first == second
     assert first.keys() == ({"dit", "dit_high"} if name == "experts" else {kind})
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (DIT_PRESETS["wan2.1-t2v-14b"], "t2v"),
+        (DIT_PRESETS["wan2.1-i2v-14b"], "i2v"),
+        (DIT_PRESETS["wan2.2-i2v-a14b"], "i2v"),
+        (DIT_PRESETS["wan2.2-ti2v-5b"], "ti2v"),
+        (DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=2, in_dim=48, out_dim=48), "t2v"),
+    ],
+)
+def test_the_word_for_a_kind_of_transformer(config, word):
+    assert _model_type(config) == word
 
 
 def test_original_tensors_are_the_source(original, tmp_path):
@@ -136,6 +167,17 @@ def released_tensors() -> dict[str, np.ndarray]:
             block = name.replace(".cnn.0.", ".conv_block1.").replace(".cnn.1.", ".conv_block2.")
             tensors[name] = tensors[block]
     return tensors
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_an_encoder_has_no_place_among_other_names(original, tmp_path, naming):
+    safetensors.numpy.save_file(released_tensors(), tmp_path / "DiT-Mem.safetensors")
+    convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
+    with pytest.raises(UserError, match=rf"holds no network that has {naming} names(.|\n)*--export dit-mem"):
+        export_folder(tmp_path / "converted", tmp_path / "exported", naming)
+    assert not (tmp_path / "exported").exists()
+    convert_folder(original / "text.safetensors", tmp_path / "converted")
+    assert export_folder(tmp_path / "converted", tmp_path / "exported", naming) == ["memory"]
 
 
 @pytest.mark.parametrize("prefix", ["", "dit_mem.", "pipe.dit_mem."])

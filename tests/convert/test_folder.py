@@ -257,9 +257,33 @@ def test_a_folder_is_put_together_in_several_calls(original, tmp_path):
         convert_folder(original / f"{name}.safetensors", tmp_path / "parts")
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert whole.keys() - parts.keys() == {"tokenizer.json"}
+    indices = [json.loads(files.pop("config.json")) for files in (whole, parts)]
+    del indices[0]["checksums"]["tokenizer.json"]
+    assert indices[0] == indices[1]
     assert all(parts[name] == whole[name] for name in parts)
     with pytest.raises(UserError, match="exists and holds vae"):
         convert_folder(original / "vae.safetensors", tmp_path / "parts")
+
+
+def test_the_tokenizer_belongs_to_the_text_encoder(original, copy, tmp_path):
+    for name in ("vae", "text"):
+        (copy / f"{name}.safetensors").unlink()
+    (copy / "tokenizer.json").write_text("{}")  # of a folder that now holds a transformer only
+    source, target = open_source(original), tmp_path / "converted"
+    text = plan(source, kind="text")
+    write_folder(source, text, target)
+    convert_folder(copy, target)
+    assert (target / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
+    assert damage(target) == []
+    (target / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json has sha256" in damage(target)[0]
+    (target / "tokenizer.json").unlink()
+    assert damage(target) == ["tokenizer.json is missing"]
+
+    convert_folder(copy, tmp_path / "other")
+    assert (tmp_path / "other" / "tokenizer.json").read_text() == "{}"
+    with pytest.raises(UserError, match="is not the tokenizer of this text encoder"):
+        write_folder(source, text, tmp_path / "other")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
@@ -285,20 +309,46 @@ def test_values_too_large_for_the_dtype(copy, tmp_path):
         write_folder(source, plan(source, dtype="bfloat16"), tmp_path / "converted")
 
 
-def test_two_experts_are_two_transformers(copy, tmp_path):
-    for name, shift in (("high_noise_model", 1), ("low_noise_model", 0)):
-        (copy / name).mkdir()
-        tensors = safetensors.numpy.load_file(copy / "dit.safetensors")
+LAYOUTS = [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")]
+
+
+def two_experts(folder, names):
+    """Puts two transformers that differ in the place of the one in a folder."""
+    for shift, name in enumerate(reversed(names)):
+        (folder / name).mkdir()
+        tensors = safetensors.numpy.load_file(folder / "dit.safetensors")
         tensors["head.head.bias"] += shift
-        safetensors.numpy.save_file(tensors, copy / name / "diffusion_pytorch_model.safetensors")
-        shutil.copy(copy / "config.json", copy / name)
-    (copy / "dit.safetensors").unlink()
-    convert_folder(copy, tmp_path / "converted")
+        safetensors.numpy.save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
+        shutil.copy(folder / "config.json", folder / name)
+    (folder / "dit.safetensors").unlink()
+
+
+@pytest.mark.parametrize("names", LAYOUTS)
+@pytest.mark.parametrize("what", ["root", "folders", "files"])
+def test_two_experts_are_two_transformers(copy, tmp_path, names, what):
+    two_experts(copy, names)
+    if what == "root":
+        convert_folder(copy, tmp_path / "converted")
+    else:
+        for name in names:
+            source = copy / name
+            source = source / "diffusion_pytorch_model.safetensors" if what == "files" else source
+            convert_folder(source, tmp_path / "converted")
     high, low = (
         safetensors.numpy.load_file(tmp_path / "converted" / f"{name}.safetensors")
         for name in ("dit_high", "dit")
     )
     np.testing.assert_array_equal(high["head.bias"], low["head.bias"] + 1)
+
+
+def test_one_expert_of_two(copy, tmp_path, monkeypatch):
+    two_experts(copy, LAYOUTS[0])
+    monkeypatch.chdir(copy / "high_noise_model")
+    assert [network.role for network in plan(open_source("."))] == ["dit_high"]
+    shutil.rmtree(copy / "low_noise_model")
+    assert "dit_high" in [network.role for network in plan(open_source(copy))]
+    (copy / "high_noise_model").rename(copy / "transformer")
+    assert "dit" in [network.role for network in plan(open_source(copy))]
 
 
 def test_provenance_and_checksums(original, tmp_path):
@@ -387,6 +437,23 @@ def test_a_disk_that_is_full(original, tmp_path, monkeypatch, function):
     with pytest.raises(UserError, match=r"cannot write .*converted(.|\n)*No space left on device"):
         convert_folder(original, tmp_path / "converted")
     monkeypatch.undo()
+    assert not list(tmp_path.glob("*converted*"))
+
+
+@pytest.mark.parametrize("name", ["dit.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("moment", ["_write_network", "_provenance"])
+def test_a_source_that_vanishes_is_no_full_disk(copy, tmp_path, monkeypatch, name, moment):
+    source = open_source(copy)
+    networks = plan(source)
+    function = getattr(folders, moment)
+
+    def vanishes(*arguments):
+        (copy / name).unlink(missing_ok=True)
+        return function(*arguments)
+
+    monkeypatch.setattr(folders, moment, vanishes)
+    with pytest.raises(UserError, match=rf"cannot read .*{name}(.|\n)*No such file"):
+        write_folder(source, networks, tmp_path / "converted")
     assert not list(tmp_path.glob("*converted*"))
 
 

@@ -85,6 +85,34 @@ def test_cut_off_torch_files_are_named(torch, tmp_path, zipped):
             open_source(path)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, about protocols that it does not know
+@pytest.mark.parametrize("zipped", [True, False])
+def test_altered_torch_files_are_named_or_opened(torch, tmp_path, zipped):
+    path, rng = tmp_path / "text.pth", np.random.default_rng(0)
+    save(torch, path, random_text(), _use_new_zipfile_serialization=zipped)
+    content, refused = np.fromfile(path, np.uint8), 0
+    for _ in range(500):
+        altered = content.copy()
+        altered[rng.integers(1000, size=3)] = rng.integers(256, size=3)
+        altered.tofile(path)
+        try:
+            open_source(path)
+        except UserError as error:
+            assert "text.pth" in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_too_little_memory_is_no_damage(torch, tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    save(torch, tmp_path / "text.pth", random_text())
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        open_source(tmp_path / "text.pth")
+
+
 def test_something_else_than_tensors(torch, tmp_path):
     torch.save({"epoch": 3}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="something else than tensors by name"):
