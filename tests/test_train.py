@@ -312,6 +312,17 @@ def test_a_folder_belongs_to_one_run(config, tmp_path):
         runs.claim(replace(config, "run", out=str(tmp_path / "other")), "abc").__enter__()
 
 
+def test_a_run_begun_before_a_key_existed_has_its_default(config, tmp_path):
+    config = replace(config, "run", out=str(tmp_path))
+    stored = runs.identity(config) | {"backbone": "abc"}
+    for name in ("vae.patch_size", "optim.kind", "experts.trains", "objective.sigma_range"):
+        del stored[name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    runs.claim(config, "abc").__enter__()
+    with pytest.raises(UserError, match=r"optim.kind = muon(.|\n)*optim.kind = adamw"):
+        runs.claim(replace(config, "optim", kind="muon"), "abc").__enter__()
+
+
 def test_a_run_that_cannot_begin_leaves_nothing(config, tmp_path):
     config = replace(config, "run", out=str(tmp_path / "run"))
     with pytest.raises(UserError, match="bank cannot give 50"):
