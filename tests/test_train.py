@@ -21,10 +21,18 @@ from flax import nnx
 from ditmem_jax import runs
 from ditmem_jax.bank import Bank
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder
-from ditmem_jax.config import Config, MemoryConfig, MeshConfig, ObjectiveConfig, OptimConfig, to_dict
+from ditmem_jax.config import (
+    Config,
+    ExpertsConfig,
+    MemoryConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    to_dict,
+)
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.ditmem import Networks, encode, errors
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
@@ -37,7 +45,7 @@ from ditmem_jax.train import (
     make_optimizer,
     make_train_step,
 )
-from tests.tiny import make_tiny, random_arrays, replace, with_experts
+from tests.tiny import make_tiny, random_arrays, replace, tiny_config, with_experts
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,6 +190,25 @@ def test_a_step_costs_at_most_twice_the_forward_pass(config):
     assert step <= 2.2 * operations(
         forward, state.params | state.rest, backbone, batch, sigma, batch["latents"]
     )
+
+
+def test_a_step_of_two_experts_holds_no_copy_of_weights(tmp_path):
+    config = tiny_config(tmp_path)
+    optimizer = make_optimizer(config.optim, 10)
+    encoder, _ = abstract(lambda: make_encoder(config))
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), some_batch(config))
+
+    def memory(config, create):
+        dit, backbone = abstract(create)
+        step = jax.jit(make_train_step(config, Networks(dit, encoder), optimizer))
+        return step.lower(state, backbone, batch).compile().memory_analysis().temp_size_in_bytes
+
+    def one():
+        return DiT(config.dit, rngs=nnx.Rngs(0))
+
+    two = dataclasses.replace(config, experts=ExpertsConfig(0.875))
+    assert memory(two, lambda: Experts(one(), one())) <= 1.1 * memory(config, one)
 
 
 def test_muon_turns_kernels_in_all_directions_alike():
