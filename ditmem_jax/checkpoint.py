@@ -72,12 +72,11 @@ def load_dit(
         dtype = DTYPES[config.weights.dtype]
         return _load(config, "dit", lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=dtype), place, stored)
 
-    boundary = config.experts.boundary
-    if boundary is None or experts == "low":
+    if config.experts.boundary is None or experts == "low":
         return load("dit")
     if experts == "high":
         return load("dit_high")
-    return Experts(load("dit_high"), load("dit"), boundary)
+    return Experts(load("dit_high"), load("dit"))
 
 
 def load_vae(config: Config, place: Place = on_default_device) -> VAE:

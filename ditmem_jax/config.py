@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, Literal
 
 from ditmem_jax.errors import UserError
+from ditmem_jax.flow import is_high
 from ditmem_jax.strict import build as build
 from ditmem_jax.strict import to_dict as to_dict
 
@@ -91,7 +92,11 @@ class ExpertsConfig:
 
     def trained_at(self, sigma: float) -> bool:
         """Whether noise level `sigma` falls to an expert whose memory a run trains."""
-        return self.trains == "both" or (sigma >= self.boundary) == (self.trains == "high")
+        return self.trains == "both" or self.is_high(sigma) == (self.trains == "high")
+
+    def is_high(self, sigma: float) -> bool:
+        """Whether noise level `sigma` falls to the expert for high noise, if there are two."""
+        return self.boundary is not None and bool(is_high(sigma, self.boundary))
 
 
 @dataclasses.dataclass(frozen=True)

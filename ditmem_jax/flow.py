@@ -49,7 +49,16 @@ def euler_steps(sigmas: np.ndarray, end: float = 0.0) -> np.ndarray:
     return np.diff(sigmas, append=end)
 
 
+def is_high(sigma: float | np.ndarray, boundary: float) -> np.bool_ | np.ndarray:
+    """Whether noise levels fall to the expert for high noise: from timestep 1000 `boundary` on.
+
+    Timesteps are compared in float32, as the transformer sees them: rounding in a schedule decides nothing.
+    """
+    return np.float32(TRAIN_STEPS * sigma) >= np.float32(TRAIN_STEPS * boundary)
+
+
 def split_schedule(sigmas: np.ndarray, boundary: float) -> list[tuple[np.ndarray, float]]:
-    """The levels from `boundary` on and those below it, each with the level at which they end."""
-    high, low = sigmas[sigmas >= boundary], sigmas[sigmas < boundary]
+    """The levels of the expert for high noise and those of the other, each with the level at which they end."""
+    of_high = is_high(sigmas, boundary)
+    high, low = sigmas[of_high], sigmas[~of_high]
     return [(high, low[0] if len(low) else 0.0), (low, 0.0)]

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ditmem_jax.config import ExpertsConfig, ObjectiveConfig
-from ditmem_jax.flow import TRAIN_STEPS, shifted_sigmas, training_weights
+from ditmem_jax.flow import TRAIN_STEPS, is_high, shifted_sigmas, training_weights
 
 BINS = 20
 SINGLE = ExpertsConfig()  # one transformer for all noise levels
@@ -24,49 +24,47 @@ PRIOR = 4.0  # samples' worth of trust in a sample's own error, while its bin ha
 
 def draw_sigma(
     config: ObjectiveConfig, key: PRNGKeyArray, batch: int, experts: ExpertsConfig = SINGLE
-) -> Float[Array, " B"]:
-    """One noise level per sample.
+) -> tuple[Float[Array, " B"], bool | Bool[Array, ""]]:
+    """One noise level per sample, and whether of two experts that for high noise serves them all.
 
-    Of two experts only one serves: the one that trains or, if both do, one that is drawn by its share of the levels.
+    It is the one that trains or, if both do, one that is drawn by its share of the levels.
     """
     if experts.boundary is not None:
         return _draw_for_expert(config, key, batch, experts)
     if config.density == "shifted":
         table = jnp.asarray(shifted_sigmas(TRAIN_STEPS, config.shift), jnp.float32)
-        return table[jax.random.randint(key, (batch,), 0, TRAIN_STEPS)]
+        return table[jax.random.randint(key, (batch,), 0, TRAIN_STEPS)], False
     low, high = config.sigma_range
     if config.density == "uniform":
-        return jax.random.uniform(key, (batch,), minval=low, maxval=high)
+        return jax.random.uniform(key, (batch,), minval=low, maxval=high), False
     edges, cumulative = _spectrum(config)
-    return jnp.interp(jax.random.uniform(key, (batch,)), cumulative, edges)
+    return jnp.interp(jax.random.uniform(key, (batch,)), cumulative, edges), False
 
 
 def _draw_for_expert(
     config: ObjectiveConfig, key: PRNGKeyArray, batch: int, experts: ExpertsConfig
-) -> Float[Array, " B"]:
+) -> tuple[Float[Array, " B"], bool | Bool[Array, ""]]:
     """Draws uniformly between the shares at which the expert's levels begin and end, and looks up their levels."""
     which, where = jax.random.split(key)
-    below, boundary = share_below(config, experts.boundary), np.float32(experts.boundary)
+    below = share_below(config, experts.boundary)
     high = jax.random.uniform(which) >= below if experts.trains == "both" else experts.trains == "high"
     start, end = jnp.where(high, below, 0.0), jnp.where(high, 1.0, below)
-    share = jax.random.uniform(where, (batch,)) * (end - start) + start
     if config.density == "shifted":
         table = jnp.asarray(shifted_sigmas(TRAIN_STEPS, config.shift)[::-1], jnp.float32)
-        sigma = table[jnp.clip((share * TRAIN_STEPS).astype(jnp.int32), 0, TRAIN_STEPS - 1)]
-    elif config.density == "uniform":
+        first, last = (jnp.round(TRAIN_STEPS * share).astype(jnp.int32) for share in (start, end))
+        return table[jax.random.randint(where, (batch,), first, last)], high
+    share = jax.random.uniform(where, (batch,)) * (end - start) + start
+    if config.density == "uniform":
         least, most = config.sigma_range
-        sigma = least + (most - least) * share
-    else:
-        edges, cumulative = _spectrum(config)
-        sigma = jnp.interp(share, cumulative, edges)
-    under = np.nextafter(boundary, np.float32(0))  # rounding must not hand a level over to the other expert
-    return jnp.where(high, jnp.maximum(sigma, boundary), jnp.minimum(sigma, under))
+        return least + (most - least) * share, high
+    edges, cumulative = _spectrum(config)
+    return jnp.interp(share, cumulative, edges), high
 
 
 def share_below(config: ObjectiveConfig, boundary: float) -> float:
     """The share of samples whose noise level is below `boundary`."""
     if config.density == "shifted":
-        return float((shifted_sigmas(TRAIN_STEPS, config.shift) < boundary).mean())
+        return float((~is_high(shifted_sigmas(TRAIN_STEPS, config.shift), boundary)).mean())
     if config.density == "uniform":
         low, high = config.sigma_range
         return float(np.clip((boundary - low) / (high - low), 0, 1))

@@ -9,6 +9,7 @@ encoder.safetensors    the result; encoder_best.safetensors that of the best val
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import math
@@ -87,6 +88,7 @@ def claim(config: Config, backbone: str) -> Iterator[Path]:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is damaged", found=error, fix="another run.out") from error
+        theirs = {key: value for key, value in _defaults().items() if key in ours} | theirs
         if different := sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key)):
             raise UserError(
                 f"{folder} holds another run",
@@ -117,6 +119,17 @@ def identity(config: Config) -> dict[str, Any]:
         if free is not None:
             named |= {f"{part}.{key}": value for key, value in values.items() if key not in free}
     return named
+
+
+def _defaults() -> dict[str, Any]:
+    """Defaults by dotted name: what a run was begun with that does not know a key yet."""
+    named = {
+        f"{part.name}.{field.name}": field.default
+        for part in dataclasses.fields(Config)
+        for field in dataclasses.fields(part.type)
+        if field.default is not dataclasses.MISSING
+    }
+    return json.loads(json.dumps(named))  # tuples become lists, as in the file
 
 
 def matches_for(folder: Path, records: RecordReader, bank: Bank, k: int) -> Int[np.ndarray, "n k"]:

@@ -30,6 +30,7 @@ from ditmem_jax.config import Config, OptimConfig
 from ditmem_jax.data.pipeline import training_data
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
+from ditmem_jax.models.dit import DiT, with_expert
 from ditmem_jax.models.ditmem import Batch, Networks, encode, errors, keep_only
 from ditmem_jax.models.memory import MemoryEncoder, shuffle_videos
 from ditmem_jax.models.state import Arrays, abstract, split
@@ -82,36 +83,39 @@ def make_train_step(
     def train_step(state: TrainState, backbone: Arrays, batch: Batch):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.run.seed), state.step), 5)
         size = len(batch["latents"])
-        sigma = objective.draw_sigma(goal, keys[0], size, config.experts)
+        sigma, high = objective.draw_sigma(goal, keys[0], size, config.experts)
         noise = jax.random.normal(keys[1], batch["latents"].shape)
         keep = jax.random.bernoulli(keys[2], 1 - goal.memory_dropout, (size,)) & batch["present"].any(axis=1)
         if goal.shuffle_references:
             references, present = shuffle_videos(batch["references"], batch["present"], keys[3])
             batch = batch | {"references": references, "present": present}
+
+        def loss_and_gradients(dit: DiT):
+            def errors_with(memory: Memory | None) -> jax.Array:
+                return errors(dit, memory, batch, sigma, noise, remat=config.run.remat, unroll=unroll)
+
+            alone = errors_with(None) if goal.kind == "relative" else None
+
+            def loss(params: Arrays):
+                encoder = networks.encoder.merge(params | state.rest)
+                memory = encode(encoder, batch, training=True, rngs=nnx.Rngs(dropout=keys[4]))
+                error = errors_with(keep_only(memory, keep))
+                expected = state.baseline.expected(sigma, error) if alone is None else alone
+                _, arrays = split(encoder)  # its running statistics have moved
+                rest = {path: arrays[path] for path in state.rest}
+                return objective.loss(goal, sigma, error, expected), (error, expected, rest)
+
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
+
         dit = networks.dit.merge(jax.lax.stop_gradient(backbone))
-
-        def errors_with(memory: Memory | None) -> jax.Array:
-            return errors(dit, memory, batch, sigma, noise, remat=config.run.remat, unroll=unroll)
-
-        alone = errors_with(None) if goal.kind == "relative" else None
-
-        def loss(params: Arrays):
-            encoder = networks.encoder.merge(params | state.rest)
-            memory = encode(encoder, batch, training=True, rngs=nnx.Rngs(dropout=keys[4]))
-            error = errors_with(keep_only(memory, keep))
-            expected = state.baseline.expected(sigma, error) if alone is None else alone
-            _, arrays = split(encoder)  # its running statistics have moved
-            rest = {path: arrays[path] for path in state.rest}
-            return objective.loss(goal, sigma, error, expected), (error, expected, rest)
-
-        (value, (error, expected, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, (error, expected, rest)), gradients = with_expert(dit, high, loss_and_gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        if alone is None:
-            baseline = state.baseline.observe(sigma, error, ~keep)
+        if goal.kind == "relative":
+            baseline = state.baseline.observe(sigma, expected, jnp.ones_like(keep))
         else:
-            baseline = state.baseline.observe(sigma, alone, jnp.ones_like(keep))
+            baseline = state.baseline.observe(sigma, error, ~keep)
         gains = jnp.where(keep, 1 - error / expected, 0)
         metrics = {
             "objective": value,
@@ -215,7 +219,8 @@ class Setup:
                 self.networks,
                 self.backbone,
                 batches,
-                tuple(filter(config.experts.trained_at, config.run.validation_sigmas)),
+                config.run.validation_sigmas,
+                config.experts,
                 config.run.seed,
                 self.mesh,
             )

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ditmem_jax.config import ExpertsConfig
+from ditmem_jax.models.dit import with_expert
 from ditmem_jax.models.ditmem import Batch, Networks, encode, errors
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.sharding import replicated
@@ -21,7 +23,7 @@ class Validator:
     memory nothing ever changes, so those errors are computed once.
 
     Args:
-        sigmas: noise levels.
+        sigmas: noise levels; those of an expert that does not train are left out.
         batches: on the devices of `mesh`.
     """
 
@@ -31,21 +33,25 @@ class Validator:
         backbone: Arrays,
         batches: list[Batch],
         sigmas: tuple[float, ...],
+        experts: ExpertsConfig,
         seed: int,
         mesh: Mesh,
     ):
-        self.sigmas, self.backbone = sigmas, backbone
+        self.sigmas, self.backbone = tuple(filter(experts.trained_at, sigmas)), backbone
         self.batches = list(zip(batches, jax.random.split(jax.random.key(seed), len(batches)), strict=True))
-        levels = jnp.asarray(sigmas, jnp.float32)
+        levels = jnp.asarray(self.sigmas, jnp.float32)
+        high = jnp.asarray([experts.is_high(sigma) for sigma in self.sigmas])
 
         def over_levels(backbone: Arrays, batch: Batch, key: jax.Array, memory: Memory | None) -> jax.Array:
             dit, size = networks.dit.merge(backbone), len(batch["latents"])
 
-            def at_level(pair):
-                noise = jax.random.normal(pair[1], batch["latents"].shape)
-                return errors(dit, memory, batch, jnp.full((size,), pair[0]), noise)
+            def at_level(level):
+                sigma, high, key = level
+                noise = jax.random.normal(key, batch["latents"].shape)
+                sigma = jnp.full((size,), sigma)
+                return with_expert(dit, high, lambda dit: errors(dit, memory, batch, sigma, noise))
 
-            return jax.lax.map(at_level, (levels, jax.random.split(key, len(levels))))
+            return jax.lax.map(at_level, (levels, high, jax.random.split(key, len(levels))))
 
         def with_memory(params: Arrays, rest: Arrays, backbone: Arrays, batch: Batch, key: jax.Array):
             memory = encode(networks.encoder.merge(params | rest), batch)

@@ -30,6 +30,13 @@ def test_a_schedule_of_two_experts_by_hand():
     assert (len(high), end, len(low)) == (2, 0.0, 0)
 
 
+@pytest.mark.parametrize("boundary", [0.502, 0.506, 0.511, 0.544, 0.632, 0.669, 0.757, 0.875])
+def test_rounding_does_not_move_a_level_from_its_expert(boundary):
+    sigmas = np.array([boundary + 1e-6, boundary, np.nextafter(boundary, 0), boundary - 1e-6])
+    (high, _), (low, _) = flow.split_schedule(sigmas, boundary)
+    assert (len(high), len(low)) == (3, 1)
+
+
 def test_euler_steps_end_at_zero():
     np.testing.assert_array_equal(flow.euler_steps(np.array([1.0, 0.75, 0.25])), [-0.25, -0.5, -0.25])
 

@@ -21,10 +21,18 @@ from flax import nnx
 from ditmem_jax import runs
 from ditmem_jax.bank import Bank
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder
-from ditmem_jax.config import Config, MemoryConfig, MeshConfig, ObjectiveConfig, OptimConfig, to_dict
+from ditmem_jax.config import (
+    Config,
+    ExpertsConfig,
+    MemoryConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    to_dict,
+)
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.ditmem import Networks, encode, errors
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
@@ -37,7 +45,7 @@ from ditmem_jax.train import (
     make_optimizer,
     make_train_step,
 )
-from tests.tiny import make_tiny, random_arrays, replace, with_experts
+from tests.tiny import make_tiny, random_arrays, replace, tiny_config, with_experts
 
 ROOT = Path(__file__).parents[1]
 
@@ -184,6 +192,25 @@ def test_a_step_costs_at_most_twice_the_forward_pass(config):
     )
 
 
+def test_a_step_of_two_experts_holds_no_copy_of_weights(tmp_path):
+    config = tiny_config(tmp_path)
+    optimizer = make_optimizer(config.optim, 10)
+    encoder, _ = abstract(lambda: make_encoder(config))
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), some_batch(config))
+
+    def memory(config, create):
+        dit, backbone = abstract(create)
+        step = jax.jit(make_train_step(config, Networks(dit, encoder), optimizer))
+        return step.lower(state, backbone, batch).compile().memory_analysis().temp_size_in_bytes
+
+    def one():
+        return DiT(config.dit, rngs=nnx.Rngs(0))
+
+    two = dataclasses.replace(config, experts=ExpertsConfig(0.875))
+    assert memory(two, lambda: Experts(one(), one())) <= 1.1 * memory(config, one)
+
+
 def test_muon_turns_kernels_in_all_directions_alike():
     rng = np.random.default_rng(0)
     shapes = {"conv.kernel": (3, 1, 2, 4, 8), "conv.bias": (8,)}
@@ -310,6 +337,17 @@ def test_a_folder_belongs_to_one_run(config, tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="holds something else"):
         runs.claim(replace(config, "run", out=str(tmp_path / "other")), "abc").__enter__()
+
+
+def test_a_run_begun_before_a_key_existed_has_its_default(config, tmp_path):
+    config = replace(config, "run", out=str(tmp_path))
+    stored = runs.identity(config) | {"backbone": "abc"}
+    for name in ("vae.patch_size", "optim.kind", "experts.trains", "objective.sigma_range"):
+        del stored[name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    runs.claim(config, "abc").__enter__()
+    with pytest.raises(UserError, match=r"optim.kind = muon(.|\n)*optim.kind = adamw"):
+        runs.claim(replace(config, "optim", kind="muon"), "abc").__enter__()
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(config, tmp_path):

@@ -8,18 +8,17 @@ noisy ones.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.flow import TRAIN_STEPS
 from ditmem_jax.models.attention import attention
 from ditmem_jax.models.layers import (
     FeedForward,
@@ -32,6 +31,7 @@ from ditmem_jax.models.layers import (
 )
 from ditmem_jax.types import Memory
 
+T = TypeVar("T")
 Remat = Literal["none", "products", "blocks"]
 REMAT: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
@@ -237,23 +237,20 @@ class DiT(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Two transformers as one: `high` serves noise levels from `boundary` on, `low` those below (Wan 2.2 A14B).
+    """Two transformers for one model: one for high noise and one for low (Wan 2.2 A14B)."""
 
-    All samples of a call go to one of them, and only its blocks are computed.
+    def __init__(self, high: DiT, low: DiT):
+        self.high, self.low = high, low
+
+
+def with_expert(dit: DiT | Experts, high: bool | Bool[Array, ""], use: Callable[[DiT], T]) -> T:
+    """`use(dit)`; of two experts with the one that `high` tells, and only that one is computed.
+
+    Gradients are to be taken in `use`: the backward pass of a choice gets copies of the weights that were chosen.
     """
-
-    def __init__(self, high: DiT, low: DiT, boundary: float):
-        self.high, self.low, self.boundary = high, low, boundary
-
-    def __call__(
-        self, latents: Float[Array, "B T H W C"], timestep: Array, *inputs: Any, **options: Any
-    ) -> Float[Array, "B T H W C"]:
-        """As a `DiT`."""
-
-        def of(expert: DiT) -> Callable[[], Array]:
-            return lambda: expert(latents, timestep, *inputs, **options)
-
-        return jax.lax.cond(timestep.max() >= TRAIN_STEPS * self.boundary, of(self.high), of(self.low))
+    if isinstance(dit, DiT):
+        return use(dit)
+    return jax.lax.cond(high, lambda: use(dit.high), lambda: use(dit.low))
 
 
 def _check_inputs(

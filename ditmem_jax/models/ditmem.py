@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ditmem_jax.flow import TRAIN_STEPS, add_noise, target
-from ditmem_jax.models.dit import DiT, Experts, Remat
+from ditmem_jax.models.dit import DiT, Remat
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import Structure
 from ditmem_jax.types import Memory
@@ -45,7 +45,7 @@ def with_strength(memory: Memory, strength: float | Float[Array, ""]) -> Memory:
 
 
 def velocity(
-    dit: DiT | Experts,
+    dit: DiT,
     memory: Memory | None,
     batch: Batch,
     sigma: Float[Array, " B"],
@@ -60,7 +60,7 @@ def velocity(
 
 
 def errors(
-    dit: DiT | Experts,
+    dit: DiT,
     memory: Memory | None,
     batch: Batch,
     sigma: Float[Array, " B"],
@@ -76,7 +76,7 @@ def errors(
 
 
 def predict(
-    dit: DiT | Experts,
+    dit: DiT,
     encoder: MemoryEncoder,
     batch: Batch,
     sigma: Float[Array, " B"],
