@@ -12,8 +12,8 @@ LIBRARY = ROOT / "ditmem_jax"
 
 # A home is a file or a package of the library. It imports from homes of lower rings only.
 RINGS = (
-    ("types", "errors", "strict", "config", "cli"),
-    ("sharding", "flow"),
+    ("types", "errors", "strict", "flow", "config", "cli"),
+    ("sharding",),
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
@@ -23,7 +23,8 @@ RINGS = (
 # What else it may import, from its own ring.
 BESIDE = {
     "strict": {"errors"},
-    "config": {"errors", "strict"},
+    "flow": {"errors"},
+    "config": {"errors", "strict", "flow"},
     "cli": {"config", "errors"},
     "bank": {"data"},
     "worlds": {"data"},
