@@ -52,7 +52,7 @@ class Settings:
     seed: int = 0
 
 
-FEW = Settings(steps=20, train_planets=8, unseen_planets=4, bank_clips=6, falls=1)
+FEW = Settings(steps=20, train_planets=8, train_clips=6, unseen_planets=4, bank_clips=12, falls=1)
 
 
 class Demo:
