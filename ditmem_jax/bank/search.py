@@ -42,7 +42,7 @@ class Bank:
         by_id = sorted(self.rows)
         self._place_of_id = np.empty(len(by_id), np.int64)
         self._place_of_id[[self.rows[name] for name in by_id]] = np.arange(len(by_id))
-        self._vectors = embedder([entry.caption for entry in self.entries])
+        self._vectors = embedder.documents([entry.caption for entry in self.entries])
 
     @classmethod
     def from_records(cls, folder: str | Path, embedder: LexicalEmbedder | None = None) -> "Bank":
@@ -86,7 +86,7 @@ class Bank:
         ids, scores = [], np.zeros((len(prompts), k))
         step = max(1, _SCORES_AT_ONCE // len(self))
         for start in range(0, len(prompts), step):
-            vectors = self.embedder(prompts[start : start + step])
+            vectors = self.embedder.queries(prompts[start : start + step])
             rough = vectors @ self._vectors.T
             for row, vector in enumerate(vectors, start):
                 if not vector.any():
