@@ -214,7 +214,9 @@ if __name__ == "__main__":
     BANK = flags.DEFINE_string("bank", None, "The bank: a folder, or s3://, gs:// ...", required=True)
     RECORDS = flags.DEFINE_list("records", None, "Folders of records, DIR[,DIR].")
     TABLE = flags.DEFINE_string("table", None, "Table of videos (.parquet, .csv or .jsonl) with a column id.")
-    VECTORS = flags.DEFINE_string("vectors", None, "Vectors of the rows of --table, by the bank's embedder: a .npy file [N, D].")
+    VECTORS = flags.DEFINE_string(
+        "vectors", None, "Vectors of the rows of --table, by the bank's embedder: a .npy file [N, D]."
+    )
     EMBEDDER = flags.DEFINE_string(
         "embedder", None, "lexical, or sentence-transformers:NAME_OR_FOLDER[@REVISION]."
     )

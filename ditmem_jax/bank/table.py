@@ -233,7 +233,7 @@ class Table:
         for start in range(0, len(self), size):
             with _lance(f"cannot read the bank {self.uri}"):
                 query = self._table.search().select(["_rowid", "id", "vector"])
-                part = query.offset(start).limit(size).to_arrow()
+                part = query.offset(start).limit(size).to_batches(batch_size=size).read_all()
             yield part
 
     def _select(self, where: str | None, columns: list[str]) -> pa.Table:
@@ -281,10 +281,10 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return rows
 
 
-def to_matrix(vectors: pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:
-    """Arrow's lists of equal length as a matrix of its own."""
+def matrices(vectors: pa.ChunkedArray) -> list[Float32[np.ndarray, "n D"]]:
+    """Arrow's lists of equal length as matrices, one after the other, on Arrow's own memory."""
     width = vectors.type.list_size
-    return np.concatenate([chunk.flatten().to_numpy().reshape(-1, width) for chunk in vectors.chunks])
+    return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in vectors.chunks]
 
 
 def unit(vectors: np.ndarray, names: Sequence[str] | pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:
