@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ditmem_jax import cli, flow
 from ditmem_jax.bank import Bank
+from ditmem_jax.bank.features import encode_video
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.files import write_text
@@ -36,6 +37,8 @@ from ditmem_jax.models.vae import VAE, decode
 from ditmem_jax.types import Memory
 
 Latents = Float[Array, "B T H W C"]
+Rows = tuple[Float[Array, "B R 2 M D"], ...]
+"""What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
 Velocity = Callable[[Latents, Float[Array, ""]], Latents]
 """Velocity of noisy latents at a noise level sigma."""
 
@@ -124,7 +127,8 @@ class Sampler:
         self._text, self._tokenizer = text
         self._with_memory = encoder is not None
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
-        encoders = encoder if isinstance(encoder, tuple) else (encoder,) * len(dits)
+        self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
+        encoders = self._encoders * (len(dits) // len(self._encoders))
         pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
         self._networks, self._states = zip(*pairs, strict=True)
         self._on_step = on_step
@@ -155,7 +159,7 @@ class Sampler:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        references: Float[np.ndarray, "B R t h w C"] | None = None,
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """One clip per prompt, as pixels; arguments and errors as `latents`."""
@@ -167,14 +171,14 @@ class Sampler:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        references: Float[np.ndarray, "B R t h w C"] | None = None,
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
     ) -> Latents:
         """One clip per prompt, as normalised latents.
 
         Args:
             seeds: of each clip's noise; a clip does not depend on the others of its batch.
-            references: latents of the reference videos of each prompt; None is no memory.
+            references: latents of the reference videos of each prompt, or their `rows`; None is no memory.
             strength: instead of `config.sample.strength`.
         Raises:
             UserError: for an empty prompt, or references that do not fit the encoder.
@@ -182,6 +186,7 @@ class Sampler:
         config = self.config
         if references is not None and not self._with_memory:
             raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
+        rows = references if references is None or isinstance(references, tuple) else self.rows(references)
         video = config.video
         shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
@@ -190,22 +195,32 @@ class Sampler:
             noise,
             self._embed(prompts),
             jnp.repeat(self._negative, len(prompts), axis=0),
-            None if references is None else jnp.asarray(references, jnp.float32),
+            rows,
             config.sample.strength if strength is None else strength,
+        )
+
+    def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
+        """What the encoders make of each reference video, to the last bit as `bank.features` stores it."""
+        return tuple(
+            jnp.stack([jnp.stack([encode_video(encoder, video) for video in videos]) for videos in references])
+            for encoder in self._encoders
         )
 
     def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
         ids, mask = self._tokenizer(prompts, allow_empty=allow_empty)
         return self._encode_text(self._text, jnp.asarray(ids), jnp.asarray(mask))
 
-    def _denoised(self, states, noise, positive, negative, references, strength):
+    def _denoised(self, states, noise, positive, negative, rows, strength):
         networks = [nnx.merge(*network) for network in zip(self._networks, states, strict=True)]
         dits, encoders = networks[: len(networks) // 2], networks[len(networks) // 2 :]
         options = dict(memory_in_negative=self.config.sample.memory_in_negative)
         x, memory = noise, None
-        for dit, encoder, (sigmas, end, scale) in zip(dits, encoders, _schedule(self.config), strict=True):
-            if references is not None:
-                memory = with_strength(encoder(references, training=False), strength)
+        rows = [None] * len(dits) if rows is None else rows * (len(dits) // len(rows))
+        for dit, encoder, videos, (sigmas, end, scale) in zip(
+            dits, encoders, rows, _schedule(self.config), strict=True
+        ):
+            if videos is not None:
+                memory = with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
             velocity = guided(dit, positive, negative, memory, scale, **options)
             x = denoise(velocity, x, sigmas, self._on_step, end)
         return x
