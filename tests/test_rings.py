@@ -16,8 +16,8 @@ RINGS = (
     ("sharding",),
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
-    ("models.ditmem", "checkpoint"),
-    ("encode", "runs", "validate", "train", "sample"),
+    ("models.ditmem", "checkpoint", "bank.features"),
+    ("encode", "runs", "validate", "train", "sample", "bank.__main__"),
     ("report",),
 )
 # What else it may import, from its own ring.
@@ -27,6 +27,7 @@ BESIDE = {
     "config": {"errors", "strict", "flow"},
     "cli": {"config", "errors"},
     "bank": {"data"},
+    "bank.features": {"checkpoint"},
     "worlds": {"data"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
