@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ditmem_jax.bank.table import FIXED
-from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.errors import UserError
 
 TAKEN = {
@@ -34,15 +35,19 @@ def rows_of_records(folders: Sequence[str | Path]) -> pa.Table:
     parts = []
     for folder in folders:
         reader = RecordReader(folder)
-        entries = reader.entries
-        names = sorted({name for entry in entries for name in entry.extra})
-        columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
-        columns |= further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
-        columns["records"] = [str(Path(folder).resolve())] * len(entries)
-        columns["row"] = pa.array(range(len(entries)), pa.int32())
+        columns = columns_of(reader.entries)
+        columns["records"] = [str(Path(folder).resolve())] * len(reader)
+        columns["row"] = pa.array(range(len(reader)), pa.int32())
         columns["checksum"] = reader.checksums
         parts.append(pa.table(columns))
     return pa.concat_tables(parts, promote_options="permissive")
+
+
+def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The columns of a bank that entries of records tell."""
+    names = sorted({name for entry in entries for name in entry.extra})
+    columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
+    return columns | further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
 
 
 def read_rows(path: str | Path) -> pa.Table:

@@ -76,10 +76,10 @@ class Table:
         uri = str(uri)
         if "://" not in uri and not (Path(uri) / f"{NAME}.lance").exists():
             raise UserError(f"no bank at {uri}", fix="python -m ditmem_jax.bank build")
-        with _lance(f"cannot open the bank {uri}", fix="python -m ditmem_jax.bank build"):
+        with lance_errors(f"cannot open the bank {uri}", fix="python -m ditmem_jax.bank build"):
             table = lancedb.connect(uri).open_table(NAME)
         if version is not None:
-            with _lance(f"the bank {uri} has no version {version}", fix="python -m ditmem_jax.bank versions"):
+            with lance_errors(f"the bank {uri} has no version {version}", fix="python -m ditmem_jax.bank versions"):
                 table.checkout(version)
         return cls(uri, table)
 
@@ -104,7 +104,7 @@ class Table:
         fields = [*FIXED, *further, pa.field("vector", pa.list_(pa.float32(), embedder.dim), nullable=False)]
         schema = pa.schema(fields, metadata={"ditmem_jax": json.dumps(stored, ensure_ascii=False)})
         rows = conform(rows, schema)
-        with _written(rows, vectors, embedder, schema) as reader, _lance(f"cannot build the bank {uri}"):
+        with _written(rows, vectors, embedder, schema) as reader, lance_errors(f"cannot build the bank {uri}"):
             table = lancedb.connect(uri).create_table(NAME, reader)
         return cls(uri, table)
 
@@ -139,7 +139,7 @@ class Table:
             )  # fmt: skip
         self.refresh()
         if new := [field for field in rows.schema if field.name not in self._table.schema.names]:
-            with _lance(f"cannot add columns to the bank {self.uri}"):
+            with lance_errors(f"cannot add columns to the bank {self.uri}"):
                 self._table.add_columns(new)
         rows = conform(rows, self._table.schema)
         if there := self.rows(f"id IN ({_quoted(rows['id'].to_pylist())})", ["id"])["id"].to_pylist():
@@ -150,7 +150,7 @@ class Table:
             )
         with (
             _written(rows, vectors, embedder, self._table.schema) as reader,
-            _lance(f"cannot add to the bank {self.uri}"),
+            lance_errors(f"cannot add to the bank {self.uri}"),
         ):
             done = self._table.merge_insert("id").when_not_matched_insert_all().execute(reader)
         if done.num_inserted_rows < len(rows):
@@ -171,12 +171,12 @@ class Table:
             where = f"id IN ({_quoted(ids)})"
         if not self.row_ids(where).size:
             return 0
-        with _lance(f"cannot remove from the bank {self.uri}"):
+        with lance_errors(f"cannot remove from the bank {self.uri}"):
             return self._table.delete(where).num_deleted_rows
 
     def refresh(self) -> None:
         """Moves on to the newest version, which another writer may have made."""
-        with _lance(f"cannot read the bank {self.uri}"):
+        with lance_errors(f"cannot read the bank {self.uri}"):
             self._table.checkout_latest()
 
     def versions(self) -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ class Table:
         """The rows of these numbers in this order, without vectors unless named."""
         row_ids = [int(number) for number in row_ids]
         columns = self.columns if columns is None else list(columns)
-        with _lance(f"cannot read the bank {self.uri}"):
+        with lance_errors(f"cannot read the bank {self.uri}"):
             found = (
                 self._table.take_row_ids(sorted(set(row_ids))).select(list({*columns, "_rowid"})).to_arrow()
             )
@@ -231,7 +231,7 @@ class Table:
     def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
         """`_rowid`, `id` and `vector` of all rows, some at a time: a plain scan reads far ahead into memory."""
         for start in range(0, len(self), size):
-            with _lance(f"cannot read the bank {self.uri}"):
+            with lance_errors(f"cannot read the bank {self.uri}"):
                 query = self._table.search().select(["_rowid", "id", "vector"])
                 part = query.offset(start).limit(size).to_batches(batch_size=size).read_all()
             yield part
@@ -239,9 +239,9 @@ class Table:
     def _select(self, where: str | None, columns: list[str]) -> pa.Table:
         query = self._table.search().select(columns)
         if where is None:
-            with _lance(f"cannot read the bank {self.uri}"):
+            with lance_errors(f"cannot read the bank {self.uri}"):
                 return query.to_arrow()
-        with _lance(
+        with lance_errors(
             f"the filter {where[:200]!r} does not fit the bank {self.uri}",
             expected=f"SQL over {', '.join(self.columns)}, such as: duration > 2 AND caption LIKE '%ball%'",
         ):
@@ -338,7 +338,7 @@ def _written(
 
 
 @contextlib.contextmanager
-def _lance(what: str, **advice: str) -> Iterator[None]:
+def lance_errors(what: str, **advice: str) -> Iterator[None]:
     """Raises what LanceDB raises as a UserError that says `what`."""
     try:
         yield
