@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from ditmem_jax.bank.embedders import Embedder, load_embedder
 from ditmem_jax.bank.index import IVF, Exact
-from ditmem_jax.bank.table import Table, matrices, unit
+from ditmem_jax.bank.table import Table, to_matrix, unit
 from ditmem_jax.errors import UserError
 
 QUERIES_AT_ONCE = 256
@@ -62,7 +62,7 @@ class Bank:
         blocks = []
         for part in table.blocks():
             self._take_up(part)
-            blocks += matrices(part["vector"])
+            blocks.append(to_matrix(part["vector"]))
         large = len(self) > ivf_above
         if large:
             print(f"{len(self):,} videos: filling an index of FAISS IVF", file=sys.stderr)
@@ -144,8 +144,7 @@ class Bank:
         if new.size:
             part = self.table.take(new, ["_rowid", "id", "vector"])
             self._take_up(part)
-            for block in matrices(part["vector"]):
-                self.index.add(block)
+            self.index.add(to_matrix(part["vector"]))
 
     def _take_up(self, part: pa.Table) -> None:
         self.row_ids = np.concatenate([self.row_ids, part["_rowid"].to_numpy()])

@@ -281,10 +281,11 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return rows
 
 
-def matrices(vectors: pa.ChunkedArray) -> list[Float32[np.ndarray, "n D"]]:
-    """Arrow's lists of equal length as matrices, one after the other, on Arrow's own memory."""
+def to_matrix(vectors: pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:
+    """Arrow's lists of equal length as a matrix, on Arrow's own memory where that is in one piece."""
     width = vectors.type.list_size
-    return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in vectors.chunks]
+    parts = [chunk.flatten().to_numpy().reshape(-1, width) for chunk in vectors.chunks]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def unit(vectors: np.ndarray, names: Sequence[str] | pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.progress import track
 
-from ditmem_jax.bank.table import Table, matrices
+from ditmem_jax.bank.table import Table, to_matrix
 from ditmem_jax.data.records import RecordReader, checksum
 from ditmem_jax.errors import UserError
 
@@ -27,8 +27,7 @@ def _rows(table: Table) -> Iterator[str]:
         yield f"{item['values'].as_py()!r} is there {item['counts'].as_py()} times"
     count = 0
     for part in table.blocks():
-        parts = [np.linalg.norm(block.astype(np.float64), axis=1) for block in matrices(part["vector"])]
-        norms = np.concatenate(parts)
+        norms = np.linalg.norm(to_matrix(part["vector"]).astype(np.float64), axis=1)
         for row in np.flatnonzero(~((np.abs(norms - 1) < 1e-4) | (norms == 0))):
             yield f"{part['id'][row].as_py()!r} has a vector of length {norms[row]:.4f}"
         count += len(part)
