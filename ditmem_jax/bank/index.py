@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Int64
 ROUNDING = 1e-5  # float32 scores of unit vectors err by less
 SPARE = 32  # candidates beyond k of the approximate index, whose scores are rounded as well
 
-Vectors = Float32[np.ndarray, "n D"]
+Vectors = Float32[np.ndarray, "_ D"]
 
 
 class Exact:
@@ -35,7 +35,7 @@ class Exact:
 
     def candidates(
         self, queries: Float32[np.ndarray, "P D"], k: int, allowed: Bool[np.ndarray, " N"]
-    ) -> list[Int64[np.ndarray, " c"]]:
+    ) -> list[Int64[np.ndarray, " _"]]:
         """For each query the allowed rows that may be among its k best, of which there are k at least.
 
         Each block is compared with the k-th best score so far, so that few scores are ever looked at twice.
@@ -79,8 +79,8 @@ class IVF:
         step = max(1, count // (64 * lists))  # FAISS asks for 39 rows a list at least
         self.index.train(np.concatenate([block[::step] for block in blocks]))
         self.index.set_direct_map_type(faiss.DirectMap.Array)
-        for block in iter(lambda: blocks.pop(0) if blocks else None, None):
-            self.index.add(block)
+        while blocks:
+            self.index.add(blocks.pop(0))
 
     def add(self, vectors: Vectors) -> None:
         self.index.add(vectors)
@@ -90,7 +90,7 @@ class IVF:
 
     def candidates(
         self, queries: Float32[np.ndarray, "P D"], k: int, allowed: Bool[np.ndarray, " N"]
-    ) -> list[Int64[np.ndarray, " c"]]:
+    ) -> list[Int64[np.ndarray, " _"]]:
         """As `Exact.candidates`, but some of the k best may be missing; lists are added until there are k."""
         bits = np.packbits(allowed, bitorder="little")
         selector, probes = faiss.IDSelectorBitmap(bits), self.index.nprobe

@@ -32,7 +32,7 @@ class Results:
 
     ids: list[list[str]]
     scores: Float32[np.ndarray, "P k"]
-    places: list[Int64[np.ndarray, " k"]]  # in the memory of the bank
+    places: list[Int64[np.ndarray, " _"]]  # in the memory of the bank
     _bank: "Bank"
 
     @functools.cached_property
@@ -133,8 +133,10 @@ class Bank:
 
     def refresh(self) -> None:
         """Takes up what other writers have changed."""
+        before = self.version
         self.table.refresh()
-        self._follow()
+        if self.version != before:
+            self._follow()
 
     def _follow(self) -> None:
         """Brings what is in memory to the version of the table."""
@@ -180,8 +182,8 @@ class Bank:
         return self._alive & np.isin(self.row_ids, self.table.row_ids(where))
 
     def _ranked(
-        self, queries: Float32[np.ndarray, "P D"], candidates: Sequence[Int64[np.ndarray, " n"]], k: int
-    ) -> list[tuple[list[str], Float64[np.ndarray, " k"], Int64[np.ndarray, " k"]]]:
+        self, queries: Float32[np.ndarray, "P D"], candidates: Sequence[Int64[np.ndarray, " _"]], k: int
+    ) -> list[tuple[list[str], Float64[np.ndarray, " _"], Int64[np.ndarray, " _"]]]:
         """Of each query's candidates the k best: ids, scores, places."""
         ids, start, ranked = self._ids.take(pa.array(np.concatenate(candidates))).to_pylist(), 0, []
         for query, rows in zip(queries, candidates, strict=True):

@@ -53,8 +53,8 @@ class Table:
         words: word counts of a lexical embedder; otherwise empty.
     """
 
-    def __init__(self, uri: str, table: lancedb.table.Table):
-        self.uri, self._table = uri, table
+    def __init__(self, uri: str, table: lancedb.table.Table, older: bool = False):
+        self.uri, self._table, self._older = uri, table, older
         stored = json.loads((table.schema.metadata or {}).get(b"ditmem_jax", b"{}"))
         if stored.get("format") != FORMAT:
             raise UserError(
@@ -79,9 +79,11 @@ class Table:
         with lance_errors(f"cannot open the bank {uri}", fix="python -m ditmem_jax.bank build"):
             table = lancedb.connect(uri).open_table(NAME)
         if version is not None:
-            with lance_errors(f"the bank {uri} has no version {version}", fix="python -m ditmem_jax.bank versions"):
+            with lance_errors(
+                f"the bank {uri} has no version {version}", fix="python -m ditmem_jax.bank versions"
+            ):
                 table.checkout(version)
-        return cls(uri, table)
+        return cls(uri, table, older=version is not None)
 
     @classmethod
     def create(
@@ -104,7 +106,10 @@ class Table:
         fields = [*FIXED, *further, pa.field("vector", pa.list_(pa.float32(), embedder.dim), nullable=False)]
         schema = pa.schema(fields, metadata={"ditmem_jax": json.dumps(stored, ensure_ascii=False)})
         rows = conform(rows, schema)
-        with _written(rows, vectors, embedder, schema) as reader, lance_errors(f"cannot build the bank {uri}"):
+        with (
+            _written(rows, vectors, embedder, schema) as reader,
+            lance_errors(f"cannot build the bank {uri}"),
+        ):
             table = lancedb.connect(uri).create_table(NAME, reader)
         return cls(uri, table)
 
@@ -137,17 +142,19 @@ class Table:
                 f"the bank {self.uri} was built with another embedder",
                 expected=self.description, found=ours, fix="add with that one, or build another bank",
             )  # fmt: skip
-        self.refresh()
-        if new := [field for field in rows.schema if field.name not in self._table.schema.names]:
-            with lance_errors(f"cannot add columns to the bank {self.uri}"):
-                self._table.add_columns(new)
-        rows = conform(rows, self._table.schema)
+        self._newest()
+        schema = self._table.schema
+        new = [field for field in rows.schema if field.name not in schema.names]
+        rows = conform(rows, pa.schema([*schema, *new]))
         if there := self.rows(f"id IN ({_quoted(rows['id'].to_pylist())})", ["id"])["id"].to_pylist():
             raise UserError(
                 f"the bank holds {len(there)} of these {len(rows)} videos already; none was added",
                 found=", ".join(map(repr, there[:5])),
                 fix="leave them out, or remove them first",
             )
+        if new:
+            with lance_errors(f"cannot add columns to the bank {self.uri}", fix="try once more"):
+                self._table.add_columns(new)
         with (
             _written(rows, vectors, embedder, self._table.schema) as reader,
             lance_errors(f"cannot add to the bank {self.uri}"),
@@ -165,7 +172,7 @@ class Table:
         Raises:
             UserError: if there is no row of one of the ids (nothing is removed then), or the filter does not parse.
         """
-        self.refresh()
+        self._newest()
         if ids is not None:
             self.by_id(ids)
             where = f"id IN ({_quoted(ids)})"
@@ -175,9 +182,19 @@ class Table:
             return self._table.delete(where).num_deleted_rows
 
     def refresh(self) -> None:
-        """Moves on to the newest version, which another writer may have made."""
+        """Moves on to the newest version, which another writer may have made; not from an older one on purpose."""
+        if self._older:
+            return
         with lance_errors(f"cannot read the bank {self.uri}"):
             self._table.checkout_latest()
+
+    def _newest(self) -> None:
+        if self._older:
+            raise UserError(
+                f"version {self.version} of the bank {self.uri} is an older version, which cannot change",
+                fix="leave out the version",
+            )
+        self.refresh()
 
     def versions(self) -> list[dict[str, Any]]:
         """Number, time and count of rows of each version, the oldest first."""
