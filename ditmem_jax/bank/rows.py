@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,22 +33,15 @@ def rows_of_records(folders: Sequence[str | Path]) -> pa.Table:
     Raises:
         UserError: for a folder that is not of records.
     """
-    parts = []
-    for folder in folders:
-        reader = RecordReader(folder)
-        columns = columns_of(reader.entries)
-        columns["records"] = [str(Path(folder).resolve())] * len(reader)
-        columns["row"] = pa.array(range(len(reader)), pa.int32())
-        columns["checksum"] = reader.checksums
-        parts.append(pa.table(columns))
-    return pa.concat_tables(parts, promote_options="permissive")
-
-
-def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:
-    """The columns of a bank that entries of records tell."""
+    readers = [RecordReader(folder) for folder in folders]
+    entries = [entry for reader in readers for entry in reader.entries]
     names = sorted({name for entry in entries for name in entry.extra})
-    columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
-    return columns | further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
+    columns: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
+    columns |= further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
+    columns["records"] = [str(reader.folder.resolve()) for reader in readers for _ in range(len(reader))]
+    columns["row"] = pa.array([row for reader in readers for row in range(len(reader))], pa.int32())
+    columns["checksum"] = [checksum for reader in readers for checksum in reader.checksums]
+    return pa.table(columns)
 
 
 def read_rows(path: str | Path) -> pa.Table:
@@ -63,6 +57,8 @@ def read_rows(path: str | Path) -> pa.Table:
         elif path.suffix == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, restval="", strict=True))
+            if any(None in row for row in rows):
+                raise ValueError("a row has more values than there are columns")
             table = pa.table(
                 further({name: [row[name] for row in rows] for name in (rows[0] if rows else ())}, TEXTS)
             )
