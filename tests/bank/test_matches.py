@@ -27,8 +27,8 @@ def write(folder, captions, sources=None, values=None, shape=SHAPE):
 
 LIBRARY = {
     "itself": "a ball falls on zorvex slowly",
-    "cut": "a ball falls on zorvex and bounces",
-    "copy": "a ball falls on zorvex at night",
+    "cut": "a ball falls on zorvex slowly and bounces",
+    "copy": "a ball falls on zorvex slowly at night",
     "near": "A ball, falls: on zorvex slowly!",
     "good": "a ball rolls slowly on zorvex",
     "far": "a block slides on quindara",
