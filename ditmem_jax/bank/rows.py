@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +22,6 @@ TAKEN = {
     "checksum",
     "_rowid",
 }  # columns of a bank that no table of the user's can fill
-OWN = ("duration", "frames", "fps")  # that may be among the extra columns of records
 TEXTS = ("id", "caption", "source")
 
 
@@ -34,14 +32,18 @@ def rows_of_records(folders: Sequence[str | Path]) -> pa.Table:
         UserError: for a folder that is not of records.
     """
     readers = [RecordReader(folder) for folder in folders]
-    entries = [entry for reader in readers for entry in reader.entries]
-    names = sorted({name for entry in entries for name in entry.extra})
-    columns: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
-    columns |= further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
+    columns = columns_of([entry for reader in readers for entry in reader.entries])
     columns["records"] = [str(reader.folder.resolve()) for reader in readers for _ in range(len(reader))]
     columns["row"] = pa.array([row for reader in readers for row in range(len(reader))], pa.int32())
     columns["checksum"] = [checksum for reader in readers for checksum in reader.checksums]
     return pa.table(columns)
+
+
+def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The columns of a bank that entries of records tell."""
+    names = sorted({name for entry in entries for name in entry.extra})
+    columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
+    return columns | further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
 
 
 def read_rows(path: str | Path) -> pa.Table:
