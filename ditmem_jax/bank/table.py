@@ -86,6 +86,15 @@ class Table:
         return cls(uri, table, older=version is not None)
 
     @classmethod
+    def exists(cls, uri: str | Path) -> bool:
+        """Whether there is a bank that can be opened."""
+        try:
+            cls.open(uri)
+        except UserError:
+            return False
+        return True
+
+    @classmethod
     def create(
         cls, uri: str | Path, embedder: Embedder, rows: pa.Table, vectors: np.ndarray | None = None
     ) -> "Table":
@@ -97,6 +106,8 @@ class Table:
             UserError: if there is a bank at `uri`, or the rows do not make one.
         """
         uri = str(uri)
+        if cls.exists(uri):
+            raise UserError(f"there is a bank at {uri}", fix="another folder, or add to that bank")
         stored = {
             "format": FORMAT,
             "embedder": embedder.describe(),
