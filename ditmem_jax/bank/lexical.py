@@ -17,13 +17,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-
-from ditmem_jax.data.files import write_text
-from ditmem_jax.errors import UserError
 
 BUCKETS = 8
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")  # a number or a word; marks say nothing
@@ -58,7 +55,7 @@ class LexicalEmbedder:
         sets = [set(words(caption)) for caption in captions]
         return cls(len(sets), dict(Counter(word for found in sets for word in found)), dim, power)
 
-    def __call__(self, texts: Sequence[str]) -> Float32[np.ndarray, "P D"]:
+    def documents(self, texts: Sequence[str]) -> Float32[np.ndarray, "n D"]:
         """One vector of length 1 per text; zero for a text without words."""
         vectors = np.zeros((len(texts), self.dim))
         for vector, text in zip(vectors, texts, strict=True):
@@ -68,28 +65,23 @@ class LexicalEmbedder:
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
+    queries = documents
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values; the counts of words are there by their digest only, as they may be many."""
+        counts = json.dumps(dict(self.frequency), sort_keys=True).encode()
+        return {
+            "kind": "lexical",
+            "name": "lexical",
+            "revision": hashlib.sha256(counts).hexdigest(),
+            "normalised": True,
+            "dim": self.dim,
+            "captions": self.captions,
+            "power": self.power,
+        }
+
     def _weight(self, word: str) -> float:
         return math.log((self.captions + 1) / (self.frequency.get(word, 0) + 0.5)) ** self.power
-
-    def to_json(self) -> str:
-        """The embedder as text; equal embedders give equal texts."""
-        return json.dumps({"kind": "lexical"} | dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
-
-    def save(self, path: str | Path) -> None:
-        write_text(Path(path), self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LexicalEmbedder":
-        """Raises UserError for a file that `save` did not write."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values.pop("kind") != "lexical":
-                raise ValueError("another kind of embedder")
-            return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is no lexical embedder", found=repr(error), fix="build the bank again"
-            ) from error
 
 
 @functools.lru_cache(maxsize=1 << 16)
