@@ -57,11 +57,7 @@ def import_faiss(
             missing or of another shape than the first, or a bank that is there.
     """
     folder, uri = Path(folder), str(uri)
-    try:
-        Table.open(uri)
-    except UserError:
-        pass  # none there, as it should be
-    else:
+    if Table.exists(uri):
         raise UserError(f"there is a bank at {uri}", fix="another --bank")
     vectors = _read_index(folder / INDEX)
     entries = _read_entries(folder, len(vectors))

@@ -22,7 +22,7 @@ def test_a_bank_of_records(tmp_path):
     write(tmp_path / "more", {"more": "a ball falls on quindara 🪐"})
     place = f"--bank={tmp_path / 'bank'}"
     assert "12 videos" in bank("build", place, f"--records={tmp_path / 'records'}")
-    assert "already exists" in bank("build", place, f"--records={tmp_path / 'records'}", fails=True)
+    assert "there is a bank" in bank("build", place, f"--records={tmp_path / 'records'}", fails=True)
     assert "1 videos added" in bank("add", place, f"--records={tmp_path / 'more'}")
     (tmp_path / "queries.txt").write_text("a block\n\nplanet quindara 🪐\n")
     lines = bank("search", place, f"--queries={tmp_path / 'queries.txt'}", "--k=1", "--json").splitlines()

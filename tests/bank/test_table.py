@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused_whole(tmp_path):
     with pytest.raises(UserError, match="no video 'z'"):
         table.remove(["a", "z"])
     assert ids(Table.open(tmp_path)) == ["a", "b"]
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="there is a bank"):
         create(tmp_path, "c")
     with pytest.raises(UserError, match="no bank at"):
         Table.open(tmp_path / "nowhere")
