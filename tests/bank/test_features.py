@@ -1,6 +1,8 @@
 """Rows of videos stored once: clips are the same to the last bit, and rows of anything else are refused."""
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 
 import jax.numpy as jnp
@@ -139,3 +141,21 @@ def test_altered_rows_are_named(bank, encoder, tmp_path):
 def test_tokens_may_lie_in_the_bank_itself(config, bank, encoder):
     make_features(bank, encoder, bank.uri)
     assert len(Features.open(bank.uri, encoder)) == len(Table.open(config.data.bank)) == len(bank)
+
+
+def test_the_command(config, bank, encoder, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "ditmem_jax.bank",
+        "tokens",
+        "--bank",
+        bank.uri,
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    done = subprocess.run([*command, "--encoder", str(encoder)], capture_output=True, text=True)
+    assert done.returncode == 0 and "384 bytes instead of 768, 1/2.0" in done.stdout, done.stderr
+    assert len(Features.open(tmp_path / "x", encoder)) == len(bank)
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1 and "--encoder is missing" in failed.stderr

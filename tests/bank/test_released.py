@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 
 import faiss
 import numpy as np
@@ -188,6 +190,21 @@ def test_files_that_do_not_fit_are_named(layout, tmp_path, spoil, message):
     with pytest.raises(UserError, match=message):
         import_faiss(layout, tmp_path / "bank")
     assert not (tmp_path / "bank").exists()
+
+
+def test_the_commands(layout, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "ditmem_jax.bank", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    bank = f"--bank={tmp_path / 'bank'}"
+    done = run("import-faiss", layout, bank, "--embedder=vectors:gte")
+    assert done.returncode == 0 and f"{COUNT} videos" in done.stdout, done.stderr
+    assert Table.open(tmp_path / "bank").description["name"] == "gte"
+    assert run("export-faiss", tmp_path / "exported", bank).returncode == 0
+    assert len(import_faiss(tmp_path / "exported", tmp_path / "again")) == COUNT
+    failed = run("import-faiss", tmp_path, f"--bank={tmp_path / 'third'}")
+    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "labels.index" in failed.stderr
 
 
 def test_lists_are_read_as_well(layout, tmp_path):
