@@ -26,7 +26,7 @@ def test_best_first_with_cosines():
     assert ids[0][0] == "d" and set(ids[1][:2]) == {"a", "b"}
     assert scores.shape == (2, 4) and scores[0, 0] == pytest.approx(1, abs=1e-5)
     assert (np.diff(scores, axis=1) <= 0).all()
-    vectors = bank.embedder(list(CAPTIONS.values()))
+    vectors = bank.embedder.documents(list(CAPTIONS.values()))
     np.testing.assert_allclose(sorted(vectors @ vectors[0]), sorted(scores[0]), atol=1e-5)
 
 
