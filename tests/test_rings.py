@@ -18,7 +18,8 @@ RINGS = (
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
     ("encode", "runs", "validate", "train", "sample"),
-    ("report",),
+    ("report", "gallery"),
+    ("bank.__main__",),  # its commands reach further than the bank
 )
 # What else it may import, from its own ring.
 BESIDE = {
@@ -31,6 +32,7 @@ BESIDE = {
     "worlds": {"data"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
+    "gallery": {"report"},
 }
 FOREIGN = {"torch", "tensorflow", "tensorflow_io", "transformers", "diffusers"}
 OUTSIDE = {"configs", "convert", "experiments", "tests"}
