@@ -20,14 +20,15 @@ from jaxtyping import Array, Float, UInt8
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditmem_jax import cli, flow
-from ditmem_jax.bank import Bank
+from ditmem_jax.bank import Bank, Table
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.files import write_text
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.records import Entry
+from ditmem_jax.data.references import References
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import from_unit, write_video
-from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
@@ -279,21 +280,14 @@ def retrieve(config: Config, prompt: str, ids: Sequence[str] | None = None) -> R
     Raises:
         UserError: if there is no bank, it is smaller than that, or has no such id.
     """
-    records = RecordReader(config.data.bank)
     if ids is None:
-        found, scores = Bank.from_records(config.data.bank).search([prompt], config.data.references)
-        ids, scores = found[0], scores[0].tolist()
+        found = Bank.open(config.data.bank).search([prompt], config.data.references)
+        rows, scores = found.rows[0], found.scores[0].tolist()
     else:
-        scores = [None] * len(ids)
-    rows = {entry.id: row for row, entry in enumerate(records.entries)}
-    for name in ids:
-        if name not in rows:
-            raise UserError(
-                f"the bank {config.data.bank} has no record {name!r}", expected=nearest(name, rows)
-            )
-    found = [records[rows[name]] for name in ids]
-    latents = np.stack([record.latents.astype(np.float32) for record in found])
-    return Retrieved(tuple(record.entry for record in found), tuple(scores), latents)
+        rows, scores = Table.open(config.data.bank).by_id(ids).to_pylist(), [None] * len(ids)
+    records = list(References.of(rows))
+    latents = np.stack([record.latents.astype(np.float32) for record in records])
+    return Retrieved(tuple(record.entry for record in records), tuple(scores), latents)
 
 
 def make_clips(

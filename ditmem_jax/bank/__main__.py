@@ -14,7 +14,10 @@ Commands:
     show ID           all that the bank says about a video
     stats             how many videos, of what
     verify            checks the table and the records that it points to
+    match RECORDS     finds --k references for each record of a training set, see `bank.matches`
     versions          what the bank was, commit by commit; --version opens one
+    serve             a page to look into the bank and to change it, for this machine only unless --host says more;
+                      clips play with --videos or --config, and with --config videos can be added
 """
 
 import json
@@ -25,15 +28,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from absl import flags
 from rich.console import Console
 from rich.table import Table as Grid
 
 from ditmem_jax import cli
+from ditmem_jax.bank import matches
 from ditmem_jax.bank.embedders import load_embedder, make_embedder
 from ditmem_jax.bank.rows import read_rows, rows_of_records
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import Table
+from ditmem_jax.bank.verify import check
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError, nearest
 
 
@@ -49,7 +56,8 @@ def build() -> None:
 def add() -> None:
     rows, vectors = _given()
     table = Table.open(BANK.value)
-    table.add(rows, load_embedder(table.description, table.words, embeds=vectors is None), vectors)
+    embedder = load_embedder(table.description, table.words, embeds=vectors is None)
+    table.add(rows, embedder, vectors)
     print(f"{len(rows)} videos added: {BANK.value}, version {table.version}")
 
 
@@ -79,12 +87,64 @@ def show(id: str) -> None:
     print(json.dumps(row, ensure_ascii=False, indent=1))
 
 
+def stats() -> None:
+    table = Table.open(BANK.value, VERSION.value)
+    rows = table.rows()
+    about = {"bank": BANK.value, "version": table.version, "videos": len(rows), "embedder": table.description}
+    columns = [_summary(name, rows[name]) for name in rows.schema.names if rows[name].null_count < len(rows)]
+    if JSON.value:
+        print(json.dumps(about | {"columns": columns}, ensure_ascii=False))
+    else:
+        print("\n".join(f"{name:<9} {value}" for name, value in about.items()))
+        _print("columns", columns)
+
+
+def _summary(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
+    """How many rows have a value, how many values there are, and their range."""
+    low, high = pc.min_max(column).values()
+    return {
+        "column": name,
+        "type": str(column.type),
+        "there": len(column) - column.null_count,
+        "different": pc.count_distinct(column).as_py(),
+        "least": low.as_py(),
+        "most": high.as_py(),
+    }
+
+
+def verify() -> None:
+    table = Table.open(BANK.value, VERSION.value)
+    problems = check(table, DEEP.value)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(f"{len(problems)} faults in the bank {BANK.value}")
+    print(f"{len(table)} videos, no fault: {BANK.value}, version {table.version}")
+
+
+def match(folder: str) -> None:
+    found = matches.find(RecordReader(folder), Bank.open(BANK.value), K.value, THRESHOLD.value)
+    found.save(Path(folder) / matches.FILE)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
+    print(f"{K.value} references for each of {len(found.table)} records: {Path(folder) / matches.FILE}")
+    print(f"kept out: {left_out}")
+
+
 def versions() -> None:
     rows = Table.open(BANK.value).versions()
     if JSON.value:
         print(json.dumps(rows, default=str))
     else:
         _print(BANK.value, rows)
+
+
+def serve() -> None:
+    from ditmem_jax.gallery import server  # networks and a web server, which no other command needs
+    from ditmem_jax.gallery.gallery import Gallery
+
+    config = None if CONFIG.value is None else cli.load_config(CONFIG)
+    gallery = Gallery.open(BANK.value, videos=VIDEOS.value, config=config, cache=CACHE.value)
+    server.serve(gallery, HOST.value, PORT.value)
 
 
 def _given() -> tuple[pa.Table, np.ndarray | None]:
@@ -117,7 +177,11 @@ def read_vectors(path: str) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}", expected="a .npy file", found=error) from error
     if vectors.ndim != 2 or vectors.dtype.kind != "f":
-        raise UserError(f"{path} holds no vectors", expected="floats [N, D]", found=f"{vectors.dtype} {list(vectors.shape)}")
+        raise UserError(
+            f"{path} holds no vectors",
+            expected="floats [N, D]",
+            found=f"{vectors.dtype} {list(vectors.shape)}",
+        )
     return vectors
 
 
@@ -139,7 +203,11 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "remove": ("[ID,ID]", remove),
     "search": ("[PROMPT]", search),
     "show": ("ID", show),
+    "stats": ("", stats),
+    "verify": ("", verify),
     "versions": ("", versions),
+    "match": ("RECORDS", match),
+    "serve": ("", serve),
 }
 
 
@@ -158,7 +226,7 @@ if __name__ == "__main__":
     BANK = flags.DEFINE_string("bank", None, "The bank: a folder, or s3://, gs:// ...", required=True)
     RECORDS = flags.DEFINE_list("records", None, "Folders of records, DIR[,DIR].")
     TABLE = flags.DEFINE_string("table", None, "Table of videos (.parquet, .csv or .jsonl) with a column id.")
-    VECTORS = flags.DEFINE_string("vectors", None, "Vectors of the rows of --table: a .npy file [N, D].")
+    VECTORS = flags.DEFINE_string("vectors", None, "Vectors of the rows of --table, by the bank's embedder: a .npy file [N, D].")
     EMBEDDER = flags.DEFINE_string(
         "embedder", None, "lexical, or sentence-transformers:NAME_OR_FOLDER[@REVISION]."
     )
@@ -166,5 +234,14 @@ if __name__ == "__main__":
     WHERE = flags.DEFINE_string("where", None, 'Filter in SQL, such as "motion > 0.5".')
     QUERIES = flags.DEFINE_string("queries", None, "File of texts, one a line, or of vectors (.npy).")
     VERSION = flags.DEFINE_integer("version", None, "An older version of the bank.")
+    THRESHOLD = flags.DEFINE_float(
+        "threshold", 0.98, "Cosine of captions above which match takes videos for duplicates; 1 for none."
+    )
+    DEEP = flags.DEFINE_bool("deep", False, "verify reads the latents of every record.")
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
+    CONFIG = cli.define_config()
+    VIDEOS = flags.DEFINE_string("videos", None, "serve: folder of the original videos.")
+    CACHE = flags.DEFINE_string("cache", None, "serve: folder of decoded clips; one of the user's by default.")
+    HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: address to answer at; 0.0.0.0 lets other machines in.")
+    PORT = flags.DEFINE_integer("port", 7860, "serve: port to answer at; 0 takes a free one.")
     cli.run(main, "COMMAND [ARGUMENT]")

@@ -59,18 +59,21 @@ def make_embedder(name: str, captions: Iterable[str], dim: int | None = None) ->
     if kind == "vectors":
         if dim is None:
             raise UserError(f"embedder {name!r} needs vectors", fix="give them, or another embedder")
-        return GivenVectors(dim, rest)
+        return GivenVectors(_describe("vectors", rest, "", dim))
     raise UserError(
         f"unknown embedder {name!r}",
         expected="lexical, sentence-transformers:NAME_OR_FOLDER[@REVISION] or vectors[:NAME]",
     )
 
 
-def load_embedder(description: Mapping[str, Any], words: Mapping[str, int] | None = None) -> Embedder:
+def load_embedder(
+    description: Mapping[str, Any], words: Mapping[str, int] | None = None, *, embeds: bool = True
+) -> Embedder:
     """The embedder that `describe` told of.
 
     Args:
         words: `frequency` of a lexical embedder, which a bank stores beside the description.
+        embeds: False saves loading a model for vectors that it has already made.
     Raises:
         UserError: if it cannot be had, or is not any more what it was.
     """
@@ -79,10 +82,10 @@ def load_embedder(description: Mapping[str, Any], words: Mapping[str, int] | Non
         made = LexicalEmbedder(
             description["captions"], words or {}, description["dim"], float(description["power"])
         )
-    elif kind == "sentence-transformers":
+    elif kind == "sentence-transformers" and embeds:
         made = SentenceTransformerEmbedder.load(description["name"], description["revision"])
-    elif kind == "vectors":
-        made = GivenVectors(description["dim"], description["name"])
+    elif kind in ("sentence-transformers", "vectors"):
+        made = GivenVectors(description)
     else:
         raise UserError(
             f"the bank was made with an embedder of kind {kind!r}",
@@ -102,8 +105,8 @@ def load_embedder(description: Mapping[str, Any], words: Mapping[str, int] | Non
 class GivenVectors:
     """Vectors that were made elsewhere; there is nothing here that could make more of them from text."""
 
-    def __init__(self, dim: int, name: str = ""):
-        self.dim, self._name = dim, name
+    def __init__(self, description: Mapping[str, Any]):
+        self.dim, self._description = description["dim"], dict(description)
 
     def documents(self, texts: Sequence[str]) -> Float32[np.ndarray, "n D"]:
         raise UserError(
@@ -115,7 +118,7 @@ class GivenVectors:
     queries = documents
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "vectors", "name": self._name, "revision": "", "normalised": True, "dim": self.dim}
+        return self._description
 
 
 class SentenceTransformerEmbedder:
@@ -193,13 +196,11 @@ class SentenceTransformerEmbedder:
         return np.where(empty[:, None], 0, vectors).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "sentence-transformers",
-            "name": self._name,
-            "revision": self._revision,
-            "normalised": True,
-            "dim": self.dim,
-        }
+        return _describe("sentence-transformers", self._name, self._revision, self.dim)
+
+
+def _describe(kind: str, name: str, revision: str, dim: int) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "revision": revision, "normalised": True, "dim": dim}
 
 
 def _digest(folder: Path) -> str:

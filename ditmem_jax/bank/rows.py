@@ -14,7 +14,13 @@ from ditmem_jax.bank.table import FIXED
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 
-TAKEN = {"vector", "records", "row", "checksum", "_rowid"}  # columns of a bank that no table of the user's can fill
+TAKEN = {
+    "vector",
+    "records",
+    "row",
+    "checksum",
+    "_rowid",
+}  # columns of a bank that no table of the user's can fill
 OWN = ("duration", "frames", "fps")  # that may be among the extra columns of records
 TEXTS = ("id", "caption", "source")
 
@@ -52,7 +58,9 @@ def read_rows(path: str | Path) -> pa.Table:
         elif path.suffix == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, restval="", strict=True))
-            table = pa.table(further({name: [row[name] for row in rows] for name in (rows[0] if rows else ())}, TEXTS))
+            table = pa.table(
+                further({name: [row[name] for row in rows] for name in (rows[0] if rows else ())}, TEXTS)
+            )
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
             names = dict.fromkeys(name for row in rows for name in row)
@@ -72,7 +80,10 @@ def read_rows(path: str | Path) -> pa.Table:
 
 def further(columns: Mapping[str, Iterable[str]], texts: Sequence[str] = ()) -> dict[str, pa.Array]:
     """Columns of text as the bank keeps them: numbers where every value is one or absent, except for `texts`."""
-    return {_free(name): _numbers(pa.array(values, pa.string()), name in texts) for name, values in columns.items()}
+    return {
+        _free(name): _numbers(pa.array(values, pa.string()), name in texts)
+        for name, values in columns.items()
+    }
 
 
 def _free(name: str) -> str:
@@ -104,5 +115,7 @@ def _plain(path: Path, field: pa.Field, column: pa.ChunkedArray) -> pa.ChunkedAr
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())
     raise UserError(
-        f"the column {field.name} of {path} cannot go into a bank", expected="numbers or text", found=str(kind)
+        f"the column {field.name} of {path} cannot go into a bank",
+        expected="numbers or text",
+        found=str(kind),
     )

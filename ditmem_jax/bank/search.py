@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from ditmem_jax.bank.embedders import Embedder, load_embedder
@@ -31,13 +30,19 @@ class Results:
 
     ids: list[list[str]]
     scores: Float32[np.ndarray, "P k"]
-    _table: Table
-    _row_ids: list[np.ndarray]
+    places: list[Int64[np.ndarray, " k"]]  # in the memory of the bank
+    _bank: "Bank"
 
     @functools.cached_property
     def rows(self) -> list[list[dict[str, Any]]]:
         """All columns but the vector, fetched when they are first asked for."""
-        found = iter(self._table.take(np.concatenate([*self._row_ids, np.zeros(0, np.uint64)])).to_pylist())
+        return self.columns()
+
+    def columns(self, names: Sequence[str] | None = None) -> list[list[dict[str, Any]]]:
+        """The named columns of each video."""
+        found = iter(
+            self._bank.table.take(self._bank.row_ids[np.concatenate(self.places)], names).to_pylist()
+        )
         return [[next(found) for _ in ids] for ids in self.ids]
 
 
@@ -49,7 +54,7 @@ class Bank:
 
     def __init__(self, table: Table):
         self.table = table
-        self._row_ids = np.zeros(0, np.uint64)
+        self.row_ids = np.zeros(0, np.uint64)
         self._ids = pa.chunked_array([], pa.string())
         self._blocks: list[Float32[np.ndarray, "n D"]] = []
         self._alive = np.zeros(0, bool)
@@ -87,19 +92,21 @@ class Bank:
         if not 1 <= k <= left:
             filtered = "" if where is None else f", {left} of them pass the filter"
             raise UserError(
-                f"the bank {self.table.uri} cannot give {k} videos" if len(self) else f"the bank {self.table.uri} is empty",
+                f"the bank {self.table.uri} cannot give {k} videos"
+                if len(self)
+                else f"the bank {self.table.uri} is empty",
                 expected=f"k from 1 to {left}: the bank holds {len(self)}{filtered}",
                 found=k,
                 fix="a smaller k, or more videos in the bank",
             )
-        ids, scores, row_ids = [], np.zeros((len(vectors), k), np.float32), []
+        ids, scores, places = [], np.zeros((len(vectors), k), np.float32), []
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
             group = vectors[start : start + QUERIES_AT_ONCE]
             for number, rows in enumerate(_candidates(self._blocks, group, k, allowed), start):
                 names, best, scores[number] = self._ranked(vectors[number], rows, k)
                 ids.append(names)
-                row_ids.append(self._row_ids[best])
-        return Results(ids, scores, self.table, row_ids)
+                places.append(best)
+        return Results(ids, scores, places, self)
 
     def add(self, rows: pa.Table, vectors: np.ndarray | None = None) -> None:
         """Adds rows (see `Table.add`), embedded by the bank's embedder unless their vectors are given."""
@@ -120,13 +127,13 @@ class Bank:
     def _follow(self) -> None:
         """Brings what is in memory to the version of the table."""
         now = np.sort(self.table.row_ids())
-        self._alive = np.isin(self._row_ids, now)
-        new = np.setdiff1d(now, self._row_ids)
+        self._alive = np.isin(self.row_ids, now)
+        new = np.setdiff1d(now, self.row_ids)
         if new.size:
             self._append(self.table.take(new, ["_rowid", "id", "vector"]))
 
     def _append(self, part: pa.Table) -> None:
-        self._row_ids = np.concatenate([self._row_ids, part["_rowid"].to_numpy()])
+        self.row_ids = np.concatenate([self.row_ids, part["_rowid"].to_numpy()])
         self._ids = pa.chunked_array([*self._ids.chunks, *part["id"].chunks], pa.string())
         self._blocks.append(to_matrix(part["vector"]))
         self._alive = np.concatenate([self._alive, np.ones(len(part), bool)])
@@ -147,25 +154,37 @@ class Bank:
             raise UserError("a query has nothing to search for", expected="words", found=repr(empty))
         return vectors
 
+    def vectors(self, places: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
+        """The vectors at these places in memory, such as `Results.places`."""
+        starts = np.cumsum([0, *map(len, self._blocks)])
+        found = np.empty((len(places), self.table.dim), np.float32)
+        owners = np.searchsorted(starts, places, "right") - 1
+        for block in np.unique(owners):
+            here = owners == block
+            found[here] = self._blocks[block][places[here] - starts[block]]
+        return found
+
     def _allowed(self, where: str | None) -> Bool[np.ndarray, " N"]:
         if where is None:
             return self._alive
-        return self._alive & np.isin(self._row_ids, self.table.row_ids(where))
+        return self._alive & np.isin(self.row_ids, self.table.row_ids(where))
 
     def _ranked(
         self, query: Float32[np.ndarray, " D"], rows: Int64[np.ndarray, " n"], k: int
     ) -> tuple[list[str], Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]:
         """The k best of the candidates: ids, rows, scores."""
-        starts = np.cumsum([0, *map(len, self._blocks)])
-        exact = np.empty(len(rows))
-        for block in np.unique(np.searchsorted(starts, rows, "right") - 1):
-            here = np.flatnonzero((rows >= starts[block]) & (rows < starts[block + 1]))
-            for part in np.array_split(here, len(here) // 4096 + 1):
-                found = self._blocks[block][rows[part] - starts[block]].astype(np.float64)
-                exact[part] = np.round(found @ query.astype(np.float64), DIGITS)
+        parts = np.array_split(rows, len(rows) // 4096 + 1)
+        exact = np.concatenate([cosines(query, self.vectors(part)) for part in parts])
         ids = self._ids.take(pa.array(rows)).to_pylist()
         order = sorted(range(len(rows)), key=lambda i: (-exact[i], ids[i]))[:k]
         return [ids[i] for i in order], rows[order], exact[order]
+
+
+def cosines(
+    query: Float32[np.ndarray, " D"], vectors: Float32[np.ndarray, "n D"]
+) -> Float64[np.ndarray, " n"]:
+    """Of unit vectors, rounded so that they are the same on every machine."""
+    return np.round(vectors.astype(np.float64) @ query.astype(np.float64), DIGITS)
 
 
 def _candidates(

@@ -28,7 +28,10 @@ from ditmem_jax.errors import UserError, nearest
 FORMAT = 1
 NAME = "videos"
 ROWS_AT_ONCE = 1 << 14  # that are read or written: 48 MB of vectors of 768 numbers
-KEY = {f"lance-schema:unenforced-primary-key{suffix}": value for suffix, value in (("", "true"), (":position", "1"))}
+KEY = {
+    f"lance-schema:unenforced-primary-key{suffix}": value
+    for suffix, value in (("", "true"), (":position", "1"))
+}
 FIXED = (
     pa.field("id", pa.string(), nullable=False, metadata=KEY),
     pa.field("caption", pa.string(), nullable=False),
@@ -92,7 +95,11 @@ class Table:
             UserError: if there is a bank at `uri`, or the rows do not make one.
         """
         uri = str(uri)
-        stored = {"format": FORMAT, "embedder": embedder.describe(), "words": dict(getattr(embedder, "frequency", {}))}
+        stored = {
+            "format": FORMAT,
+            "embedder": embedder.describe(),
+            "words": dict(getattr(embedder, "frequency", {})),
+        }
         further = [field for field in rows.schema if field.name not in {fixed.name for fixed in FIXED}]
         fields = [*FIXED, *further, pa.field("vector", pa.list_(pa.float32(), embedder.dim), nullable=False)]
         schema = pa.schema(fields, metadata={"ditmem_jax": json.dumps(stored, ensure_ascii=False)})
@@ -199,7 +206,7 @@ class Table:
             missing = [name for name, place in zip(ids, order, strict=True) if not place.is_valid]
             raise UserError(
                 f"the bank {self.uri} has no video {missing[0]!r}",
-                expected=nearest(missing[0], self.rows(columns=["id"])["id"].to_pylist()),
+                expected=nearest(missing[0], self.rows(columns=["id"])["id"][:1000].to_pylist()),
                 found=f"{len(missing)} of {len(ids)} are not there",
             )
         return found.take(order)
@@ -213,13 +220,15 @@ class Table:
         row_ids = [int(number) for number in row_ids]
         columns = self.columns if columns is None else list(columns)
         with _lance(f"cannot read the bank {self.uri}"):
-            found = self._table.take_row_ids(sorted(set(row_ids))).select(list({*columns, "_rowid"})).to_arrow()
+            found = (
+                self._table.take_row_ids(sorted(set(row_ids))).select(list({*columns, "_rowid"})).to_arrow()
+            )
         order = pc.index_in(pa.array(row_ids, pa.uint64()), found["_rowid"])
+        if order.null_count:
+            raise UserError("a video was removed from the bank meanwhile", fix="search once more")
         return found.take(order).select(columns)
 
-    def blocks(
-        self, size: int = ROWS_AT_ONCE
-    ) -> Iterator[pa.Table]:
+    def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
         """`_rowid`, `id` and `vector` of all rows, some at a time: a plain scan reads far ahead into memory."""
         for start in range(0, len(self), size):
             with _lance(f"cannot read the bank {self.uri}"):

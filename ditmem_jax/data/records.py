@@ -276,7 +276,7 @@ class RecordReader:
         """The records without their arrays, read from the small lists beside the shards."""
         return [entry for entry, _ in self._list]
 
-    @property
+    @functools.cached_property
     def checksums(self) -> list[str]:
         """Of the latents of each record, as they were written."""
         return [checksum for _, checksum in self._list]

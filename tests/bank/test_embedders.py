@@ -28,6 +28,17 @@ def test_given_vectors():
         made.queries(CAPTIONS)
 
 
+def test_vectors_that_a_model_has_made_need_no_model():
+    about = {
+        "kind": "sentence-transformers",
+        "name": "some/model",
+        "revision": "1",
+        "normalised": True,
+        "dim": 3,
+    }
+    assert load_embedder(about, embeds=False).describe() == about
+
+
 def test_bad_names():
     for name in ("word2vec", "lexical:x", "sentence-transformers:", ""):
         with pytest.raises(UserError, match="unknown embedder"):
