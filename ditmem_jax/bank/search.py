@@ -121,8 +121,10 @@ class Bank:
 
     def refresh(self) -> None:
         """Takes up what other writers have changed."""
+        before = self.version
         self.table.refresh()
-        self._follow()
+        if self.version != before:
+            self._follow()
 
     def _follow(self) -> None:
         """Brings what is in memory to the version of the table."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ditmem_jax.checkpoint import load_vae
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.records import RecordReader, checksum
 from ditmem_jax.data.video import from_unit, write_video
 from ditmem_jax.encode import fingerprint
 from ditmem_jax.errors import UserError
@@ -52,14 +52,7 @@ class Decoder:
             vae, made_by = self._vae
             path = self.cache / made_by[:16] / f"{row['checksum']}.mp4"
             if not path.exists():
-                records = RecordReader(row["records"])
-                if (theirs := records.meta.made_by.get("vae")) != made_by:
-                    raise UserError(
-                        f"the records in {records.folder} were made by another VAE",
-                        expected=made_by,
-                        found=theirs,
-                    )
-                latents = jnp.asarray(records[row["row"]].latents, jnp.float32)
+                latents = jnp.asarray(_latents(row, made_by), jnp.float32)
                 frames = from_unit(np.asarray(decode(vae, latents[None]))[0])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_video(
@@ -71,6 +64,25 @@ class Decoder:
     def _vae(self) -> tuple[VAE, str]:
         vae = load_vae(self.config)
         return vae, fingerprint(vae)
+
+
+def _latents(row: Row, made_by: str) -> np.ndarray:
+    """Latents [T, H, W, C] of a row, made by the VAE of that fingerprint."""
+    folder, number = row["records"], row["row"]
+    index = Path(folder) / "index.json"
+    records = _reader(folder, index.stat().st_mtime if index.exists() else 0.0)
+    if (theirs := records.meta.made_by.get("vae")) != made_by:
+        raise UserError(f"the records in {folder} were made by another VAE", expected=made_by, found=theirs)
+    latents = records[number].latents if number < len(records) else None
+    if latents is None or checksum(latents) != row["checksum"]:
+        raise UserError(f"record {number} of {folder} is not the one that the bank means", fix="bank verify")
+    return latents
+
+
+@functools.lru_cache(maxsize=4)
+def _reader(folder: str, written: float) -> RecordReader:
+    """`RecordReader`, whose lists are long, once for each state of the folder."""
+    return RecordReader(folder)
 
 
 @dataclasses.dataclass(frozen=True)
