@@ -190,11 +190,11 @@ def cosines(
 
 
 def _candidates(
-    blocks: Sequence[Float32[np.ndarray, "n D"]],
+    blocks: Sequence[Float32[np.ndarray, "_ D"]],
     queries: Float32[np.ndarray, "P D"],
     k: int,
     allowed: Bool[np.ndarray, " N"],
-) -> list[Int64[np.ndarray, " c"]]:
+) -> list[Int64[np.ndarray, " _"]]:
     """For each query the rows that may be among its k best: all that are, to within the rounding.
 
     Each block of rows is compared with the k-th best score so far, so that few scores are ever looked at twice.
