@@ -12,7 +12,7 @@ import numpy as np
 
 from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.search import Bank
-from ditmem_jax.bank.table import FIXED
+from ditmem_jax.bank.table import FIXED, Table
 from ditmem_jax.checkpoint import load_umt5, load_vae
 from ditmem_jax.config import Config
 from ditmem_jax.data.records import Entry, RecordReader
@@ -97,41 +97,36 @@ class Gallery:
             raise UserError(f"no folder {videos}", expected="the folder of the original videos")
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         decoder = None if config is None else Decoder(config, Path(cache or home / "ditmem_jax" / "clips"))
-        own = (
-            Path(uri).resolve() / "added"
-        )  # as records name their folder; a bank on an object store has none
+        own = Path(uri).resolve() / "added"  # resolved, as bank rows name folders of records
         return cls(uri, Clips(None if videos is None else Path(videos), own, decoder), config)
 
     def about(self, version: int | None = None) -> About:
         with self._lock:
-            bank = self._at(version)
-            description = bank.table.description
-            name = " ".join(
-                dict.fromkeys(str(description.get(key) or "") for key in ("kind", "name"))
-            ).strip()
-            return About(bank.table.uri, name, len(bank), bank.version)
+            table = self._table(version)
+            kind, name = (table.description.get(key) or "" for key in ("kind", "name"))
+            embedder = kind if name in ("", kind) else f"{kind} {name}"
+            return About(table.uri, embedder, len(table), table.version)
 
     def search(self, prompt: str, where: str = "", k: int = 12, version: int | None = None) -> Found:
         """The k rows nearest to a prompt that pass a filter, or fewer if there are not so many; without a prompt
         the first ones."""
         where = where.strip() or None
         with self._lock:
-            bank = self._at(version)
-            row_ids = bank.table.row_ids(where)
+            table = self._table(version)
+            row_ids = table.row_ids(where)
             count = min(k, len(row_ids))
             if not count:
-                return Found(bank.version, [], [], 0)
+                return Found(table.version, [], [], 0)
             if not prompt.strip():
-                rows = bank.table.take(row_ids[:count]).to_pylist()
-                return Found(bank.version, rows, [None] * count, len(row_ids))
-            results = bank.search([prompt], count, where=where)
-            return Found(bank.version, results.rows[0], results.scores[0].tolist(), len(row_ids))
+                rows = table.take(row_ids[:count]).to_pylist()
+                return Found(table.version, rows, [None] * count, len(row_ids))
+            results = self._bank(version).search([prompt], count, where=where)
+            return Found(table.version, results.rows[0], results.scores[0].tolist(), len(row_ids))
 
     def row(self, name: str, version: int | None = None) -> dict[str, Any]:
         """The row of an id."""
         with self._lock:
-            table = self._at(version).table
-            found = table.rows(f"id = {_sql(name)}").to_pylist()
+            found = self._table(version).rows(f"id = {_sql(name)}").to_pylist()
         if not found:
             raise UserError(f"the bank has no video {name[:100]!r} any more", fix="search again")
         return found[0]
@@ -139,7 +134,7 @@ class Gallery:
     def versions(self) -> list[Version]:
         """The newest first."""
         with self._lock:
-            listed = self._at(None).table.versions()
+            listed = self._table(None).versions()
         before, versions = None, []
         for one in listed:
             versions.append(Version(one["version"], one["time"], one["rows"], _change(before, one["rows"])))
@@ -149,7 +144,7 @@ class Gallery:
     def map(self, column: str | None = None, version: int | None = None) -> Map:
         """Where the vectors lie, the colours telling the values of a column."""
         with self._lock:
-            table = self._at(version).table
+            table = self._table(version)
             if column is not None and column not in self.colourable(version):
                 raise UserError(f"the bank has no column {column!r} any more", fix="choose another")
             row_ids = np.sort(table.row_ids())
@@ -167,14 +162,14 @@ class Gallery:
     def colourable(self, version: int | None = None) -> list[str]:
         """Columns that say something about the videos, those of the user's first."""
         with self._lock:
-            columns = self._at(version).table.columns
+            columns = self._table(version).columns
         fixed = {field.name for field in FIXED}
         return [name for name in columns if name not in fixed] + list(OWN)
 
     def remove(self, name: str) -> None:
         """Removes a video from the newest version."""
         with self._lock:
-            self._at(None).remove([name])
+            self._bank(None).remove([name])
 
     @property
     def can_add(self) -> str:
@@ -204,31 +199,39 @@ class Gallery:
             self._check_making(RecordReader(folder / "records"))
             rows = rows_of_records([folder / "records"])
             with self._lock:
-                self._at(None).add(rows)
+                self._bank(None).add(rows)
         except BaseException:
             shutil.rmtree(folder)  # nothing points into it
             raise
         return entry.id
 
-    def _at(self, version: int | None) -> Bank:
+    def _table(self, version: int | None) -> Table:
+        """The newest version as others may have left it, or an older one."""
         if version is None:
             self._newest.refresh()
+        elif version != self._newest.version:
+            return Table.open(self._newest.table.uri, version)
+        return self._newest.table
+
+    def _bank(self, version: int | None) -> Bank:
+        """The same with its vectors, for a search."""
+        if (table := self._table(version)) is self._newest.table:
             return self._newest
         if self._old is None or self._old.version != version:
-            self._old = Bank.open(self._newest.table.uri, version)
+            self._old = Bank(table)
         return self._old
 
     def _free_id(self, name: str) -> str:
         """The name, or the first of name#2, name#3, ... that the bank does not have."""
         with self._lock:
-            known = self._at(None).table.rows(f"starts_with(id, {_sql(name)})", ["id"])["id"].to_pylist()
+            known = self._table(None).rows(f"starts_with(id, {_sql(name)})", ["id"])["id"].to_pylist()
         candidates = (name if number == 1 else f"{name}#{number}" for number in range(1, len(known) + 2))
         return next(candidate for candidate in candidates if candidate not in known)
 
     def _check_making(self, made: RecordReader) -> None:
         """Raises UserError if the bank's videos were encoded otherwise, since memories could not read both."""
         with self._lock:
-            table = self._at(None).table
+            table = self._table(None)
             others = table.take(table.row_ids("records IS NOT NULL")[:1], ["records"])["records"].to_pylist()
         if others and (theirs := RecordReader(others[0]).meta) != made.meta:
             names = [

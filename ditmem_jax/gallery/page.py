@@ -15,7 +15,6 @@ _SCRIPT = Path(__file__).with_name("page.js")
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 _QUIET = dict(api_visibility="private", show_progress="hidden")
 _html = partial(gr.HTML, apply_default_css=False, padding=False)
-_BUSY = dict(api_visibility="private", show_progress="minimal")
 
 
 def theme() -> gr.themes.Base:
@@ -106,8 +105,11 @@ def blocks(gallery: Gallery) -> gr.Blocks:
             told, worked = actions.add(video, caption, version)
             return (told, None, "") if worked else (told, gr.skip(), gr.skip())
 
-        add.click(added_now, [video, caption, version], [added, video, caption], **_BUSY).then(
-            **head, **_QUIET
+        (
+            add.click(lambda: gr.Button("Encoding …", interactive=False), None, add, **_QUIET)
+            .then(added_now, [video, caption, version], [added, video, caption], **_QUIET)
+            .then(lambda: gr.Button("Add to the bank", interactive=True), None, add, **_QUIET)
+            .then(**head, **_QUIET)
         )
 
         def opened(event: gr.EventData) -> int | None:

@@ -129,4 +129,6 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int = 7860) -> None:
             f"The bank {gallery.about().uri}: http://{name}:{listener.getsockname()[1]}  (Ctrl-C ends)",
             flush=True,
         )
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(
+            sockets=[listener]
+        )

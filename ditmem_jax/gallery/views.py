@@ -119,7 +119,7 @@ def versions(listed: Sequence[Version], shown: int) -> Html:
         else:
             key = "" if newest else one.number
             action = tag("button", "Open", type="button", data_action="open", data_key=key)
-        time = one.time.strftime("%Y-%m-%d %H:%M:%S")
+        time = tag("time", *(tag("span", f"{one.time:{form}} ") for form in ("%Y-%m-%d", "%H:%M:%S")))
         cells = [f"{one.number}{' (newest)' * newest}", time, one.change, f"{one.rows:,}", action]
         rows.append(
             tag("tr", *(tag("td", cell) for cell in cells), class_="shown" if one.number == shown else None)

@@ -18,7 +18,7 @@ from tests.gallery.small import COUNT, NASTY, config, load_random, make_bank
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
-WAIT = 30_000  # milliseconds: the machine may be busy
+WAIT = 120_000  # milliseconds: the machine may be busy
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def address(gallery, folder):
 
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        serving = uvicorn.Server(uvicorn.Config(server.application(gallery), log_level="warning"))
+        serving = uvicorn.Server(
+            uvicorn.Config(server.application(gallery), log_level="warning", timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=serving.run, kwargs={"sockets": [listener]})
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
@@ -181,7 +183,9 @@ def page(browser, address, request):
 
 
 def ids(page):
-    return page.eval_on_selector_all(".cards:not(.alone) article", "found => found.map(one => one.dataset.id)")
+    return page.eval_on_selector_all(
+        ".cards:not(.alone) article", "found => found.map(one => one.dataset.id)"
+    )
 
 
 def open_tab(page, name):
