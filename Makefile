@@ -25,7 +25,7 @@ test: $(INSTALLED) lint ## lint, then every test
 peers: peers-installed ## tests against models of diffusers, transformers and sentence-transformers, in Python 3.11
 ifneq ($(PYTHON_3_11),)
 	$(PEERS)/bin/python -m pytest -q tests/convert/test_peers.py tests/convert/test_pth.py \
-		tests/bank/test_sentence_transformers.py
+		tests/bank/test_sentence_transformers.py tests/bank/test_released.py
 else
 	@echo "The tests with torch need python3.11 on the PATH: none were run"
 endif

@@ -15,6 +15,9 @@ Commands:
     stats             how many videos, of what
     verify            checks the table and the records that it points to
     match RECORDS     finds --k references for each record of a training set, see `bank.matches`
+    tokens            what an --encoder makes of each video, once, into --out; sampling takes it as --features
+    export-faiss DIR  the bank in the released layout: labels.index, id_map.json, metadata.json; --latents=DIR for .pt
+    import-faiss DIR  a new bank from that layout; with --latents=DIR a folder of records for sampling as well
     versions          what the bank was, commit by commit; --version opens one
     serve             a page to look into the bank and to change it, for this machine only unless --host says more;
                       clips play with --videos or --config, and with --config videos can be added
@@ -34,7 +37,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from ditmem_jax import cli
-from ditmem_jax.bank import matches
+from ditmem_jax.bank import matches, released
 from ditmem_jax.bank.embedders import load_embedder, make_embedder
 from ditmem_jax.bank.rows import read_rows, rows_of_records
 from ditmem_jax.bank.search import Bank
@@ -130,6 +133,30 @@ def match(folder: str) -> None:
     print(f"kept out: {left_out}")
 
 
+def tokens() -> None:
+    if ENCODER.value is None:
+        raise UserError("--encoder is missing", expected="the encoder.safetensors of a training run")
+    from ditmem_jax.bank.features import make_features  # the networks are slow to import
+
+    out = OUT.value or BANK.value
+    print(make_features(Table.open(BANK.value, VERSION.value), ENCODER.value, out))
+    print(f"for python -m ditmem_jax.sample: --features={out}")
+
+
+def export_faiss(folder: str) -> None:
+    table = Table.open(BANK.value, VERSION.value)
+    released.export_faiss(table, folder, LATENTS.value)
+    print(f"{len(table)} videos: {folder}")
+
+
+def import_faiss(folder: str) -> None:
+    if RECORDS.value and len(RECORDS.value) > 1:
+        raise UserError("import-faiss writes one folder of records", found=", ".join(RECORDS.value))
+    records = RECORDS.value[0] if RECORDS.value else None
+    table = released.import_faiss(folder, BANK.value, LATENTS.value, records, EMBEDDER.value or "vectors")
+    print(f"{len(table)} videos: {BANK.value}, version {table.version}")
+
+
 def versions() -> None:
     rows = Table.open(BANK.value).versions()
     if JSON.value:
@@ -205,6 +232,9 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "show": ("ID", show),
     "stats": ("", stats),
     "verify": ("", verify),
+    "tokens": ("", tokens),
+    "export-faiss": ("DIR", export_faiss),
+    "import-faiss": ("DIR", import_faiss),
     "versions": ("", versions),
     "match": ("RECORDS", match),
     "serve": ("", serve),
@@ -226,7 +256,9 @@ if __name__ == "__main__":
     BANK = flags.DEFINE_string("bank", None, "The bank: a folder, or s3://, gs:// ...", required=True)
     RECORDS = flags.DEFINE_list("records", None, "Folders of records, DIR[,DIR].")
     TABLE = flags.DEFINE_string("table", None, "Table of videos (.parquet, .csv or .jsonl) with a column id.")
-    VECTORS = flags.DEFINE_string("vectors", None, "Vectors of the rows of --table, by the bank's embedder: a .npy file [N, D].")
+    VECTORS = flags.DEFINE_string(
+        "vectors", None, "Vectors of the rows of --table, by the bank's embedder: a .npy file [N, D]."
+    )
     EMBEDDER = flags.DEFINE_string(
         "embedder", None, "lexical, or sentence-transformers:NAME_OR_FOLDER[@REVISION]."
     )
@@ -238,6 +270,11 @@ if __name__ == "__main__":
         "threshold", 0.98, "Cosine of captions above which match takes videos for duplicates; 1 for none."
     )
     DEEP = flags.DEFINE_bool("deep", False, "verify reads the latents of every record.")
+    ENCODER = flags.DEFINE_string("encoder", None, "File of a trained memory encoder, for tokens.")
+    OUT = flags.DEFINE_string("out", None, "Folder that tokens go to; the bank itself by default.")
+    LATENTS = flags.DEFINE_string(
+        "latents", None, "Folder of latents as .pt files, for export-faiss and import-faiss."
+    )
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
     CONFIG = cli.define_config()
     VIDEOS = flags.DEFINE_string("videos", None, "serve: folder of the original videos.")

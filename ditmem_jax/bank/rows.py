@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ditmem_jax.bank.table import FIXED
-from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.errors import UserError
 
 TAKEN = {
@@ -21,7 +22,6 @@ TAKEN = {
     "checksum",
     "_rowid",
 }  # columns of a bank that no table of the user's can fill
-OWN = ("duration", "frames", "fps")  # that may be among the extra columns of records
 TEXTS = ("id", "caption", "source")
 
 
@@ -31,18 +31,19 @@ def rows_of_records(folders: Sequence[str | Path]) -> pa.Table:
     Raises:
         UserError: for a folder that is not of records.
     """
-    parts = []
-    for folder in folders:
-        reader = RecordReader(folder)
-        entries = reader.entries
-        names = sorted({name for entry in entries for name in entry.extra})
-        columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
-        columns |= further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
-        columns["records"] = [str(Path(folder).resolve())] * len(entries)
-        columns["row"] = pa.array(range(len(entries)), pa.int32())
-        columns["checksum"] = reader.checksums
-        parts.append(pa.table(columns))
-    return pa.concat_tables(parts, promote_options="permissive")
+    readers = [RecordReader(folder) for folder in folders]
+    columns = columns_of([entry for reader in readers for entry in reader.entries])
+    columns["records"] = [str(reader.folder.resolve()) for reader in readers for _ in range(len(reader))]
+    columns["row"] = pa.array([row for reader in readers for row in range(len(reader))], pa.int32())
+    columns["checksum"] = [checksum for reader in readers for checksum in reader.checksums]
+    return pa.table(columns)
+
+
+def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The columns of a bank that entries of records tell."""
+    names = sorted({name for entry in entries for name in entry.extra})
+    columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
+    return columns | further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
 
 
 def read_rows(path: str | Path) -> pa.Table:
@@ -58,6 +59,8 @@ def read_rows(path: str | Path) -> pa.Table:
         elif path.suffix == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, restval="", strict=True))
+            if any(None in row for row in rows):
+                raise ValueError("a row has more values than there are columns")
             table = pa.table(
                 further({name: [row[name] for row in rows] for name in (rows[0] if rows else ())}, TEXTS)
             )

@@ -1,4 +1,4 @@
-"""Search in memory over a bank: exact, by blocked matrix products.
+"""Search in memory over a bank: exact, or by FAISS IVF where there are very many videos.
 
 Scores are cosines. A matrix product rounds as its blocks fall, which would decide between equal scores: so it only
 finds the rows that may be among the best, and those are scored again in float64, rounded, and ordered by id where
@@ -7,6 +7,7 @@ their scores are equal. The same query gives the same answer on every machine, a
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from ditmem_jax.bank.embedders import Embedder, load_embedder
+from ditmem_jax.bank.index import IVF, Exact
 from ditmem_jax.bank.table import Table, to_matrix, unit
 from ditmem_jax.errors import UserError
 
 QUERIES_AT_ONCE = 256
-ROUNDING = 1e-5  # float32 scores of unit vectors err by less
+IVF_ABOVE = 1_000_000  # videos
 DIGITS = 6  # of scores
 
 
@@ -30,7 +32,7 @@ class Results:
 
     ids: list[list[str]]
     scores: Float32[np.ndarray, "P k"]
-    places: list[Int64[np.ndarray, " k"]]  # in the memory of the bank
+    places: list[Int64[np.ndarray, " _"]]  # in the memory of the bank
     _bank: "Bank"
 
     @functools.cached_property
@@ -52,19 +54,30 @@ class Bank:
     Another writer's changes are seen after `refresh`.
     """
 
-    def __init__(self, table: Table):
-        self.table = table
+    def __init__(self, table: Table, ivf_above: int = IVF_ABOVE):
+        self.table, self.dim = table, table.dim
         self.row_ids = np.zeros(0, np.uint64)
         self._ids = pa.chunked_array([], pa.string())
-        self._blocks: list[Float32[np.ndarray, "n D"]] = []
         self._alive = np.zeros(0, bool)
+        blocks = []
         for part in table.blocks():
-            self._append(part)
+            self._take_up(part)
+            blocks.append(to_matrix(part["vector"]))
+        large = len(self) > ivf_above
+        if large:
+            print(f"{len(self):,} videos: filling an index of FAISS IVF", file=sys.stderr)
+        self.index: Exact | IVF = IVF(self.dim, blocks) if large else Exact(self.dim, blocks)
 
     @classmethod
-    def open(cls, uri: str | Path, version: int | None = None) -> "Bank":
-        """Raises UserError if there is no such bank or version."""
-        return cls(Table.open(uri, version))
+    def open(cls, uri: str | Path, version: int | None = None, ivf_above: int = IVF_ABOVE) -> "Bank":
+        """The newest version of a bank, or an older one.
+
+        Args:
+            ivf_above: videos beyond which search is approximate, by FAISS IVF.
+        Raises:
+            UserError: if there is no such bank or version.
+        """
+        return cls(Table.open(uri, version), ivf_above)
 
     def __len__(self) -> int:
         return int(self._alive.sum())
@@ -99,18 +112,17 @@ class Bank:
                 found=k,
                 fix="a smaller k, or more videos in the bank",
             )
-        ids, scores, places = [], np.zeros((len(vectors), k), np.float32), []
+        parts = []
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
             group = vectors[start : start + QUERIES_AT_ONCE]
-            for number, rows in enumerate(_candidates(self._blocks, group, k, allowed), start):
-                names, best, scores[number] = self._ranked(vectors[number], rows, k)
-                ids.append(names)
-                places.append(best)
-        return Results(ids, scores, places, self)
+            parts += self._ranked(group, self.index.candidates(group, k, allowed), k)
+        ids, scores, places = zip(*parts, strict=True)
+        return Results(list(ids), np.array(scores, np.float32), list(places), self)
 
     def add(self, rows: pa.Table, vectors: np.ndarray | None = None) -> None:
         """Adds rows (see `Table.add`), embedded by the bank's embedder unless their vectors are given."""
-        self.table.add(rows, self.embedder, vectors)
+        known = load_embedder(self.table.description, self.table.words, embeds=False)
+        self.table.add(rows, self.embedder if vectors is None else known, vectors)
         self._follow()
 
     def remove(self, ids: Sequence[str] | None = None, where: str | None = None) -> int:
@@ -132,20 +144,24 @@ class Bank:
         self._alive = np.isin(self.row_ids, now)
         new = np.setdiff1d(now, self.row_ids)
         if new.size:
-            self._append(self.table.take(new, ["_rowid", "id", "vector"]))
+            part = self.table.take(new, ["_rowid", "id", "vector"])
+            self._take_up(part)
+            self.index.add(to_matrix(part["vector"]))
 
-    def _append(self, part: pa.Table) -> None:
+    def _take_up(self, part: pa.Table) -> None:
         self.row_ids = np.concatenate([self.row_ids, part["_rowid"].to_numpy()])
-        self._ids = pa.chunked_array([*self._ids.chunks, *part["id"].chunks], pa.string())
-        self._blocks.append(to_matrix(part["vector"]))
+        ids = part["id"].take(
+            pa.array(np.arange(len(part)))
+        )  # a copy: the column itself would keep all others alive
+        self._ids = pa.chunked_array([*self._ids.chunks, *ids.chunks], pa.string())
         self._alive = np.concatenate([self._alive, np.ones(len(part), bool)])
 
     def _vectors(self, queries: Sequence[str] | np.ndarray) -> Float32[np.ndarray, "P D"]:
         if isinstance(queries, np.ndarray):
-            if queries.ndim != 2 or queries.shape[1] != self.table.dim:
+            if queries.ndim != 2 or queries.shape[1] != self.dim:
                 raise UserError(
                     f"the bank {self.table.uri} cannot be searched with these vectors",
-                    expected=f"[P, {self.table.dim}]", found=list(queries.shape),
+                    expected=f"[P, {self.dim}]", found=list(queries.shape),
                 )  # fmt: skip
             names = [f"query {number}" for number in range(len(queries))]
             vectors = unit(queries, names)
@@ -158,13 +174,7 @@ class Bank:
 
     def vectors(self, places: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
         """The vectors at these places in memory, such as `Results.places`."""
-        starts = np.cumsum([0, *map(len, self._blocks)])
-        found = np.empty((len(places), self.table.dim), np.float32)
-        owners = np.searchsorted(starts, places, "right") - 1
-        for block in np.unique(owners):
-            here = owners == block
-            found[here] = self._blocks[block][places[here] - starts[block]]
-        return found
+        return self.index.vectors(places)
 
     def _allowed(self, where: str | None) -> Bool[np.ndarray, " N"]:
         if where is None:
@@ -172,14 +182,18 @@ class Bank:
         return self._alive & np.isin(self.row_ids, self.table.row_ids(where))
 
     def _ranked(
-        self, query: Float32[np.ndarray, " D"], rows: Int64[np.ndarray, " n"], k: int
-    ) -> tuple[list[str], Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]:
-        """The k best of the candidates: ids, rows, scores."""
-        parts = np.array_split(rows, len(rows) // 4096 + 1)
-        exact = np.concatenate([cosines(query, self.vectors(part)) for part in parts])
-        ids = self._ids.take(pa.array(rows)).to_pylist()
-        order = sorted(range(len(rows)), key=lambda i: (-exact[i], ids[i]))[:k]
-        return [ids[i] for i in order], rows[order], exact[order]
+        self, queries: Float32[np.ndarray, "P D"], candidates: Sequence[Int64[np.ndarray, " _"]], k: int
+    ) -> list[tuple[list[str], Float64[np.ndarray, " _"], Int64[np.ndarray, " _"]]]:
+        """Of each query's candidates the k best: ids, scores, places."""
+        ids, start, ranked = self._ids.take(pa.array(np.concatenate(candidates))).to_pylist(), 0, []
+        for query, rows in zip(queries, candidates, strict=True):
+            parts = np.array_split(rows, len(rows) // 4096 + 1)
+            exact = np.concatenate([cosines(query, self.vectors(part)) for part in parts])
+            names = ids[start : start + len(rows)]
+            order = sorted(range(len(rows)), key=lambda i: (-exact[i], names[i]))[:k]
+            ranked.append(([names[i] for i in order], exact[order], rows[order]))
+            start += len(rows)
+        return ranked
 
 
 def cosines(
@@ -187,35 +201,3 @@ def cosines(
 ) -> Float64[np.ndarray, " n"]:
     """Of unit vectors, rounded so that they are the same on every machine."""
     return np.round(vectors.astype(np.float64) @ query.astype(np.float64), DIGITS)
-
-
-def _candidates(
-    blocks: Sequence[Float32[np.ndarray, "_ D"]],
-    queries: Float32[np.ndarray, "P D"],
-    k: int,
-    allowed: Bool[np.ndarray, " N"],
-) -> list[Int64[np.ndarray, " _"]]:
-    """For each query the rows that may be among its k best: all that are, to within the rounding.
-
-    Each block of rows is compared with the k-th best score so far, so that few scores are ever looked at twice.
-    """
-    best = np.full((len(queries), k), -2, np.float32)  # below any cosine
-    rows: list[list[np.ndarray]] = [[] for _ in queries]
-    rough: list[list[np.ndarray]] = [[] for _ in queries]
-    start = 0
-    for block in blocks:
-        scores = queries @ block.T if len(queries) > 1 else (block @ queries[0])[None]
-        if not (here := allowed[start : start + len(block)]).all():
-            scores[:, ~here] = -3
-        for i in np.flatnonzero(scores.max(axis=1) >= best[:, 0] - ROUNDING):
-            found = np.flatnonzero(scores[i] >= best[i, 0] - ROUNDING)
-            values = scores[i, found]
-            best[i] = np.sort(np.partition(np.concatenate([best[i], values]), -k)[-k:])
-            kept = values >= best[i, 0] - ROUNDING
-            rows[i].append(found[kept] + start)
-            rough[i].append(values[kept])
-        start += len(block)
-    return [
-        np.concatenate(r)[np.concatenate(v) >= low - ROUNDING]
-        for r, v, low in zip(rows, rough, best[:, 0], strict=True)
-    ]

@@ -53,8 +53,8 @@ class Table:
         words: word counts of a lexical embedder; otherwise empty.
     """
 
-    def __init__(self, uri: str, table: lancedb.table.Table):
-        self.uri, self._table = uri, table
+    def __init__(self, uri: str, table: lancedb.table.Table, older: bool = False):
+        self.uri, self._table, self._older = uri, table, older
         stored = json.loads((table.schema.metadata or {}).get(b"ditmem_jax", b"{}"))
         if stored.get("format") != FORMAT:
             raise UserError(
@@ -76,12 +76,23 @@ class Table:
         uri = str(uri)
         if "://" not in uri and not (Path(uri) / f"{NAME}.lance").exists():
             raise UserError(f"no bank at {uri}", fix="python -m ditmem_jax.bank build")
-        with _lance(f"cannot open the bank {uri}", fix="python -m ditmem_jax.bank build"):
+        with lance_errors(f"cannot open the bank {uri}", fix="python -m ditmem_jax.bank build"):
             table = lancedb.connect(uri).open_table(NAME)
         if version is not None:
-            with _lance(f"the bank {uri} has no version {version}", fix="python -m ditmem_jax.bank versions"):
+            with lance_errors(
+                f"the bank {uri} has no version {version}", fix="python -m ditmem_jax.bank versions"
+            ):
                 table.checkout(version)
-        return cls(uri, table)
+        return cls(uri, table, older=version is not None)
+
+    @classmethod
+    def exists(cls, uri: str | Path) -> bool:
+        """Whether there is a bank that can be opened."""
+        try:
+            cls.open(uri)
+        except UserError:
+            return False
+        return True
 
     @classmethod
     def create(
@@ -95,6 +106,8 @@ class Table:
             UserError: if there is a bank at `uri`, or the rows do not make one.
         """
         uri = str(uri)
+        if cls.exists(uri):
+            raise UserError(f"there is a bank at {uri}", fix="another folder, or add to that bank")
         stored = {
             "format": FORMAT,
             "embedder": embedder.describe(),
@@ -104,7 +117,10 @@ class Table:
         fields = [*FIXED, *further, pa.field("vector", pa.list_(pa.float32(), embedder.dim), nullable=False)]
         schema = pa.schema(fields, metadata={"ditmem_jax": json.dumps(stored, ensure_ascii=False)})
         rows = conform(rows, schema)
-        with _written(rows, vectors, embedder, schema) as reader, _lance(f"cannot build the bank {uri}"):
+        with (
+            _written(rows, vectors, embedder, schema) as reader,
+            lance_errors(f"cannot build the bank {uri}"),
+        ):
             table = lancedb.connect(uri).create_table(NAME, reader)
         return cls(uri, table)
 
@@ -137,20 +153,22 @@ class Table:
                 f"the bank {self.uri} was built with another embedder",
                 expected=self.description, found=ours, fix="add with that one, or build another bank",
             )  # fmt: skip
-        self.refresh()
-        if new := [field for field in rows.schema if field.name not in self._table.schema.names]:
-            with _lance(f"cannot add columns to the bank {self.uri}"):
-                self._table.add_columns(new)
-        rows = conform(rows, self._table.schema)
+        self._newest()
+        schema = self._table.schema
+        new = [field for field in rows.schema if field.name not in schema.names]
+        rows = conform(rows, pa.schema([*schema, *new]))
         if there := self.rows(f"id IN ({_quoted(rows['id'].to_pylist())})", ["id"])["id"].to_pylist():
             raise UserError(
                 f"the bank holds {len(there)} of these {len(rows)} videos already; none was added",
                 found=", ".join(map(repr, there[:5])),
                 fix="leave them out, or remove them first",
             )
+        if new:
+            with lance_errors(f"cannot add columns to the bank {self.uri}", fix="try once more"):
+                self._table.add_columns(new)
         with (
             _written(rows, vectors, embedder, self._table.schema) as reader,
-            _lance(f"cannot add to the bank {self.uri}"),
+            lance_errors(f"cannot add to the bank {self.uri}"),
         ):
             done = self._table.merge_insert("id").when_not_matched_insert_all().execute(reader)
         if done.num_inserted_rows < len(rows):
@@ -165,19 +183,29 @@ class Table:
         Raises:
             UserError: if there is no row of one of the ids (nothing is removed then), or the filter does not parse.
         """
-        self.refresh()
+        self._newest()
         if ids is not None:
             self.by_id(ids)
             where = f"id IN ({_quoted(ids)})"
         if not self.row_ids(where).size:
             return 0
-        with _lance(f"cannot remove from the bank {self.uri}"):
+        with lance_errors(f"cannot remove from the bank {self.uri}"):
             return self._table.delete(where).num_deleted_rows
 
     def refresh(self) -> None:
-        """Moves on to the newest version, which another writer may have made."""
-        with _lance(f"cannot read the bank {self.uri}"):
+        """Moves on to the newest version, which another writer may have made; not from an older one on purpose."""
+        if self._older:
+            return
+        with lance_errors(f"cannot read the bank {self.uri}"):
             self._table.checkout_latest()
+
+    def _newest(self) -> None:
+        if self._older:
+            raise UserError(
+                f"version {self.version} of the bank {self.uri} is an older version, which cannot change",
+                fix="leave out the version",
+            )
+        self.refresh()
 
     def versions(self) -> list[dict[str, Any]]:
         """Number, time and count of rows of each version, the oldest first."""
@@ -219,7 +247,7 @@ class Table:
         """The rows of these numbers in this order, without vectors unless named."""
         row_ids = [int(number) for number in row_ids]
         columns = self.columns if columns is None else list(columns)
-        with _lance(f"cannot read the bank {self.uri}"):
+        with lance_errors(f"cannot read the bank {self.uri}"):
             found = (
                 self._table.take_row_ids(sorted(set(row_ids))).select(list({*columns, "_rowid"})).to_arrow()
             )
@@ -231,17 +259,17 @@ class Table:
     def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
         """`_rowid`, `id` and `vector` of all rows, some at a time: a plain scan reads far ahead into memory."""
         for start in range(0, len(self), size):
-            with _lance(f"cannot read the bank {self.uri}"):
+            with lance_errors(f"cannot read the bank {self.uri}"):
                 query = self._table.search().select(["_rowid", "id", "vector"])
-                part = query.offset(start).limit(size).to_arrow()
+                part = query.offset(start).limit(size).to_batches(batch_size=size).read_all()
             yield part
 
     def _select(self, where: str | None, columns: list[str]) -> pa.Table:
         query = self._table.search().select(columns)
         if where is None:
-            with _lance(f"cannot read the bank {self.uri}"):
+            with lance_errors(f"cannot read the bank {self.uri}"):
                 return query.to_arrow()
-        with _lance(
+        with lance_errors(
             f"the filter {where[:200]!r} does not fit the bank {self.uri}",
             expected=f"SQL over {', '.join(self.columns)}, such as: duration > 2 AND caption LIKE '%ball%'",
         ):
@@ -282,9 +310,10 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def to_matrix(vectors: pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:
-    """Arrow's lists of equal length as a matrix of its own."""
+    """Arrow's lists of equal length as a matrix, on Arrow's own memory where that is in one piece."""
     width = vectors.type.list_size
-    return np.concatenate([chunk.flatten().to_numpy().reshape(-1, width) for chunk in vectors.chunks])
+    parts = [chunk.flatten().to_numpy().reshape(-1, width) for chunk in vectors.chunks]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def unit(vectors: np.ndarray, names: Sequence[str] | pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:
@@ -338,7 +367,7 @@ def _written(
 
 
 @contextlib.contextmanager
-def _lance(what: str, **advice: str) -> Iterator[None]:
+def lance_errors(what: str, **advice: str) -> Iterator[None]:
     """Raises what LanceDB raises as a UserError that says `what`."""
     try:
         yield

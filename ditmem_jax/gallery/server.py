@@ -124,11 +124,12 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int = 7860) -> None:
         app = application(gallery, LOCAL if host in LOCAL else None)
         import uvicorn
 
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                app.routes[-1].app.stop_event.set()  # ends the streams that tell Gradio which pages are open
+                await super().shutdown(sockets)
+
         name = f"[{host}]" if ":" in host else host
-        print(
-            f"The bank {gallery.about().uri}: http://{name}:{listener.getsockname()[1]}  (Ctrl-C ends)",
-            flush=True,
-        )
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(
-            sockets=[listener]
-        )
+        print(f"{gallery.about().uri}: http://{name}:{listener.getsockname()[1]}  (Ctrl-C ends)", flush=True)
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        Server(settings).run(sockets=[listener])

@@ -144,9 +144,9 @@ class Demo:
         """All clips in one bank. Unseen planets are here only: no caption of training asks for them."""
         folders = [self.out / "records" / split for split in ("train", "unseen")]
         bank = f"--bank={self.bank}"
-        if not self.bank.exists():
+        if not Table.exists(self.bank):
             self._command("ditmem_jax.bank", "build", bank, f"--records={','.join(map(str, folders))}")
-        for folder in folders:
+        for folder in folders:  # captions are few words: equal ones are no sign of equal clips
             k = f"--k={self.config.data.references}"
             self._command("ditmem_jax.bank", "match", str(folder), bank, k, "--threshold=1")
 
