@@ -269,10 +269,10 @@ def test_add_remove_and_go_back_to_an_old_version(page, gallery, folder):
     page.get_by_text("read-only").wait_for()
     open_tab(page, "Search")
     page.wait_for_function(
-        "[...document.querySelectorAll('article')].some(a => a.dataset.id == 'blue zorvex.mp4#2')"
+        "[...document.querySelectorAll('.cards:not(.alone) article')].some(a => a.dataset.id == 'blue zorvex.mp4#2')"
     )
     page.wait_for_function(
-        "document.querySelector('article.clip video').readyState >= 2"
+        "document.querySelector('.cards:not(.alone) video').readyState >= 2"
     )  # plays though it is removed
     assert page.get_by_text("Remove …").count() == 0
     page.get_by_role("button", name="Back to the newest").click()
