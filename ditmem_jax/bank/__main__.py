@@ -40,7 +40,7 @@ from ditmem_jax import cli
 from ditmem_jax.bank import matches, released
 from ditmem_jax.bank.embedders import load_embedder, make_embedder
 from ditmem_jax.bank.rows import read_rows, rows_of_records
-from ditmem_jax.bank.search import Bank
+from ditmem_jax.bank.search import IVF_ABOVE, Bank
 from ditmem_jax.bank.table import Table
 from ditmem_jax.bank.verify import check
 from ditmem_jax.data.records import RecordReader
@@ -74,7 +74,7 @@ def remove(ids: str | None = None) -> None:
 
 def search(prompt: str | None = None) -> None:
     queries = _queries(prompt)
-    found = Bank.open(BANK.value, VERSION.value).search(queries, K.value, where=WHERE.value)
+    found = Bank.open(BANK.value, VERSION.value, IVF.value).search(queries, K.value, where=WHERE.value)
     shown = queries if isinstance(queries, list) else [f"query {i}" for i in range(len(queries))]
     for query, rows, scores in zip(shown, found.rows, found.scores, strict=True):
         rows = [{"score": round(float(score), 6)} | row for score, row in zip(scores, rows, strict=True)]
@@ -126,7 +126,9 @@ def verify() -> None:
 
 
 def match(folder: str) -> None:
-    found = matches.find(RecordReader(folder), Bank.open(BANK.value), K.value, THRESHOLD.value)
+    found = matches.find(
+        RecordReader(folder), Bank.open(BANK.value, ivf_above=IVF.value), K.value, THRESHOLD.value
+    )
     found.save(Path(folder) / matches.FILE)
     left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
     print(f"{K.value} references for each of {len(found.table)} records: {Path(folder) / matches.FILE}")
@@ -274,6 +276,9 @@ if __name__ == "__main__":
     OUT = flags.DEFINE_string("out", None, "Folder that tokens go to; the bank itself by default.")
     LATENTS = flags.DEFINE_string(
         "latents", None, "Folder of latents as .pt files, for export-faiss and import-faiss."
+    )
+    IVF = flags.DEFINE_integer(
+        "ivf_above", IVF_ABOVE, "Videos beyond which search is approximate (FAISS IVF)."
     )
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
     CONFIG = cli.define_config()

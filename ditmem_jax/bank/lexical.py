@@ -17,14 +17,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-
-from ditmem_jax.data.files import write_text
-from ditmem_jax.errors import UserError
 
 BUCKETS = 8
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")  # a number or a word; marks say nothing
@@ -86,26 +82,6 @@ class LexicalEmbedder:
 
     def _weight(self, word: str) -> float:
         return math.log((self.captions + 1) / (self.frequency.get(word, 0) + 0.5)) ** self.power
-
-    def to_json(self) -> str:
-        """The embedder as text; equal embedders give equal texts."""
-        return json.dumps({"kind": "lexical"} | dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
-
-    def save(self, path: str | Path) -> None:
-        write_text(Path(path), self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LexicalEmbedder":
-        """Raises UserError for a file that `save` did not write."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values.pop("kind") != "lexical":
-                raise ValueError("another kind of embedder")
-            return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is no lexical embedder", found=repr(error), fix="build the bank again"
-            ) from error
 
 
 @functools.lru_cache(maxsize=1 << 16)

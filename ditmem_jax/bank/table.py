@@ -13,6 +13,7 @@ the second to commit has its commit repeated on top of the first. That also keep
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +259,17 @@ class Table:
 
     def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
         """`_rowid`, `id` and `vector` of all rows, some at a time: a plain scan reads far ahead into memory."""
-        for start in range(0, len(self), size):
+
+        def read(start: int) -> pa.Table:
             with lance_errors(f"cannot read the bank {self.uri}"):
                 query = self._table.search().select(["_rowid", "id", "vector"])
-                part = query.offset(start).limit(size).to_batches(batch_size=size).read_all()
-            yield part
+                return query.offset(start).limit(size).to_batches(batch_size=size).read_all()
+
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(read, 0)
+            for start in range(0, len(self), size):
+                part, waiting = waiting.result(), pool.submit(read, start + size)
+                yield part
 
     def _select(self, where: str | None, columns: list[str]) -> pa.Table:
         query = self._table.search().select(columns)

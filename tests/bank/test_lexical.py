@@ -1,14 +1,11 @@
 """What counts in a caption: rare words, numbers as wholes; the same on every machine."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 
-from ditmem_jax.bank import LexicalEmbedder
-from ditmem_jax.bank.lexical import words
-from ditmem_jax.errors import UserError
+from ditmem_jax.bank.lexical import LexicalEmbedder, words
 from ditmem_jax.worlds.captions import caption
 from ditmem_jax.worlds.laws import PHENOMENA, splits
 from ditmem_jax.worlds.simulate import Clip, sample_scene
@@ -72,19 +69,3 @@ def test_the_planet_outweighs_everything_else(clips):
     nearest = np.argsort(-scores, axis=1)[:, :5]
     share = (np.array(worlds)[nearest] == np.array(worlds)[:, None]).mean()
     assert share > 0.99
-
-
-def test_save_and_load(tmp_path):
-    embedder = LexicalEmbedder.fit(["a ball", "ein Würfel 6.2"], dim=16, power=3.0)
-    embedder.save(tmp_path / "embedder.json")
-    again = LexicalEmbedder.load(tmp_path / "embedder.json")
-    assert again == embedder and again.to_json() == embedder.to_json()
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", json.dumps({"kind": "other"}), json.dumps({"kind": "lexical", "x": 1})]
-)
-def test_not_an_embedder(tmp_path, text):
-    (tmp_path / "embedder.json").write_text(text)
-    with pytest.raises(UserError, match="no lexical embedder"):
-        LexicalEmbedder.load(tmp_path / "embedder.json")
