@@ -283,7 +283,11 @@ if __name__ == "__main__":
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
     CONFIG = cli.define_config()
     VIDEOS = flags.DEFINE_string("videos", None, "serve: folder of the original videos.")
-    CACHE = flags.DEFINE_string("cache", None, "serve: folder of decoded clips; one of the user's by default.")
-    HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: address to answer at; 0.0.0.0 lets other machines in.")
+    CACHE = flags.DEFINE_string(
+        "cache", None, "serve: folder of decoded clips; one of the user's by default."
+    )
+    HOST = flags.DEFINE_string(
+        "host", "127.0.0.1", "serve: address to answer at; 0.0.0.0 lets other machines in."
+    )
     PORT = flags.DEFINE_integer("port", 7860, "serve: port to answer at; 0 takes a free one.")
     cli.run(main, "COMMAND [ARGUMENT]")
