@@ -152,8 +152,8 @@ def describe(config: Config, vae: VAE, text: tuple[UMT5, Tokenizer]) -> Meta:
             "width": video.width,
             "resize": video.resize,
             "text_len": tokenizer.length,
-            "vae": _fingerprint(vae),
-            "text": _fingerprint(umt5),
+            "vae": fingerprint(vae),
+            "text": fingerprint(umt5),
             "tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
         },
     )
@@ -239,7 +239,7 @@ def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
         write_text(path, table.getvalue())
 
 
-def _fingerprint(module: nnx.Module) -> str:
+def fingerprint(module: nnx.Module) -> str:
     """A hash of the module's weights."""
     digest = hashlib.sha256()
     for path, array in sorted(split(module)[1].items()):

@@ -30,7 +30,7 @@ from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.references import References
 from ditmem_jax.data.tokenizer import Tokenizer
-from ditmem_jax.data.video import write_video
+from ditmem_jax.data.video import from_unit, write_video
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.ditmem import with_strength
@@ -167,8 +167,7 @@ class Sampler:
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """One clip per prompt, as pixels; arguments and errors as `latents`."""
         latents = self.latents(prompts, seeds, references, strength)
-        pixels = np.clip(np.asarray(decode(self.vae, latents)), -1, 1)
-        return np.rint((pixels + 1) * 127.5).astype(np.uint8)
+        return from_unit(np.asarray(decode(self.vae, latents)))
 
     def latents(
         self,

@@ -17,8 +17,9 @@ RINGS = (
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint", "bank.features"),
-    ("encode", "runs", "validate", "train", "sample", "bank.__main__"),
-    ("report",),
+    ("encode", "runs", "validate", "train", "sample"),
+    ("report", "gallery"),
+    ("bank.__main__",),  # its commands reach further than the bank
 )
 # What else it may import, from its own ring.
 BESIDE = {
@@ -32,6 +33,7 @@ BESIDE = {
     "worlds": {"data"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
+    "gallery": {"report"},
 }
 # Imported where it is needed, by this file only.
 LATE = {"data.torch_files": {"torch"}}

@@ -19,6 +19,8 @@ Commands:
     export-faiss DIR  the bank in the released layout: labels.index, id_map.json, metadata.json; --latents=DIR for .pt
     import-faiss DIR  a new bank from that layout; with --latents=DIR a folder of records for sampling as well
     versions          what the bank was, commit by commit; --version opens one
+    serve             a page to look into the bank and to change it, for this machine only unless --host says more;
+                      clips play with --videos or --config, and with --config videos can be added
 """
 
 import json
@@ -165,6 +167,15 @@ def versions() -> None:
         _print(BANK.value, rows)
 
 
+def serve() -> None:
+    from ditmem_jax.gallery import server  # networks and a web server, which no other command needs
+    from ditmem_jax.gallery.gallery import Gallery
+
+    config = None if CONFIG.value is None else cli.load_config(CONFIG)
+    gallery = Gallery.open(BANK.value, videos=VIDEOS.value, config=config, cache=CACHE.value)
+    server.serve(gallery, HOST.value, PORT.value)
+
+
 def _given() -> tuple[pa.Table, np.ndarray | None]:
     """Rows, and vectors if there are any, of the command line."""
     if bool(RECORDS.value) == bool(TABLE.value) or (VECTORS.value and not TABLE.value):
@@ -228,6 +239,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "import-faiss": ("DIR", import_faiss),
     "versions": ("", versions),
     "match": ("RECORDS", match),
+    "serve": ("", serve),
 }
 
 
@@ -269,4 +281,13 @@ if __name__ == "__main__":
         "ivf_above", IVF_ABOVE, "Videos beyond which search is approximate (FAISS IVF)."
     )
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
+    CONFIG = cli.define_config()
+    VIDEOS = flags.DEFINE_string("videos", None, "serve: folder of the original videos.")
+    CACHE = flags.DEFINE_string(
+        "cache", None, "serve: folder of decoded clips; one of the user's by default."
+    )
+    HOST = flags.DEFINE_string(
+        "host", "127.0.0.1", "serve: address to answer at; 0.0.0.0 lets other machines in."
+    )
+    PORT = flags.DEFINE_integer("port", 7860, "serve: port to answer at; 0 takes a free one.")
     cli.run(main, "COMMAND [ARGUMENT]")

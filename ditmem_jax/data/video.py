@@ -100,6 +100,11 @@ def to_unit(frames: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"
     return frames.astype(np.float32) / 127.5 - 1
 
 
+def from_unit(pixels: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """The inverse of `to_unit`; what the VAE makes beyond -1 or 1 is cut."""
+    return np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
 def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 10) -> None:
     """Writes an H.264 mp4 that browsers play. `crf` is x264's quality: 0 is lossless, 23 its default.
 
