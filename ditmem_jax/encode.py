@@ -17,6 +17,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -145,6 +146,8 @@ def main() -> None:
     config = cli.load_config(CONFIG)
     if RESIZE.value:
         config = dataclasses.replace(config, video=dataclasses.replace(config.video, resize=RESIZE.value))
+    weights = os.path.abspath(config.weights.path)  # workers may run in other folders
+    config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, path=weights))
     rows = _rows()
     summary = encode_dataset(
         rows, OUT.value, config, _engine(config), batch=BATCH.value, minimum=MINIMUM.value

@@ -59,12 +59,12 @@ def networks(folder, seed=0):
     return vae, (umt5, Tokenizer(folder / "tokenizer.json", settings.dit.text_len))
 
 
-def run(folder, out, entries=None, **options):
+def run(folder, out, entries=None, engine=Local, **options):
     """Encodes the table in `folder` with random networks, two clips at a time and four records a shard."""
     entries = read_table(folder / "captions.csv") if entries is None else entries
     rows = Videos([folder / "videos"]).rows(entries)
     options = dict(batch=2, shard_size=4) | options
-    return encode_dataset(rows, out, config(folder), Local(networks(folder)), **options)
+    return encode_dataset(rows, out, config(folder), engine(networks(folder)), **options)
 
 
 def run_until_killed(folder, out):
@@ -177,6 +177,27 @@ def test_a_killed_run_continues_to_the_same_records(folder, encoded, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.name for path in encoded[0].iterdir()
     )
+
+
+def test_a_run_continues_with_shards_that_were_finished_before_their_turn(folder, encoded, tmp_path):
+    asked = []
+
+    class Interrupted(Local):
+        def run(self, shards, job):
+            list(super().run(shards[1:], job))
+            raise KeyboardInterrupt
+            yield
+
+    class Counting(Local):
+        def run(self, shards, job):
+            asked.extend(len(shard) for shard in shards)
+            yield from super().run(shards, job)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path, engine=Interrupted)
+    assert run(folder, tmp_path, engine=Counting).made == 9
+    assert asked == [4]
+    assert snapshot(tmp_path) == snapshot(encoded[0])
 
 
 def test_running_again_makes_nothing_and_added_rows_are_taken_up(folder, tmp_path):
