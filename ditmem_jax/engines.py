@@ -11,6 +11,7 @@ records by the same paths, and have this package installed.
 import collections
 import functools
 import itertools
+import logging
 import os
 import socket
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -99,7 +100,7 @@ class OnRay:
     def _resources(self) -> dict[str, Any]:
         """What a worker takes of a machine: no CPU, lest there be none left to read videos."""
         kind = {"GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}.get(self.accelerator, {})
-        return {"num_cpus": 0, "scheduling_strategy": "SPREAD", **kind}
+        return {"num_cpus": 0, **kind}
 
 
 Engine = Local | OnRay
@@ -175,4 +176,5 @@ def _import_ray() -> ModuleType:
         raise UserError(
             "the engine ray needs Ray", found=error, fix="pip install 'ditmem_jax[ray]', or --engine=local"
         ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of all that it does
     return ray
