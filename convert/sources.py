@@ -7,19 +7,14 @@ numbers. Everything that is wrong with the files is told in one error.
 
 import dataclasses
 import json
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.engine import findings, one_line
-from ditmem_jax.data.files import reading
-from ditmem_jax.data.tensors import POINTER, Stored, open_tensors
+from ditmem_jax.data.tensors import Stored, open_tensors
+from ditmem_jax.data.torch_files import load_torch, to_numpy
 from ditmem_jax.errors import UserError
 
 FOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2", "vae", "text_encoder")
@@ -182,43 +177,12 @@ def _tensors(files: list[Path], problems: list[str]) -> dict[str, Stored]:
 
 # --- torch files ------------------------------------------------------------------------------------------------
 
-# What torch raises for files that are cut off or altered, which depends on where.
-DAMAGED = (
-    OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
-    zipfile.BadZipFile,
-)  # fmt: skip
-
 
 def _read_pth(path: Path) -> dict[str, Stored]:
-    """Tensors of a torch file. `weights_only` keeps it from running what may be pickled inside."""
-    with reading(path), open(path, "rb") as file:
-        pointer = file.read(len(POINTER)) == POINTER
-    if pointer:
-        raise UserError(
-            f"{path} is a pointer to weights, not the weights", fix=f"git lfs pull --include {path.name}"
-        )
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs torch to be read",
-            fix="pip install 'ditmem_jax[convert]', or a safetensors file instead",
-        ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{path} is no plain file of tensors; nothing in it was run",
-            found=f"it wants to run {wanted.group(1)}" if wanted else str(error).splitlines()[0],
-            fix="weights from a source that you trust, as safetensors",
-        ) from error
-    except DAMAGED as error:
-        raise UserError(
-            f"cannot read {path}",
-            expected="a whole torch file",
-            found=str(error).splitlines()[0] if str(error) else repr(error),
-        ) from error
+    """Tensors of a torch file by name."""
+    loaded = load_torch(path)
+    import torch
+
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in loaded.items()
     ):
@@ -227,15 +191,6 @@ def _read_pth(path: Path) -> dict[str, Stored]:
 
 
 def _from_torch(tensor: Any) -> Stored:
-    import ml_dtypes
-    import torch
-
     names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
     dtype = str(tensor.dtype).removeprefix("torch.")
-
-    def read() -> np.ndarray:
-        if dtype == "bfloat16":  # numpy learns of it from ml_dtypes, torch does not know that
-            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.contiguous().numpy()
-
-    return Stored(tuple(tensor.shape), names.get(dtype, dtype), tensor.nbytes, read)
+    return Stored(tuple(tensor.shape), names.get(dtype, dtype), tensor.nbytes, lambda: to_numpy(tensor))

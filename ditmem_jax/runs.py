@@ -1,7 +1,7 @@
 """The folder of a training run: whose it is, which references it trains on, and its curves.
 
 config.json            what decides the result, and a fingerprint of the frozen weights
-matches.npz            reference videos of every record, and the version of the bank that was searched
+matches.parquet        reference videos of every record, see `bank.matches`, as they were when the run began
 checkpoints/           see `checkpoint.TrainingCheckpoints`
 metrics.csv            one row per logged step; validation.csv one per validation; tensorboard/ the same
 encoder.safetensors    the result; encoder_best.safetensors that of the best validation so far
@@ -10,7 +10,6 @@ encoder.safetensors    the result; encoder_best.safetensors that of the best val
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
@@ -22,15 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from ditmem_jax.bank import Bank, retrieve_for
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.files import replacing, write_text
-from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import Arrays
 
@@ -130,32 +126,6 @@ def _defaults() -> dict[str, Any]:
         if field.default is not dataclasses.MISSING
     }
     return json.loads(json.dumps(named))  # tuples become lists, as in the file
-
-
-def matches_for(folder: Path, records: RecordReader, bank: Bank, k: int) -> Int[np.ndarray, "n k"]:
-    """Positions in the bank of each record's references: searched once, then read from the run's folder.
-
-    Raises:
-        UserError: if records or bank are no longer those of the search.
-    """
-    path = folder / "matches.npz"
-    listed = json.dumps([[entry.id, entry.caption, entry.source] for entry in records.entries])
-    versions = {"bank": bank.version, "records": hashlib.sha256(listed.encode()).hexdigest()[:16]}
-    if path.exists():
-        with np.load(path, allow_pickle=False) as stored:
-            found, matches = {name: str(stored[name]) for name in versions}, stored["matches"]
-        if changed := [name for name in versions if found[name] != versions[name]]:
-            raise UserError(
-                f"{' and '.join(changed)}: not what the run in {folder} began with",
-                expected=found,
-                found=versions,
-                fix="the videos as they were, or another run.out",
-            )
-        return matches
-    matches = retrieve_for(records, bank, k)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, matches=matches, **versions)
-    return matches
 
 
 class Curves:

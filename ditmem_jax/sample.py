@@ -4,12 +4,15 @@ python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +23,15 @@ from jaxtyping import Array, Float, UInt8
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditmem_jax import cli, flow
-from ditmem_jax.bank import Bank
+from ditmem_jax.bank import Bank, Table
+from ditmem_jax.bank.features import Features, encode_video
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.files import write_text
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.references import References
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import write_video
-from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
@@ -36,6 +40,8 @@ from ditmem_jax.models.vae import VAE, decode
 from ditmem_jax.types import Memory
 
 Latents = Float[Array, "B T H W C"]
+Rows = tuple[Float[Array, "B R 2 M D"], ...]
+"""What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
 Velocity = Callable[[Latents, Float[Array, ""]], Latents]
 """Velocity of noisy latents at a noise level sigma."""
 
@@ -124,7 +130,8 @@ class Sampler:
         self._text, self._tokenizer = text
         self._with_memory = encoder is not None
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
-        encoders = encoder if isinstance(encoder, tuple) else (encoder,) * len(dits)
+        self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
+        encoders = self._encoders * (len(dits) // len(self._encoders))
         pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
         self._networks, self._states = zip(*pairs, strict=True)
         self._on_step = on_step
@@ -155,7 +162,7 @@ class Sampler:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        references: Float[np.ndarray, "B R t h w C"] | None = None,
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """One clip per prompt, as pixels; arguments and errors as `latents`."""
@@ -167,14 +174,14 @@ class Sampler:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        references: Float[np.ndarray, "B R t h w C"] | None = None,
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
     ) -> Latents:
         """One clip per prompt, as normalised latents.
 
         Args:
             seeds: of each clip's noise; a clip does not depend on the others of its batch.
-            references: latents of the reference videos of each prompt; None is no memory.
+            references: latents of the reference videos of each prompt, or their `rows`; None is no memory.
             strength: instead of `config.sample.strength`.
         Raises:
             UserError: for an empty prompt, or references that do not fit the encoder.
@@ -182,6 +189,7 @@ class Sampler:
         config = self.config
         if references is not None and not self._with_memory:
             raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
+        rows = references if references is None or isinstance(references, tuple) else self.rows(references)
         video = config.video
         shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
@@ -190,22 +198,34 @@ class Sampler:
             noise,
             self._embed(prompts),
             jnp.repeat(self._negative, len(prompts), axis=0),
-            None if references is None else jnp.asarray(references, jnp.float32),
+            rows,
             config.sample.strength if strength is None else strength,
+        )
+
+    def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
+        """What the encoders make of each reference video, to the last bit as `bank.features` stores it."""
+        return tuple(
+            jnp.stack(
+                [jnp.stack([encode_video(encoder, video) for video in videos]) for videos in references]
+            )
+            for encoder in self._encoders
         )
 
     def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
         ids, mask = self._tokenizer(prompts, allow_empty=allow_empty)
         return self._encode_text(self._text, jnp.asarray(ids), jnp.asarray(mask))
 
-    def _denoised(self, states, noise, positive, negative, references, strength):
+    def _denoised(self, states, noise, positive, negative, rows, strength):
         networks = [nnx.merge(*network) for network in zip(self._networks, states, strict=True)]
         dits, encoders = networks[: len(networks) // 2], networks[len(networks) // 2 :]
         options = dict(memory_in_negative=self.config.sample.memory_in_negative)
         x, memory = noise, None
-        for dit, encoder, (sigmas, end, scale) in zip(dits, encoders, _schedule(self.config), strict=True):
-            if references is not None:
-                memory = with_strength(encoder(references, training=False), strength)
+        rows = [None] * len(dits) if rows is None else rows * (len(dits) // len(rows))
+        for dit, encoder, videos, (sigmas, end, scale) in zip(
+            dits, encoders, rows, _schedule(self.config), strict=True
+        ):
+            if videos is not None:
+                memory = with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
             velocity = guided(dit, positive, negative, memory, scale, **options)
             x = denoise(velocity, x, sigmas, self._on_step, end)
         return x
@@ -267,34 +287,31 @@ def with_encoders(config: Config, files: str | Path | Sequence[str | Path]) -> t
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-    """Records of the bank for one prompt, the score of each (None if the user named it), and their latents."""
+    """Videos of the bank for one prompt, as its rows, and the score of each (None if the user named it)."""
 
-    entries: tuple[Entry, ...]
-    scores: tuple[float | None, ...]
-    latents: Float[np.ndarray, "R T H W C"]
+    videos: list[dict[str, Any]]
+    scores: list[float | None]
+
+    @functools.cached_property
+    def latents(self) -> Float[np.ndarray, "R T H W C"]:
+        """Raises UserError for a video without a record, or whose record is gone or altered."""
+        return np.stack([record.latents.astype(np.float32) for record in References.of(self.videos)])
+
+    @property
+    def checksums(self) -> list[str]:
+        return [video["checksum"] for video in self.videos]
 
 
 def retrieve(config: Config, prompt: str, ids: Sequence[str] | None = None) -> Retrieved:
-    """The `config.data.references` records of the bank nearest to `prompt`, or those with the given ids.
+    """The `config.data.references` videos of the bank nearest to `prompt`, or those with the given ids.
 
     Raises:
         UserError: if there is no bank, it is smaller than that, or has no such id.
     """
-    records = RecordReader(config.data.bank)
     if ids is None:
-        found, scores = Bank.from_records(config.data.bank).search([prompt], config.data.references)
-        ids, scores = found[0], scores[0].tolist()
-    else:
-        scores = [None] * len(ids)
-    rows = {entry.id: row for row, entry in enumerate(records.entries)}
-    for name in ids:
-        if name not in rows:
-            raise UserError(
-                f"the bank {config.data.bank} has no record {name!r}", expected=nearest(name, rows)
-            )
-    found = [records[rows[name]] for name in ids]
-    latents = np.stack([record.latents.astype(np.float32) for record in found])
-    return Retrieved(tuple(record.entry for record in found), tuple(scores), latents)
+        found = Bank.open(config.data.bank).search([prompt], config.data.references)
+        return Retrieved(found.rows[0], found.scores[0].tolist())
+    return Retrieved(Table.open(config.data.bank).by_id(ids).to_pylist(), [None] * len(ids))
 
 
 def make_clips(
@@ -304,18 +321,22 @@ def make_clips(
     encoder: str | Path | Sequence[str | Path] | None = None,
     memory: Literal["auto", "none"] | Sequence[str] = "auto",
     seeds: Sequence[int] = (0,),
+    features: str | Path | None = None,
 ) -> list[Path]:
     """Makes one clip of `prompt` per seed, and beside each a JSON file about its making, under a progress bar.
 
     Args:
         out: a folder, or the name of the only clip.
         encoder: file of a trained memory encoder, or one for each of two experts; needed unless `memory` is "none".
-        memory: "auto" takes the records that the bank finds for the prompt; or ids of records.
+        memory: "auto" takes the videos that the bank finds for the prompt; or ids of videos.
+        features: store of `bank.features` to take what the encoder makes of them from, instead of their latents.
     Raises:
-        UserError: for an empty prompt, a missing or unfit file, or a bank that cannot give the records.
+        UserError: for an empty prompt, a missing or unfit file, a bank that cannot give the videos, or features
+            of another encoder or without one of the videos.
     """
     if not prompt.strip():
         raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
+    start = time.perf_counter()
     paths = _paths(Path(out), prompt, "plain" if memory == "none" else "memory", seeds)
     about = {
         "prompt": prompt,
@@ -332,10 +353,11 @@ def make_clips(
             raise UserError("no encoder is named", fix="--encoder=FILE, or --memory=none")
         config, encoder = with_encoders(config, encoder)
         retrieved = retrieve(config, prompt, None if memory == "auto" else memory)
-        references = retrieved.latents[None]
-        for entry, score in zip(retrieved.entries, retrieved.scores, strict=True):
-            print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {entry.id}  {entry.caption}")
-            about["memory"].append({"id": entry.id, "caption": entry.caption, "score": score})
+        for video, score in zip(retrieved.videos, retrieved.scores, strict=True):
+            id, caption = video["id"], video["caption"]
+            print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {id}  {caption}")
+            about["memory"].append({"id": id, "caption": caption, "score": score})
+        references = _references(retrieved, encoder, features)
         used = [
             {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in encoder
         ]
@@ -343,9 +365,16 @@ def make_clips(
     about["config"] = to_dict(config)
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    steps = itertools.count()
+
+    def on_step():
+        if next(steps) == 0:
+            progress.console.print(f"first step done after {time.perf_counter() - start:.1f} s")
+        progress.advance(bar)
+
     with Progress(*columns) as progress:
         bar = progress.add_task("loading", total=config.sample.steps * len(paths))
-        sampler = Sampler.load(config, encoder, lambda: progress.advance(bar))
+        sampler = Sampler.load(config, encoder, on_step)
         for seed, path in zip(seeds, paths, strict=True):
             progress.update(bar, description=f"steps of seed {seed}")
             clip = sampler.generate([prompt], [seed], references)[0]
@@ -354,6 +383,23 @@ def make_clips(
             write_text(path.with_suffix(".json"), json.dumps(about | {"seed": seed}, indent=1) + "\n")
             progress.console.print(str(path), highlight=False, soft_wrap=True)
     return paths
+
+
+def _references(
+    retrieved: Retrieved, encoders: Sequence[Path], features: str | Path | None
+) -> Float[np.ndarray, "1 R T H W C"] | Rows:
+    """Latents of the videos, or their rows from a store; tells what was read."""
+    start, count = time.perf_counter(), len(retrieved.videos)
+    if features is None:
+        found = retrieved.latents[None]
+        read = f"latents of {count} videos, {found.nbytes:,} bytes in float32"
+    else:
+        stores = [Features.open(features, path) for path in encoders]
+        found = tuple(jnp.asarray(store.rows(retrieved.checksums)[None]) for store in stores)
+        size, latents = sum(rows.nbytes for rows in found), count * stores[0].latents_bytes
+        read = f"tokens of {count} videos, {size:,} bytes instead of {latents:,} of latents"
+    print(f"memory: {read}, read in {time.perf_counter() - start:.3f} s")
+    return found
 
 
 def _paths(out: Path, prompt: str, kind: str, seeds: Sequence[int]) -> list[Path]:
@@ -379,7 +425,7 @@ def main() -> None:
     if memory not in ("auto", "none"):
         memory = [name.strip() for name in memory.split(",")]
     seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
-    make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds)
+    make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds, FEATURES.value)
 
 
 if __name__ == "__main__":
@@ -392,6 +438,11 @@ if __name__ == "__main__":
     PROMPT = flags.DEFINE_string("prompt", None, "What the clip shows.", required=True)
     MEMORY = flags.DEFINE_string(
         "memory", "auto", "auto: what the bank finds for the prompt; none; or ids: ID,ID."
+    )
+    FEATURES = flags.DEFINE_string(
+        "features",
+        None,
+        "What `ditmem_jax.bank tokens` made of the bank with this encoder; saves reading latents.",
     )
     COUNT = flags.DEFINE_integer("count", 1, "Number of clips, with seeds from the first on.", lower_bound=1)
     SEED = flags.DEFINE_integer(

@@ -12,7 +12,7 @@ import itertools
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from ditmem_jax import cli, objective, runs
-from ditmem_jax.bank import Bank, retrieve_for
+from ditmem_jax.bank import matches
 from ditmem_jax.checkpoint import DTYPES, TrainingCheckpoints, load_dit, save_encoder
 from ditmem_jax.config import Config, OptimConfig
 from ditmem_jax.data.pipeline import training_data
 from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, with_expert
 from ditmem_jax.models.ditmem import Batch, Networks, encode, errors, keep_only
@@ -201,19 +202,25 @@ class Setup:
 
     def __init__(self, config: Config):
         self.config, self.mesh = config, make_mesh(config.mesh)
-        records, self.bank = RecordReader(config.data.records), RecordReader(config.data.bank)
+        records = RecordReader(config.data.records)
         held_out = RecordReader(config.data.validation) if config.data.validation else None
-        check(config, self.mesh, self.bank, *filter(None, (records, held_out)))
+        begun = Path(config.run.out) / matches.FILE
+        found = [matches.read(records, config.data.bank, config.data.references, begun)]
+        if held_out:
+            found.append(matches.read(held_out, config.data.bank, config.data.references))
+        references = [each.references(config.data.references) for each in found]
+        check(config, self.mesh, [videos for videos, _ in references], *filter(None, (records, held_out)))
         self.networks, self.backbone = load_networks(config, self.mesh)
         self.fingerprint = runs.fingerprint(self.backbone)
-        searched, k = Bank.from_records(config.data.bank), config.data.references
         with runs.claim(config, self.fingerprint) as self.folder:
-            matches = runs.matches_for(self.folder, records, searched, k)
-            self.data = self._stream(records, matches, workers=config.data.workers, cache=config.data.cache)
-            found = retrieve_for(held_out, searched, k) if held_out else None
+            found[0].save(self.folder / matches.FILE)
+            options = dict(workers=config.data.workers, cache=config.data.cache)
+            self.data = self._stream(records, *references[0], **options)
+        for each in found:
+            each.warn_if_stale()
         self.validator = None
         if held_out:
-            stream = self._stream(held_out, found, epochs=1)
+            stream = self._stream(held_out, *references[1], epochs=1)
             batches = [self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)]
             self.validator = Validator(
                 self.networks,
@@ -254,11 +261,11 @@ class Setup:
         return self.folder / name
 
     def _stream(
-        self, records: RecordReader, matches: np.ndarray, **options: Any
+        self, records: RecordReader, bank: References, index: np.ndarray, **options: Any
     ) -> Iterator[dict[str, np.ndarray]]:
-        options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=self.bank)
+        options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=bank)
         options |= dict(process_index=jax.process_index(), process_count=jax.process_count())
-        return iter(training_data(records, matches, self.config.data.batch_size, **options))
+        return iter(training_data(records, index, self.config.data.batch_size, **options))
 
 
 def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
@@ -273,8 +280,8 @@ def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
     return Networks(dit, encoder), backbone
 
 
-def check(config: Config, mesh: Mesh, bank: RecordReader, *streams: RecordReader) -> None:
-    """Raises UserError for a mesh, a bank or records to read batches from that this config cannot train with."""
+def check(config: Config, mesh: Mesh, references: Sequence[References], *streams: RecordReader) -> None:
+    """Raises UserError for a mesh, references or records to read batches from that this config cannot train with."""
     check_batch_size(mesh, config.data.batch_size)
     if mesh.shape["context"] > 1:
         raise UserError(
@@ -292,7 +299,7 @@ def check(config: Config, mesh: Mesh, bank: RecordReader, *streams: RecordReader
     video = config.video
     grid = config.vae.latent_grid(video.frames, video.height, video.width)
     expected = ((*grid, config.vae.z_dim), config.text.dim)
-    for records in (bank, *streams):
+    for records in (*references, *streams):
         if (found := (records.meta.latents, records.meta.text_dim)) != expected:
             raise UserError(
                 f"the records in {records.folder} do not fit the config",

@@ -16,8 +16,8 @@ RINGS = (
     ("sharding",),
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
-    ("models.ditmem", "checkpoint"),
-    ("encode", "encoder", "engines", "runs", "validate", "train", "sample"),
+    ("models.ditmem", "checkpoint", "bank.features"),
+    ("encode", "encoder", "engines", "runs", "validate", "train", "sample", "bank.__main__"),
     ("report",),
 )
 # What else it may import, from its own ring.
@@ -27,12 +27,15 @@ BESIDE = {
     "config": {"errors", "strict", "flow"},
     "cli": {"config", "errors"},
     "bank": {"data"},
+    "bank.features": {"checkpoint"},
     "worlds": {"data"},
     "engines": {"encoder"},
     "encode": {"encoder", "engines"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
 }
+# Imported where it is needed, by this file only.
+LATE = {"data.torch_files": {"torch"}}
 FOREIGN = {"torch", "tensorflow", "tensorflow_io", "transformers", "diffusers"}
 OUTSIDE = {"configs", "convert", "experiments", "tests"}
 
@@ -65,7 +68,7 @@ def violations(module: str, source: str) -> list[str]:
     home, found = home_of(module), []
     for name in imported(source):
         first, _, rest = name.partition(".")
-        if first in FOREIGN | OUTSIDE:
+        if first in (FOREIGN | OUTSIDE) - LATE.get(module, set()):
             found.append(f"{module} imports {name}, which the library never does")
         if first != "ditmem_jax":
             continue

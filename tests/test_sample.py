@@ -193,9 +193,9 @@ def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):
         (dict(encoder=tmp_path / "absent.safetensors"), "no encoder at"),
         (dict(encoder=wide), "width 64"),
         (dict(encoder=short), "cannot read"),
-        (dict(config=many), "the bank cannot give 13 records"),
+        (dict(config=many), "cannot give 13 videos"),
         (dict(memory=["video2_33"]), "video2_3"),
-        (dict(config=replace(config, "data", bank=str(tmp_path / "nowhere"))), "no folder of records"),
+        (dict(config=replace(config, "data", bank=str(tmp_path / "nowhere"))), "no bank at"),
         (dict(out=tmp_path / "one.mp4", seeds=[0, 1]), "2 clips do not fit"),
         (dict(out=encoder), "is a file"),
         (

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import safetensors.numpy
 from flax import nnx
 
 from ditmem_jax import runs
-from ditmem_jax.bank import Bank
+from ditmem_jax.bank import matches
+from ditmem_jax.bank.matches import FILE, Matches
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder
 from ditmem_jax.config import (
     Config,
@@ -45,7 +47,7 @@ from ditmem_jax.train import (
     make_optimizer,
     make_train_step,
 )
-from tests.tiny import make_tiny, random_arrays, replace, tiny_config, with_experts
+from tests.tiny import make_bank, make_tiny, random_arrays, replace, tiny_config, with_experts
 
 ROOT = Path(__file__).parents[1]
 
@@ -352,7 +354,7 @@ def test_a_run_begun_before_a_key_existed_has_its_default(config, tmp_path):
 
 def test_a_run_that_cannot_begin_leaves_nothing(config, tmp_path):
     config = replace(config, "run", out=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="bank cannot give 50"):
+    with pytest.raises(UserError, match="at least 50 references"):
         Setup(replace(config, "data", references=50))
     assert not (tmp_path / "run").exists()
 
@@ -366,13 +368,36 @@ def test_a_fingerprint_sees_one_bit():
     assert runs.fingerprint(dict(reversed(arrays.items()))) == first
 
 
-def test_references_are_those_of_the_bank_that_was_searched(config, tmp_path):
-    records, bank = RecordReader(config.data.records), Bank.from_records(config.data.bank)
-    matches = runs.matches_for(tmp_path, records, bank, 2)
-    np.testing.assert_array_equal(runs.matches_for(tmp_path, records, bank, 2), matches)
-    smaller = Bank(bank.entries[:-1], bank.embedder)
-    with pytest.raises(UserError, match=r"bank: not"):
-        runs.matches_for(tmp_path, records, smaller, 2)
+def test_a_run_goes_on_with_the_references_it_began_with(config, tmp_path, capsys):
+    folder = shutil.copytree(config.data.records, tmp_path / "records")
+    bank = make_bank(tmp_path / "bank", Path(config.data.bank).with_name("library"))
+    config = replace(config, "data", records=str(folder), bank=bank.table.uri, validation="")
+    config = replace(config, "run", out=str(tmp_path / "run"))
+
+    def match():
+        matches.find(RecordReader(folder), bank, 2).save(folder / FILE)
+
+    match()
+    first = next(Setup(config).data)
+    began = Matches.load(tmp_path / "run" / FILE)
+    bank.remove(began.table["matches"][0].as_py())
+    match()
+    assert "note" not in capsys.readouterr().out
+    np.testing.assert_array_equal(next(Setup(config).data)["references"], first["references"])
+    assert "matched with version 1 of the bank" in capsys.readouterr().out
+    other = Setup(replace(config, "run", out=str(tmp_path / "other")))
+    assert (next(other.data)["references"] != first["references"]).any()
+
+
+def test_missing_and_unfit_matches_name_the_command(config, tmp_path):
+    records = RecordReader(config.data.records)
+    with pytest.raises(UserError, match=r"of these records and this bank(.|\n)*match .*--k 50"):
+        matches.read(records, config.data.bank, 50)
+    with pytest.raises(UserError, match="of these records and this bank"):
+        matches.read(records, str(tmp_path), 2)
+    shutil.copytree(records.folder, tmp_path / "records", ignore=shutil.ignore_patterns(FILE))
+    with pytest.raises(UserError, match="have not been matched"):
+        matches.read(RecordReader(tmp_path / "records"), config.data.bank, 2)
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
@@ -393,14 +418,15 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_records_and_meshes_that_do_not_fit_are_named(config):
-    records, bank = RecordReader(config.data.records), RecordReader(config.data.bank)
+    records = RecordReader(config.data.records)
+    bank = [matches.read(records, config.data.bank, 2).references(2)[0]]
     mesh = make_mesh(MeshConfig())
     check(config, mesh, bank, records)
     with pytest.raises(UserError, match=r"batch_size does not divide"):
         check(replace(config, "data", batch_size=6), mesh, bank, records)
     with pytest.raises(UserError, match=r"records do not fill a batch"):
         check(replace(config, "data", batch_size=24), mesh, bank, records)
-    with pytest.raises(UserError, match=r"bank do not fit(.|\n)*latents \[5, 4, 4, 4\]"):
+    with pytest.raises(UserError, match=r"library do not fit(.|\n)*latents \[5, 4, 4, 4\]"):
         check(replace(config, "video", frames=17), mesh, bank, records)
     with pytest.raises(UserError, match=r"mesh.context"):
         check(config, make_mesh(MeshConfig(context=2)), bank, records)

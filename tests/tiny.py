@@ -15,6 +15,8 @@ import convert.umt5
 import convert.vae
 from convert.folder import convert_folder
 from convert.original import original
+from ditmem_jax.bank import Bank, Table, make_embedder, matches
+from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.config import (
     Config,
     DataConfig,
@@ -30,7 +32,7 @@ from ditmem_jax.config import (
     WeightsConfig,
     to_dict,
 )
-from ditmem_jax.data.records import Meta, Record, RecordWriter
+from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.umt5 import UMT5
@@ -93,14 +95,25 @@ def tiny_config(folder: str | Path, **parts) -> Config:
 
 
 def make_tiny(folder: str | Path, seed: int = 0) -> Config:
-    """Writes original weights, converted weights and records below `folder`; returns their `tiny_config`."""
+    """Writes original and converted weights, records, a bank and matches below `folder`; returns their `tiny_config`."""
     folder = Path(folder)
     config = tiny_config(folder)
     write_original(folder / "original", config, seed)
     convert_folder(folder / "original", config.weights.path)
-    for name, number, count in (("records", 1, 16), ("bank", 2, 12), ("validation", 3, 8)):
+    for name, number, count in (("records", 1, 16), ("library", 2, 12), ("validation", 3, 8)):
         write_records(folder / name, config, count, seed=number)
+    bank = make_bank(config.data.bank, folder / "library")
+    for name in ("records", "validation"):
+        records = RecordReader(folder / name)
+        matches.find(records, bank, config.data.references).save(records.folder / matches.FILE)
     return config
+
+
+def make_bank(uri: str | Path, *folders: str | Path) -> Bank:
+    """A bank of folders of records."""
+    rows = rows_of_records(folders)
+    Table.create(uri, make_embedder("lexical", rows["caption"].to_pylist()), rows)
+    return Bank.open(uri)
 
 
 def with_experts(config: Config, folder: str | Path, trains: str = "both") -> Config:

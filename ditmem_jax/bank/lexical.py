@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -58,7 +59,7 @@ class LexicalEmbedder:
         sets = [set(words(caption)) for caption in captions]
         return cls(len(sets), dict(Counter(word for found in sets for word in found)), dim, power)
 
-    def __call__(self, texts: Sequence[str]) -> Float32[np.ndarray, "P D"]:
+    def documents(self, texts: Sequence[str]) -> Float32[np.ndarray, "n D"]:
         """One vector of length 1 per text; zero for a text without words."""
         vectors = np.zeros((len(texts), self.dim))
         for vector, text in zip(vectors, texts, strict=True):
@@ -67,6 +68,21 @@ class LexicalEmbedder:
                 np.add.at(vector, places, signs * self._weight(word) * (1 + math.log(count)))
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+    queries = documents
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values; the counts of words are there by their digest only, as they may be many."""
+        counts = json.dumps(dict(self.frequency), sort_keys=True).encode()
+        return {
+            "kind": "lexical",
+            "name": "lexical",
+            "revision": hashlib.sha256(counts).hexdigest(),
+            "normalised": True,
+            "dim": self.dim,
+            "captions": self.captions,
+            "power": self.power,
+        }
 
     def _weight(self, word: str) -> float:
         return math.log((self.captions + 1) / (self.frequency.get(word, 0) + 0.5)) ** self.power

@@ -1,137 +1,203 @@
-"""Exact search over the captions of a folder of records, in memory."""
+"""Search in memory over a bank: exact, or by FAISS IVF where there are very many videos.
 
-import hashlib
-import json
+Scores are cosines. A matrix product rounds as its blocks fall, which would decide between equal scores: so it only
+finds the rows that may be among the best, and those are scored again in float64, rounded, and ordered by id where
+their scores are equal. The same query gives the same answer on every machine, alone or among others.
+"""
+
+import dataclasses
+import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Float64, Int64
 
-from ditmem_jax.bank.lexical import LexicalEmbedder
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.bank.embedders import Embedder, load_embedder
+from ditmem_jax.bank.index import IVF, Exact
+from ditmem_jax.bank.table import Table, to_matrix, unit
 from ditmem_jax.errors import UserError
 
-EMBEDDER_FILE = "embedder.json"
+QUERIES_AT_ONCE = 256
+IVF_ABOVE = 1_000_000  # videos
+DIGITS = 6  # of scores
 
-_SCORES_AT_ONCE = 1 << 24  # 64 MB of float32
-_ROUNDING = 1e-5  # float32 scores of unit vectors err by less
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """For each query the k best videos, best first: their ids and scores (cosines)."""
+
+    ids: list[list[str]]
+    scores: Float32[np.ndarray, "P k"]
+    places: list[Int64[np.ndarray, " _"]]  # in the memory of the bank
+    _bank: "Bank"
+
+    @functools.cached_property
+    def rows(self) -> list[list[dict[str, Any]]]:
+        """All columns but the vector, fetched when they are first asked for."""
+        return self.columns()
+
+    def columns(self, names: Sequence[str] | None = None) -> list[list[dict[str, Any]]]:
+        """The named columns of each video."""
+        found = iter(
+            self._bank.table.take(self._bank.row_ids[np.concatenate(self.places)], names).to_pylist()
+        )
+        return [[next(found) for _ in ids] for ids in self.ids]
 
 
 class Bank:
-    """Records that can be found by what their captions say.
+    """A bank open for search; `add` and `remove` change the table and what the next search sees.
 
-    Args:
-        entries: id, caption and source of each record, in the order of the records.
-        embedder: texts to unit vectors.
-    Raises:
-        UserError: for a bank without entries or with one id twice.
+    Another writer's changes are seen after `refresh`.
     """
 
-    def __init__(self, entries: Sequence[Entry], embedder: LexicalEmbedder):
-        self.entries, self.embedder = list(entries), embedder
-        self.rows = {entry.id: row for row, entry in enumerate(self.entries)}
-        if not self.entries:
-            raise UserError("the bank is empty", expected="at least one record")
-        if len(self.rows) < len(self.entries):
-            twice = next(entry.id for row, entry in enumerate(self.entries) if self.rows[entry.id] != row)
-            raise UserError(f"the bank holds {twice!r} twice", expected="one record per id")
-        self._by_source: dict[str, list[int]] = {}
-        for row, entry in enumerate(self.entries):
-            self._by_source.setdefault(entry.source, []).append(row)
-        by_id = sorted(self.rows)
-        self._place_of_id = np.empty(len(by_id), np.int64)
-        self._place_of_id[[self.rows[name] for name in by_id]] = np.arange(len(by_id))
-        self._vectors = embedder([entry.caption for entry in self.entries])
+    def __init__(self, table: Table, ivf_above: int = IVF_ABOVE):
+        self.table, self.dim = table, table.dim
+        self.row_ids = np.zeros(0, np.uint64)
+        self._ids = pa.chunked_array([], pa.string())
+        self._alive = np.zeros(0, bool)
+        blocks = []
+        for part in table.blocks():
+            self._take_up(part)
+            blocks.append(to_matrix(part["vector"]))
+        large = len(self) > ivf_above
+        if large:
+            print(f"{len(self):,} videos: filling an index of FAISS IVF", file=sys.stderr)
+        self.index: Exact | IVF = IVF(self.dim, blocks) if large else Exact(self.dim, blocks)
 
     @classmethod
-    def from_records(cls, folder: str | Path, embedder: LexicalEmbedder | None = None) -> "Bank":
-        """The bank of a folder of records.
-
-        Without `embedder` it is the one stored in the folder as `EMBEDDER_FILE` or, where there is none, one
-        fitted to the folder's own captions.
-        """
-        entries = RecordReader(folder).entries
-        stored = Path(folder) / EMBEDDER_FILE
-        if embedder is None and stored.exists():
-            embedder = LexicalEmbedder.load(stored)
-        return cls(entries, embedder or LexicalEmbedder.fit([entry.caption for entry in entries]))
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    @property
-    def version(self) -> str:
-        """A digest of everything that decides what a search returns; stored beside results of searches."""
-        listed = json.dumps([[entry.id, entry.caption, entry.source] for entry in self.entries])
-        return hashlib.sha256((listed + self.embedder.to_json()).encode()).hexdigest()[:16]
-
-    def search(
-        self, prompts: Sequence[str], k: int, *, exclude: Sequence[Entry | None] | None = None
-    ) -> tuple[list[list[str]], Float[np.ndarray, "P k"]]:
-        """The ids of the k records nearest to each prompt, best first, and their scores (cosines).
-
-        Equal scores are ordered by id, so a search gives the same on every machine.
+    def open(cls, uri: str | Path, version: int | None = None, ivf_above: int = IVF_ABOVE) -> "Bank":
+        """The newest version of a bank, or an older one.
 
         Args:
-            exclude: for each prompt the record it belongs to, or None: neither that record nor one with the
-                same source is returned.
+            ivf_above: videos beyond which search is approximate, by FAISS IVF.
         Raises:
-            UserError: if fewer than k records are left, or a prompt has no words.
+            UserError: if there is no such bank or version.
         """
-        exclude = [None] * len(prompts) if exclude is None else exclude
-        hidden = [self._hidden(entry) for entry in exclude]
-        for prompt, rows in zip(prompts, hidden, strict=True):
-            self._require(k, len(rows), prompt)
-        ids, scores = [], np.zeros((len(prompts), k))
-        step = max(1, _SCORES_AT_ONCE // len(self))
-        for start in range(0, len(prompts), step):
-            vectors = self.embedder(prompts[start : start + step])
-            rough = vectors @ self._vectors.T
-            for row, vector in enumerate(vectors, start):
-                if not vector.any():
-                    raise UserError("a prompt has no words to search for", found=repr(prompts[row]))
-                rough[row - start, hidden[row]] = -np.inf
-                best, scores[row] = self._nearest(vector, rough[row - start], k)
-                ids.append([self.entries[i].id for i in best])
-        return ids, scores
+        return cls(Table.open(uri, version), ivf_above)
 
-    def _hidden(self, entry: Entry | None) -> list[int]:
-        """Rows that must not answer for `entry`. An empty source says nothing about where a clip is from."""
-        if entry is None:
-            return []
-        same_source = self._by_source.get(entry.source, []) if entry.source else []
-        return sorted({*same_source, *([self.rows[entry.id]] if entry.id in self.rows else [])})
+    def __len__(self) -> int:
+        return int(self._alive.sum())
 
-    def _require(self, k: int, hidden: int, prompt: str) -> None:
-        left = len(self) - hidden
+    @property
+    def version(self) -> int:
+        return self.table.version
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        """What made the vectors; loaded when it is first asked for."""
+        return load_embedder(self.table.description, self.table.words)
+
+    def search(
+        self, queries: Sequence[str] | Float32[np.ndarray, "P D"], k: int, *, where: str | None = None
+    ) -> Results:
+        """The k videos nearest to each query, a text or a vector, among those that the filter `where` leaves.
+
+        Raises:
+            UserError: if fewer than k are left, a text has no words, or the filter does not parse.
+        """
+        vectors = self._vectors(queries)
+        allowed = self._allowed(where)
+        left = int(allowed.sum())
         if not 1 <= k <= left:
-            own = f", {hidden} of them the prompt's own" if hidden else ""
+            filtered = "" if where is None else f", {left} of them pass the filter"
             raise UserError(
-                f"the bank cannot give {k} records for {prompt!r}",
-                expected=f"1 to {left}: the bank holds {len(self)}{own}",
+                f"the bank {self.table.uri} cannot give {k} videos"
+                if len(self)
+                else f"the bank {self.table.uri} is empty",
+                expected=f"k from 1 to {left}: the bank holds {len(self)}{filtered}",
                 found=k,
-                fix="fewer references, or more videos in the bank",
+                fix="a smaller k, or more videos in the bank",
             )
+        parts = []
+        for start in range(0, len(vectors), QUERIES_AT_ONCE):
+            group = vectors[start : start + QUERIES_AT_ONCE]
+            parts += self._ranked(group, self.index.candidates(group, k, allowed), k)
+        ids, scores, places = zip(*parts, strict=True)
+        return Results(list(ids), np.array(scores, np.float32), list(places), self)
 
-    def _nearest(
-        self, vector: Float32[np.ndarray, " D"], rough: Float32[np.ndarray, " N"], k: int
-    ) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-        """Rows and scores of the k best, given the scores as a matrix product gave them.
+    def add(self, rows: pa.Table, vectors: np.ndarray | None = None) -> None:
+        """Adds rows (see `Table.add`), embedded by the bank's embedder unless their vectors are given."""
+        known = load_embedder(self.table.description, self.table.words, embeds=False)
+        self.table.add(rows, self.embedder if vectors is None else known, vectors)
+        self._follow()
 
-        That product rounds as its blocks fall, which would decide between equal scores: so all rows that may be
-        among the best are scored again in float64 and rounded.
-        """
-        candidates = np.flatnonzero(rough >= np.partition(rough, -k)[-k] - _ROUNDING)
-        exact = np.round(self._vectors[candidates].astype(np.float64) @ vector.astype(np.float64), 6)
-        order = np.lexsort((self._place_of_id[candidates], -exact))[:k]
-        return candidates[order], exact[order]
+    def remove(self, ids: Sequence[str] | None = None, where: str | None = None) -> int:
+        """Removes rows by id or filter (see `Table.remove`), and tells how many."""
+        removed = self.table.remove(ids, where)
+        self._follow()
+        return removed
+
+    def refresh(self) -> None:
+        """Takes up what other writers have changed."""
+        before = self.version
+        self.table.refresh()
+        if self.version != before:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Brings what is in memory to the version of the table."""
+        now = np.sort(self.table.row_ids())
+        self._alive = np.isin(self.row_ids, now)
+        new = np.setdiff1d(now, self.row_ids)
+        if new.size:
+            part = self.table.take(new, ["_rowid", "id", "vector"])
+            self._take_up(part)
+            self.index.add(to_matrix(part["vector"]))
+
+    def _take_up(self, part: pa.Table) -> None:
+        self.row_ids = np.concatenate([self.row_ids, part["_rowid"].to_numpy()])
+        ids = part["id"].take(
+            pa.array(np.arange(len(part)))
+        )  # a copy: the column itself would keep all others alive
+        self._ids = pa.chunked_array([*self._ids.chunks, *ids.chunks], pa.string())
+        self._alive = np.concatenate([self._alive, np.ones(len(part), bool)])
+
+    def _vectors(self, queries: Sequence[str] | np.ndarray) -> Float32[np.ndarray, "P D"]:
+        if isinstance(queries, np.ndarray):
+            if queries.ndim != 2 or queries.shape[1] != self.dim:
+                raise UserError(
+                    f"the bank {self.table.uri} cannot be searched with these vectors",
+                    expected=f"[P, {self.dim}]", found=list(queries.shape),
+                )  # fmt: skip
+            names = [f"query {number}" for number in range(len(queries))]
+            vectors = unit(queries, names)
+        else:
+            names, vectors = queries, self.embedder.queries(queries)
+        if not vectors.any(axis=1).all():
+            empty = names[int(np.flatnonzero(~vectors.any(axis=1))[0])]
+            raise UserError("a query has nothing to search for", expected="words", found=repr(empty))
+        return vectors
+
+    def vectors(self, places: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
+        """The vectors at these places in memory, such as `Results.places`."""
+        return self.index.vectors(places)
+
+    def _allowed(self, where: str | None) -> Bool[np.ndarray, " N"]:
+        if where is None:
+            return self._alive
+        return self._alive & np.isin(self.row_ids, self.table.row_ids(where))
+
+    def _ranked(
+        self, queries: Float32[np.ndarray, "P D"], candidates: Sequence[Int64[np.ndarray, " _"]], k: int
+    ) -> list[tuple[list[str], Float64[np.ndarray, " _"], Int64[np.ndarray, " _"]]]:
+        """Of each query's candidates the k best: ids, scores, places."""
+        ids, start, ranked = self._ids.take(pa.array(np.concatenate(candidates))).to_pylist(), 0, []
+        for query, rows in zip(queries, candidates, strict=True):
+            parts = np.array_split(rows, len(rows) // 4096 + 1)
+            exact = np.concatenate([cosines(query, self.vectors(part)) for part in parts])
+            names = ids[start : start + len(rows)]
+            order = sorted(range(len(rows)), key=lambda i: (-exact[i], names[i]))[:k]
+            ranked.append(([names[i] for i in order], exact[order], rows[order]))
+            start += len(rows)
+        return ranked
 
 
-def retrieve_for(records: RecordReader, bank: Bank, k: int) -> Int[np.ndarray, "n k"]:
-    """For each record the positions in the bank of the k records that its caption finds.
-
-    Neither the record itself nor another of the same source is among them.
-    """
-    ids, _ = bank.search(records.captions(), k, exclude=records.entries)
-    return np.array([[bank.rows[name] for name in row] for row in ids], np.int32)
+def cosines(
+    query: Float32[np.ndarray, " D"], vectors: Float32[np.ndarray, "n D"]
+) -> Float64[np.ndarray, " n"]:
+    """Of unit vectors, rounded so that they are the same on every machine."""
+    return np.round(vectors.astype(np.float64) @ query.astype(np.float64), DIGITS)

@@ -11,6 +11,7 @@ from absl import flags
 from jaxtyping import Int
 
 from ditmem_jax.data.records import Record, RecordReader
+from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -26,7 +27,7 @@ def training_data(
     *,
     seed: int,
     text_len: int,
-    bank: RecordReader | None = None,
+    bank: RecordReader | References | None = None,
     shuffle: bool = True,
     epochs: int | None = None,
     workers: int = 0,
@@ -79,7 +80,7 @@ def training_data(
 
 def _check(
     records: RecordReader,
-    bank: RecordReader,
+    bank: RecordReader | References,
     matches: np.ndarray,
     batch_size: int,
     epochs: int | None,
@@ -120,7 +121,7 @@ class _Load:
     """Indices of a batch -> this process's part of the batch."""
 
     records: RecordReader
-    bank: RecordReader
+    bank: RecordReader | References
     matches: np.ndarray
     text_len: int
     rows: slice

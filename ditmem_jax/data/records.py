@@ -5,7 +5,7 @@ A folder of records holds
     index.json                  format, what the records have in common, what made them, the finished shards, and
                                 videos that could not be encoded, by id, with the reason
     records-00000.array_record  the records of a shard, each the bytes of one safetensors file
-    records-00000.jsonl         id, caption, source and extra columns of the same, a JSON object a line
+    records-00000.jsonl         id, caption, source, extra columns and checksum of each, a JSON object a line
     prompts.safetensors         text embeddings that belong to no video, such as the empty prompt's
 
 Every file appears whole, and `index.json` names a shard only once the shard is on the disk. So a writer that
@@ -14,6 +14,7 @@ was killed leaves a folder that the next writer continues after the last finishe
 
 import dataclasses
 import functools
+import hashlib
 import json
 import operator
 import os
@@ -31,7 +32,7 @@ from jaxtyping import Float
 from ditmem_jax.data.files import replacing, write_text
 from ditmem_jax.errors import UserError, nearest
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"]}
 
@@ -76,6 +77,13 @@ class Meta:
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Meta":
         return Meta(**values | {"latents": tuple(values["latents"])})
+
+
+def checksum(latents: np.ndarray) -> str:
+    """What identifies latents whatever their record is called: a digest of their type, shape and bytes."""
+    digest = hashlib.blake2b(f"{latents.dtype} {latents.shape}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(latents).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def to_bytes(record: Record) -> bytes:
@@ -134,9 +142,10 @@ def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) 
     lines = []
     with replacing(folder / f"{name}.array_record") as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for record in records:
-            writer.write(to_bytes(_cast(record, meta)))
-            lines.append(json.dumps(dataclasses.asdict(record.entry), ensure_ascii=False))
+        for record in (_cast(record, meta) for record in records):
+            writer.write(to_bytes(record))
+            line = dataclasses.asdict(record.entry) | {"checksum": checksum(record.latents)}
+            lines.append(json.dumps(line, ensure_ascii=False))
         writer.close()
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         size = temporary.stat().st_size
@@ -174,7 +183,7 @@ class RecordWriter:
         self._shards: list[dict[str, Any]] = index.get("shards", [])
         begun = self._shards and not index["complete"]
         self.skipped: dict[str, str] = index.get("skipped", {}) if begun else {}
-        self.entries = [entry for shard in self._shards for entry in _read_entries(self.folder, shard)]
+        self.entries = [entry for shard in self._shards for entry, _ in _read_list(self.folder, shard)]
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "index.json").exists():
             self._write_index(complete=False)
@@ -304,7 +313,16 @@ class RecordReader:
     @functools.cached_property
     def entries(self) -> list[Entry]:
         """The records without their arrays, read from the small lists beside the shards."""
-        return [entry for shard in self._shards for entry in _read_entries(self.folder, shard)]
+        return [entry for entry, _ in self._list]
+
+    @functools.cached_property
+    def checksums(self) -> list[str]:
+        """Of the latents of each record, as they were written."""
+        return [checksum for _, checksum in self._list]
+
+    @functools.cached_property
+    def _list(self) -> list[tuple[Entry, str]]:
+        return [line for shard in self._shards for line in _read_list(self.folder, shard)]
 
     def captions(self) -> list[str]:
         return [entry.caption for entry in self.entries]
@@ -378,15 +396,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _read_entries(folder: Path, shard: dict[str, Any]) -> list[Entry]:
+def _read_list(folder: Path, shard: dict[str, Any]) -> list[tuple[Entry, str]]:
+    """Entry and checksum of each record of a shard."""
     path = folder / f"{shard['name']}.jsonl"
     try:
-        entries = [Entry(**json.loads(line)) for line in path.read_text(encoding="utf-8").strip().split("\n")]
-    except (OSError, ValueError, TypeError) as error:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
+        found = [(line.pop("checksum"), Entry(**line)) for line in lines]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {path}", found=error, fix="encode the videos again") from error
-    if len(entries) != shard["records"]:
-        raise UserError(f"{path} is damaged", expected=f"{shard['records']} lines", found=len(entries))
-    return entries
+    if len(found) != shard["records"]:
+        raise UserError(f"{path} is damaged", expected=f"{shard['records']} lines", found=len(found))
+    return [(entry, checksum) for checksum, entry in found]
 
 
 def _differences(ours: Any, theirs: Any, name: str = "") -> list[tuple[str, Any, Any]]:

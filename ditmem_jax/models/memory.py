@@ -389,6 +389,27 @@ class MemoryEncoder(nnx.Module):
             UserError: for latents of another number of channels, or of a grid that is too small or that the
                 stored filter does not fit.
         """
+        batch, videos = latents.shape[:2]
+        if present is None:
+            present = jnp.ones((batch, videos), bool)
+        rows = self.video_rows(
+            latents.reshape(-1, *latents.shape[2:]), present.reshape(-1), training=training, rngs=rngs
+        )
+        return self.mix(rows.reshape(batch, videos, *rows.shape[1:]), present)
+
+    def video_rows(
+        self,
+        latents: Float[Array, "N T H W C"],
+        present: Bool[Array, " N"] | None = None,
+        *,
+        training: bool,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "N 2 M D"]:
+        """The rows of single videos for the high and the low band, before the attention that mixes videos.
+
+        But for the statistics of a batch in training they do not depend on the other videos, so they can be computed
+        once for a bank. Arguments and errors as for the whole.
+        """
         config = self.config
         if latents.shape[-1] != config.in_dim:
             raise UserError(
@@ -396,33 +417,35 @@ class MemoryEncoder(nnx.Module):
                 expected=f"{config.in_dim} channels",
                 found=latents.shape,
             )
-        if not all(_grids(config, latents.shape[2:5])[1]):
+        if not all(_grids(config, latents.shape[1:4])[1]):
             raise UserError(
                 "the memory encoder pools the latents away",
                 expected=f"a grid of about {config.latent_grid}",
-                found=latents.shape[2:5],
+                found=latents.shape[1:4],
                 fix="longer or larger videos",
             )
         if training and config.dropout > 0 and rngs is None:
             raise UserError(
                 "the memory encoder needs a generator for its dropout", fix="pass rngs, or memory.dropout = 0"
             )
-        batch, videos = latents.shape[:2]
         if present is None:
-            present = jnp.ones((batch, videos), bool)
-        latents = jnp.where(present[:, :, None, None, None, None], latents, 0).reshape(-1, *latents.shape[2:])
-
+            present = jnp.ones(len(latents), bool)
+        latents = jnp.where(present[:, None, None, None, None], latents, 0)
         bands = []
         for name, branch in (("high", self.high), ("low", self.low)):
             with jax.named_scope(name):
-                rows = branch(latents, present.reshape(-1), training=training, rngs=rngs)
-                bands.append(rows.reshape(batch, -1, config.dim))
+                bands.append(branch(latents, present, training=training, rngs=rngs))
+        return jnp.stack(bands, axis=1)
 
+    def mix(self, rows: Float[Array, "B R 2 M D"], present: Bool[Array, "B R"]) -> Memory:
+        """Memory from the rows of R videos per sample: the self-attention of each band, and the bias of each row."""
+        config, batch = self.config, len(rows)
         counts = row_counts(config)
         bias = jnp.where(present[:, :, None], jnp.log(counts)[None, None], -jnp.inf).reshape(batch, -1)
         with jax.named_scope("self_attention"):
             within = jnp.repeat(jnp.maximum(bias, ABSENT), 2, axis=0)
-            tokens = self.self_attention(jnp.stack(bands, axis=1).reshape(2 * batch, -1, config.dim), within)
+            bands = rows.transpose(0, 2, 1, 3, 4).reshape(2 * batch, -1, config.dim)
+            tokens = self.self_attention(bands, within)
         bias = jnp.tile(bias, (1, 2))
         if config.strength is not None:
             bias = bias + jnp.repeat(self.log_strength[...], bias.shape[1] // 2)[None]

@@ -22,9 +22,11 @@ from absl import flags
 from rich.console import Console
 
 from ditmem_jax import cli
+from ditmem_jax.bank import Table
+from ditmem_jax.bank.matches import FILE, Matches
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.files import replacing, write_text
-from ditmem_jax.data.records import RecordReader, RecordWriter
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 from ditmem_jax.worlds import PHENOMENA, splits
 from experiments.demo import score, show, trials
@@ -66,7 +68,7 @@ class Demo:
 
     def __init__(self, out: Path, config: Config, settings: Settings, options: list[str], console: Console):
         self.out, self.settings, self.options, self.console = out, settings, options, console
-        self.encoder, self.bank = out / "run" / "encoder.safetensors", out / "records" / "bank"
+        self.encoder, self.bank = out / "run" / "encoder.safetensors", out / "bank"
         self.config = dataclasses.replace(config, data=dataclasses.replace(config.data, bank=str(self.bank)))
         self.commands: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -80,7 +82,7 @@ class Demo:
         )  # fmt: skip
         self._step("encode", lambda: self._encode("train"), lambda: self._encode("unseen"), self._build_bank)
         self._step("train", self._train)
-        known = set(RecordReader(self.bank).captions())
+        known = set(Table.open(self.bank).rows(columns=["caption"])["caption"].to_pylist())
         worlds = splits(size.seed, unseen=size.unseen_planets).unseen
         counts = {phenomenon: size.falls if phenomenon == "fall" else size.others for phenomenon in PHENOMENA}
         self.trials = trials.draw(worlds, counts, known, size.seed)
@@ -140,13 +142,13 @@ class Demo:
 
     def _build_bank(self) -> None:
         """All clips in one bank. Unseen planets are here only: no caption of training asks for them."""
-        readers = [RecordReader(self.out / "records" / split) for split in ("train", "unseen")]
-        with RecordWriter(self.bank, readers[0].meta) as writer:
-            there = {entry.id for entry in writer.entries}
-            for record in (record for reader in readers for record in reader):
-                if record.id not in there:
-                    writer.add(record)
-            writer.add_prompts(readers[0].prompts)
+        folders = [self.out / "records" / split for split in ("train", "unseen")]
+        bank = f"--bank={self.bank}"
+        if not Table.exists(self.bank):
+            self._command("ditmem_jax.bank", "build", bank, f"--records={','.join(map(str, folders))}")
+        for folder in folders:  # captions are few words: equal ones are no sign of equal clips
+            k = f"--k={self.config.data.references}"
+            self._command("ditmem_jax.bank", "match", str(folder), bank, k, "--threshold=1")
 
     def _train(self) -> None:
         records = self.out / "records"
@@ -206,9 +208,8 @@ class Demo:
     def _leaked(self) -> int:
         """How many references of training are clips of unseen planets."""
         unseen = {entry.id for entry in RecordReader(self.out / "records" / "unseen").entries}
-        rows = [row for row, entry in enumerate(RecordReader(self.bank).entries) if entry.id in unseen]
-        with np.load(self.encoder.parent / "matches.npz", allow_pickle=False) as stored:
-            return int(np.isin(stored["matches"], rows).sum())
+        matches = Matches.load(self.encoder.parent / FILE).table["matches"].combine_chunks().flatten()
+        return sum(id in unseen for id in matches.to_pylist())
 
     def _result(self) -> dict[str, Any]:
         return json.loads((self.out / "results.json").read_text(encoding="utf-8"))

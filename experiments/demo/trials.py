@@ -12,7 +12,7 @@ from rich.progress import track
 from ditmem_jax.bank import Bank
 from ditmem_jax.config import Config
 from ditmem_jax.data.files import replacing
-from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.references import References
 from ditmem_jax.sample import Sampler
 from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, measure, sample_clip
 from ditmem_jax.worlds.measure import LAWLESS_PX
@@ -74,13 +74,11 @@ def draw(worlds: Sequence[World], counts: dict[str, int], known: set[str], seed:
 
 def find(bank: str, prompts: Sequence[str], k: int) -> tuple[list[list[str]], np.ndarray]:
     """The captions and the latents [P, k, T, H, W, C] of the k clips that the bank finds for each prompt."""
-    records, searched = RecordReader(bank), Bank.from_records(bank)
-    rows = [[searched.rows[name] for name in names] for names in searched.search(prompts, k)[0]]
-    latents = {
-        row: records[row].latents.astype(np.float32) for row in {row for found in rows for row in found}
-    }
-    captions = [[records.entries[row].caption for row in found] for found in rows]
-    return captions, np.stack([[latents[row] for row in found] for found in rows])
+    found = Bank.open(bank).search(prompts, k)
+    rows = {row["id"]: row for hits in found.rows for row in hits}
+    latents = {record.id: record.latents.astype(np.float32) for record in References.of(rows.values())}
+    captions = [[rows[id]["caption"] for id in ids] for ids in found.ids]
+    return captions, np.stack([[latents[id] for id in ids] for ids in found.ids])
 
 
 def make(

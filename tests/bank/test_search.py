@@ -1,11 +1,12 @@
-"""Exact search: order, ties, exclusion, too few records, folders of records."""
+"""Search in memory: best first, ties by id, filters, what changes, and what an approximate index may miss."""
 
 import numpy as np
 import pytest
 
-from ditmem_jax.bank import EMBEDDER_FILE, Bank, LexicalEmbedder, retrieve_for
-from ditmem_jax.data.records import Entry, Meta, Record, RecordReader, RecordWriter
+from ditmem_jax.bank import Bank, Table, make_embedder
+from ditmem_jax.bank.index import IVF
 from ditmem_jax.errors import UserError
+from tests.bank.test_table import rows
 
 CAPTIONS = {
     "d": "a ball falls on zorvex",
@@ -15,93 +16,136 @@ CAPTIONS = {
 }
 
 
-def make_bank(captions=CAPTIONS, sources=None):
-    entries = [Entry(name, text, (sources or {}).get(name, name + ".mp4")) for name, text in captions.items()]
-    return Bank(entries, LexicalEmbedder.fit(captions.values()))
+def text_bank(path, captions=CAPTIONS, **columns):
+    given = rows(*captions, **columns).set_column(1, "caption", [list(captions.values())])
+    return Bank(Table.create(path, make_embedder("lexical", captions.values()), given))
 
 
-def test_best_first_with_cosines():
-    bank = make_bank()
-    ids, scores = bank.search(["a ball falls on zorvex", "Quindara!"], 4)
-    assert ids[0][0] == "d" and set(ids[1][:2]) == {"a", "b"}
-    assert scores.shape == (2, 4) and scores[0, 0] == pytest.approx(1, abs=1e-5)
-    assert (np.diff(scores, axis=1) <= 0).all()
-    vectors = bank.embedder(list(CAPTIONS.values()))
-    np.testing.assert_allclose(sorted(vectors @ vectors[0]), sorted(scores[0]), atol=1e-5)
+def vector_bank(path, vectors, **options):
+    given = rows(*(f"{i:05}" for i in range(len(vectors))), number=[str(i) for i in range(len(vectors))])
+    return Bank(Table.create(path, make_embedder("vectors", [], vectors.shape[1]), given, vectors), **options)
 
 
-def test_ties_go_by_id_not_by_place():
+def random(count, dim=16, seed=0):
+    x = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_best_first_with_cosines(tmp_path):
+    bank = text_bank(tmp_path)
+    found = bank.search(["a ball falls on zorvex", "Quindara!"], 4)
+    assert found.ids[0][0] == "d" and set(found.ids[1][:2]) == {"a", "b"}
+    assert found.scores.shape == (2, 4) and found.scores[0, 0] == pytest.approx(1, abs=1e-5)
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+    assert [[row["caption"] for row in hits] for hits in found.rows] == [
+        [CAPTIONS[i] for i in ids] for ids in found.ids
+    ]
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+def test_exact_in_blocks_with_a_filter(tmp_path, monkeypatch, queries):
+    monkeypatch.setattr("ditmem_jax.bank.table.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("ditmem_jax.bank.search.QUERIES_AT_ONCE", 32)
+    vectors, asked = random(1000), random(queries, seed=1)
+    bank = vector_bank(tmp_path, vectors)
+    scores = asked @ vectors.T
+    for where, allowed in ((None, np.arange(1000)), ("number >= 900", np.arange(900, 1000))):
+        found = bank.search(asked, 7, where=where)
+        best = allowed[np.argsort(-scores[:, allowed], axis=1)[:, :7]]
+        assert found.ids == [[f"{i:05}" for i in row] for row in best]
+        np.testing.assert_allclose(found.scores, np.take_along_axis(scores, best, 1), atol=1e-5)
+
+
+def test_ties_go_by_id_not_by_place(tmp_path):
     names = [f"clip-{number:03d}" for number in range(50)]
     shuffled = np.random.default_rng(0).permutation(names)
     captions = {str(name): "a ball falls on zorvex" for name in shuffled} | {"other": "a block slides"}
-    ids, scores = make_bank(captions).search(["a ball on zorvex"] * 3, 7)
-    assert ids == [names[:7]] * 3
-    assert len(np.unique(scores)) == 1
+    found = text_bank(tmp_path, captions).search(["a ball on zorvex"] * 3, 7)
+    assert found.ids == [names[:7]] * 3
+    assert len(np.unique(found.scores)) == 1
 
 
-def test_neither_itself_nor_its_source():
-    bank = make_bank(sources={"d": "one.mp4", "a": "one.mp4"})
-    ids, _ = bank.search([CAPTIONS["d"]] * 3, 2, exclude=[bank.entries[0], None, Entry("new", "", "")])
-    assert ids[0] == ["c", "b"] and ids[1] == ids[2] and ids[1][0] == "d"
-    elsewhere = Entry("elsewhere", CAPTIONS["c"], "c.mp4")
-    assert "c" not in bank.search([CAPTIONS["c"]], 3, exclude=[elsewhere])[0][0]
+def test_a_query_alone_finds_what_it_finds_among_others(tmp_path):
+    bank, asked = vector_bank(tmp_path, random(500)), random(20, seed=3)
+    together = bank.search(asked, 5)
+    for i, query in enumerate(asked):
+        alone = bank.search(query[None], 5)
+        assert alone.ids[0] == together.ids[i]
+        np.testing.assert_array_equal(alone.scores[0], together.scores[i])
 
 
-def test_an_empty_source_is_no_common_source():
-    bank = make_bank(sources=dict.fromkeys(CAPTIONS, ""))
-    ids, _ = bank.search([CAPTIONS["d"]], 3, exclude=[bank.entries[0]])
-    assert sorted(ids[0]) == ["a", "b", "c"]
+def test_what_is_added_and_removed_is_seen_at_once(tmp_path):
+    bank, vectors = vector_bank(tmp_path, random(100)), random(100)
+    assert bank.search(vectors[3:4], 1).ids == [["00003"]]
+    bank.remove(["00003"])
+    assert len(bank) == 99 and bank.search(vectors[3:4], 1).ids != [["00003"]]
+    bank.add(rows("new", "newer"), np.stack([vectors[3], -vectors[3]]))
+    found = bank.search(np.stack([vectors[3], -vectors[3], vectors[5]]), 1)
+    assert found.ids == [["new"], ["newer"], ["00005"]] and len(bank) == 101
+    assert [hits[0]["caption"] for hits in found.rows] == [
+        "caption of new",
+        "caption of newer",
+        "caption of 00005",
+    ]
+    other = Bank.open(tmp_path)
+    other.remove(where="number < 50")
+    assert len(bank) == 101
+    bank.refresh()
+    assert len(bank) == len(Bank.open(tmp_path)) == 52 and bank.version == other.version
+    assert (
+        bank.search(vectors, 5).ids
+        == other.search(vectors, 5).ids
+        == Bank.open(tmp_path).search(vectors, 5).ids
+    )
 
 
-def test_in_parts_as_at_once(monkeypatch):
-    bank = make_bank()
-    whole = bank.search(list(CAPTIONS.values()), 2, exclude=bank.entries)
-    monkeypatch.setattr("ditmem_jax.bank.search._SCORES_AT_ONCE", 4)
-    parts = bank.search(list(CAPTIONS.values()), 2, exclude=bank.entries)
-    assert whole[0] == parts[0]
-    np.testing.assert_array_equal(whole[1], parts[1])
+def test_an_old_version_is_searched_as_it_was(tmp_path):
+    bank = vector_bank(tmp_path, random(10))
+    bank.remove(["00004"])
+    assert Bank.open(tmp_path, version=1).search(random(10)[4:5], 1).ids == [["00004"]]
 
 
-@pytest.mark.parametrize("k", [-1, 0, 4])
-def test_too_many_or_none_wanted(k):
-    bank = make_bank()
-    with pytest.raises(UserError, match="1 to 3: the bank holds 4, 1 of them"):
-        bank.search([CAPTIONS["d"]], k, exclude=[bank.entries[0]])
+@pytest.mark.parametrize(("k", "where"), [(-1, None), (0, None), (5, None), (3, "id < 'c'"), (1, "id = 'z'")])
+def test_too_many_or_none_wanted(tmp_path, k, where):
+    with pytest.raises(
+        UserError, match=f"cannot give {k} videos(.|\n)*the bank holds 4{', ' * (where is not None)}"
+    ):
+        text_bank(tmp_path).search([CAPTIONS["d"]], k, where=where)
 
 
-def test_bad_banks_and_prompts():
-    with pytest.raises(UserError, match="empty"):
-        make_bank({})
-    twice = [Entry("a", "x", "1"), Entry("a", "y", "2")]
-    with pytest.raises(UserError, match="'a' twice"):
-        Bank(twice, LexicalEmbedder.fit(["x"]))
-    with pytest.raises(UserError, match="no words"):
-        make_bank().search(["?!"], 1)
+def test_bad_queries_and_empty_banks(tmp_path):
+    bank = text_bank(tmp_path)
+    with pytest.raises(UserError, match=r"nothing to search for(.|\n)*'\?!'"):
+        bank.search(["ball", "?!"], 1)
+    with pytest.raises(UserError, match="cannot be searched with these vectors"):
+        bank.search(np.ones((2, 3), np.float32), 1)
+    bank.remove(where="true")
+    with pytest.raises(UserError, match="is empty"):
+        bank.search(["ball"], 1)
+    with pytest.raises(UserError, match="is empty"):
+        Bank.open(tmp_path).search(["ball"], 1)
 
 
-def test_version_changes_with_content_only():
-    assert make_bank().version == make_bank().version
-    assert make_bank().version != make_bank(sources={"a": "other.mp4"}).version
-    assert make_bank().version != make_bank(CAPTIONS | {"e": "new"}).version
-
-
-@pytest.fixture
-def folder(tmp_path):
-    with RecordWriter(tmp_path / "bank", Meta((1, 1, 1, 1), 2, "float32"), shard_size=3) as writer:
-        for name, text in CAPTIONS.items():
-            latents, text_embedding = np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 2), np.float32)
-            writer.add(Record(name, text, f"{name}.mp4", latents=latents, text_embedding=text_embedding))
-    return tmp_path / "bank"
-
-
-def test_retrieval_for_training(folder):
-    matches = retrieve_for(RecordReader(folder), Bank.from_records(folder), 1)
-    np.testing.assert_array_equal(matches, np.asarray([[1], [0], [3], [2]]))  # two words in common, not one
-
-
-def test_the_stored_embedder_is_used(folder):
-    own = Bank.from_records(folder)
-    LexicalEmbedder.fit(["a ball"] * 9 + list(CAPTIONS.values())).save(folder / EMBEDDER_FILE)
-    stored = Bank.from_records(folder)
-    assert stored.embedder.captions == 13 and stored.version != own.version
-    assert Bank.from_records(folder, own.embedder).version == own.version
+def test_many_videos_are_searched_by_faiss_and_said(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    centres = random(40, seed=4)
+    vectors = centres[rng.integers(0, 40, 4000)] + 0.2 * random(4000)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    exact = vector_bank(tmp_path, vectors)
+    assert "FAISS" not in capsys.readouterr().err
+    bank = Bank.open(tmp_path, ivf_above=3999)
+    assert isinstance(bank.index, IVF) and "4,000 videos" in capsys.readouterr().err
+    asked = vectors[:100] + 0.1 * random(100, seed=5)
+    found, best = bank.search(asked, 5), exact.search(asked, 5)
+    recall = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.ids, best.ids, strict=True)])
+    assert 0.95 < recall, recall
+    np.testing.assert_array_equal(bank.search(asked[:1], 5).scores, found.scores[:1])
+    narrow = bank.search(asked[:3], 5, where="number < 8")  # in few lists
+    assert narrow.ids == exact.search(asked[:3], 5, where="number < 8").ids
+    bank.remove([found.ids[0][0]])
+    bank.add(rows("new"), vectors[:1])
+    assert bank.search(vectors[:1], 1).ids == [["00000"]] or found.ids[0][0] == "00000"
+    assert (
+        "new" in bank.search(vectors[:1], 3).ids[0]
+        and found.ids[0][0] not in bank.search(asked[:1], 5).ids[0]
+    )

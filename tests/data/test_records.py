@@ -7,7 +7,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter, from_bytes, to_bytes
+from ditmem_jax.data.records import (
+    FORMAT,
+    Meta,
+    Record,
+    RecordReader,
+    RecordWriter,
+    checksum,
+    from_bytes,
+    to_bytes,
+)
 from ditmem_jax.errors import UserError
 
 META = Meta(latents=(2, 4, 4, 3), text_dim=6, dtype="float32", made_by={"vae": "abc", "video": {"frames": 5}})
@@ -66,6 +75,17 @@ def test_folder_round_trip(tmp_path):
     assert_equal(pickle.loads(pickle.dumps(reader))[9], record(9))  # grain's workers get it so
     with pytest.raises(IndexError):
         reader[10]
+
+
+def test_checksums_are_of_the_latents_alone(tmp_path):
+    write(tmp_path, 6)
+    reader = RecordReader(tmp_path)
+    assert reader.checksums == [checksum(got.latents) for got in reader] and len(set(reader.checksums)) == 6
+    assert RecordWriter(tmp_path, META).entries == reader.entries
+    x = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+    others = [x + 1, x.reshape(1, 3, 2, 4), x.astype(ml_dtypes.bfloat16), x.view(np.int32)]
+    assert len({checksum(y) for y in [x, *others]}) == 5
+    assert checksum(x) == checksum(x.copy()) == checksum(np.asfortranarray(x))
 
 
 def test_numbers_are_stored_in_the_type_of_the_folder(tmp_path):
@@ -192,7 +212,7 @@ def test_damaged_folders_are_named(tmp_path):
         RecordReader(folder)
 
     folder = fresh("newer")
-    index = json.loads((folder / "index.json").read_text()) | {"format": 2}
+    index = json.loads((folder / "index.json").read_text()) | {"format": FORMAT + 1}
     (folder / "index.json").write_text(json.dumps(index))
     for use in (RecordReader, lambda folder: RecordWriter(folder, META)):
         with pytest.raises(UserError, match="another format"):

@@ -1,0 +1,124 @@
+"""Rows of a bank: from folders of records, or from a table of the user's."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from ditmem_jax.bank.table import FIXED
+from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.errors import UserError
+
+TAKEN = {
+    "vector",
+    "records",
+    "row",
+    "checksum",
+    "_rowid",
+}  # columns of a bank that no table of the user's can fill
+TEXTS = ("id", "caption", "source")
+
+
+def rows_of_records(folders: Sequence[str | Path]) -> pa.Table:
+    """A row for each record of the folders; columns of `extra` become columns of numbers where all are numbers.
+
+    Raises:
+        UserError: for a folder that is not of records.
+    """
+    readers = [RecordReader(folder) for folder in folders]
+    columns = columns_of([entry for reader in readers for entry in reader.entries])
+    columns["records"] = [str(reader.folder.resolve()) for reader in readers for _ in range(len(reader))]
+    columns["row"] = pa.array([row for reader in readers for row in range(len(reader))], pa.int32())
+    columns["checksum"] = [checksum for reader in readers for checksum in reader.checksums]
+    return pa.table(columns)
+
+
+def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The columns of a bank that entries of records tell."""
+    names = sorted({name for entry in entries for name in entry.extra})
+    columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
+    return columns | further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
+
+
+def read_rows(path: str | Path) -> pa.Table:
+    """The rows of a .parquet, .csv or .jsonl file with a column `id`; `caption` and `source` may be left out.
+
+    Raises:
+        UserError: if the file cannot be read, has no such column, or a column of lists.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            table = pa.parquet.read_table(path)
+        elif path.suffix == ".csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, restval="", strict=True))
+            if any(None in row for row in rows):
+                raise ValueError("a row has more values than there are columns")
+            table = pa.table(
+                further({name: [row[name] for row in rows] for name in (rows[0] if rows else ())}, TEXTS)
+            )
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            names = dict.fromkeys(name for row in rows for name in row)
+            table = pa.table({name: [row.get(name) for row in rows] for name in names})
+        else:
+            raise UserError(f"{path} is no table", expected="a file .parquet, .csv or .jsonl")
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"cannot read the table {path}", found=error) from error
+    if "id" not in table.schema.names:
+        raise UserError(f"{path} lacks the column id", found=", ".join(table.schema.names) or "no rows")
+    for name in ("caption", "source"):
+        if name not in table.schema.names:
+            table = table.append_column(name, pa.array([""] * len(table), pa.string()))
+    table = table.rename_columns([_free(name) for name in table.schema.names])
+    return pa.table({field.name: _plain(path, field, table[field.name]) for field in table.schema})
+
+
+def further(columns: Mapping[str, Iterable[str]], texts: Sequence[str] = ()) -> dict[str, pa.Array]:
+    """Columns of text as the bank keeps them: numbers where every value is one or absent, except for `texts`."""
+    return {
+        _free(name): _numbers(pa.array(values, pa.string()), name in texts)
+        for name, values in columns.items()
+    }
+
+
+def _free(name: str) -> str:
+    """The name itself, or one that the bank does not use; Lance has no use for dots in names."""
+    return f"{name}_" if name in TAKEN else name.replace(".", "_")
+
+
+def _numbers(column: pa.Array, text: bool) -> pa.Array:
+    trimmed = pc.utf8_trim_whitespace(column)
+    trimmed = pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)
+    if text or trimmed.null_count == len(column):
+        return column
+    try:
+        return trimmed.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return column
+
+
+def _plain(path: Path, field: pa.Field, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column in the type that the bank gives it."""
+    for fixed in FIXED:
+        if fixed.name == field.name:
+            return column.cast(fixed.type)
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_floating(kind):
+        return column.cast(pa.float64())
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return column.cast(pa.int64() if pa.types.is_integer(kind) else kind)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return column.cast(pa.string())
+    raise UserError(
+        f"the column {field.name} of {path} cannot go into a bank",
+        expected="numbers or text",
+        found=str(kind),
+    )

@@ -1,0 +1,78 @@
+"""Reference videos as a sequence of records, wherever they lie; each is checked to be the one that was meant."""
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, SupportsIndex
+
+from ditmem_jax.data.records import Record, RecordReader, checksum
+from ditmem_jax.errors import UserError
+
+
+class Pointer(NamedTuple):
+    """Where a record is: the folder, its number there, and the checksum of its latents."""
+
+    records: str
+    row: int
+    checksum: str
+
+
+class References:
+    """The records behind pointers; safe to share between threads and to hand to other processes.
+
+    Attributes:
+        folder: names the folders in messages.
+        meta: what all the records have in common.
+    Raises:
+        UserError: for a folder that is gone or of other latents than the first, and for a record that is gone or
+            not the one that was meant: by the lists of its folder at once, by its latents when it is read.
+    """
+
+    def __init__(self, pointers: Sequence[Pointer]):
+        self.pointers = list(pointers)
+        self._readers = {folder: RecordReader(folder) for folder in sorted({p.records for p in pointers})}
+        self.folder = ", ".join(self._readers)
+        self.meta = next(iter(self._readers.values())).meta
+        for folder, reader in self._readers.items():
+            if (found := (reader.meta.latents, reader.meta.dtype)) != (self.meta.latents, self.meta.dtype):
+                raise UserError(
+                    f"the reference videos in {folder} do not fit the others",
+                    expected=f"latents {list(self.meta.latents)} in {self.meta.dtype}",
+                    found=f"latents {list(found[0])} in {found[1]}",
+                    fix="encode all with one config",
+                )
+        for pointer in self.pointers:
+            listed = self._readers[pointer.records].checksums
+            self._require(pointer, listed[pointer.row] if pointer.row < len(listed) else "no such record")
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> "References":
+        """Those of rows of a bank.
+
+        Raises:
+            UserError: also for a row without a record.
+        """
+        rows = list(rows)
+        for row in rows:
+            if row["records"] is None:
+                raise UserError(
+                    f"the video {row['id']!r} has no record, only a vector", fix="a bank of records"
+                )
+        return cls([Pointer(row["records"], row["row"], row["checksum"]) for row in rows])
+
+    def __len__(self) -> int:
+        return len(self.pointers)
+
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        pointer = self.pointers[operator.index(index)]
+        record = self._readers[pointer.records][pointer.row]
+        self._require(pointer, checksum(record.latents))
+        return record
+
+    def _require(self, pointer: Pointer, found: str) -> None:
+        if found != pointer.checksum:
+            raise UserError(
+                f"record {pointer.row} of {pointer.records} is not the reference video that was meant",
+                expected=f"latents of checksum {pointer.checksum}",
+                found=found,
+                fix="the records as they were, or build the bank again",
+            )

@@ -1,0 +1,84 @@
+"""Rows from records and from tables of users: types of columns, names that are taken, texts without loss."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ditmem_jax.bank.rows import read_rows, rows_of_records
+from ditmem_jax.data.records import Entry, RecordReader, RecordWriter
+from ditmem_jax.errors import UserError
+from tests.bank.test_table import HARD
+from tests.data.test_records import META, record
+
+
+def test_rows_of_records(tmp_path):
+    for name, start, extra in (
+        ("one", 0, {"motion": "0.5", "row": "x"}),
+        ("two", 5, {"motion": "", "kind": "b"}),
+    ):
+        with RecordWriter(tmp_path / name, META, shard_size=2) as writer:
+            for i in range(start, start + 3):
+                given = record(i)
+                writer.add(type(given)(**vars(Entry(given.id, given.caption, given.source, extra=extra)),
+                           latents=given.latents, text_embedding=given.text_embedding))  # fmt: skip
+    rows = rows_of_records([tmp_path / "one", tmp_path / "two"])
+    assert rows["id"].to_pylist() == [f"clip-{i}" for i in (0, 1, 2, 5, 6, 7)]
+    assert rows["caption"][4].as_py() == record(6).caption
+    assert rows["row"].to_pylist() == [0, 1, 2] * 2 and rows["row_"].to_pylist() == ["x"] * 3 + [""] * 3
+    assert rows["records"].to_pylist() == [str(tmp_path / name) for name in ("one", "two") for _ in range(3)]
+    assert rows["checksum"].to_pylist()[3:] == RecordReader(tmp_path / "two").checksums
+    assert rows["motion"].to_pylist() == [0.5] * 3 + [None] * 3 and rows["kind"].to_pylist()[2:4] == ["", "b"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_tables_of_users(tmp_path, kind):
+    path = tmp_path / f"table.{kind}"
+    lines = [
+        {"id": id, "caption": text, "motion": float(i), "fps": 8.0, "vector": "v", "a.b": "1"}
+        for i, (id, text) in enumerate(HARD.items())
+    ]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(lines), path)
+    elif kind == "csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    else:
+        path.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
+    rows = read_rows(path)
+    assert rows["id"].to_pylist() == list(HARD) and rows["caption"].to_pylist() == list(HARD.values())
+    assert rows["motion"].type == pa.float64() and rows["fps"].type == pa.float32()
+    assert rows["source"].to_pylist() == [""] * len(HARD) and rows["vector_"].to_pylist() == ["v"] * len(HARD)
+    assert "a_b" in rows.schema.names
+
+
+def test_ids_that_look_like_numbers_stay_texts(tmp_path):
+    (tmp_path / "table.csv").write_text("id,caption,x\n0012,7,1\n0013,,\n")
+    rows = read_rows(tmp_path / "table.csv")
+    assert rows["id"].to_pylist() == ["0012", "0013"] and rows["caption"].to_pylist() == ["7", ""]
+    assert rows["x"].to_pylist() == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "name\nx\n", "lacks the column id"),
+        ("t.csv", "", "lacks the column id"),
+        ("t.csv", "id,caption\na,b,c\n", "more values"),
+        ("t.jsonl", '{"id": "a"}\n{', "cannot read"),
+        ("t.jsonl", '{"id": "a", "list": [1]}', "column list"),
+        ("t.jsonl", "[1]", "cannot read"),
+        ("t.parquet", "PAR1", "cannot read"),
+        ("t.xlsx", "", "is no table"),
+    ],
+)
+def test_tables_that_cannot_be(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_rows(tmp_path / name)
