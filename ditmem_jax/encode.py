@@ -102,6 +102,7 @@ def _finish(shards: Sequence[list[Row]], job: Job, engine: Engine) -> Iterator[P
     with contextlib.closing(engine.run(todo, job)) as made:
         for part in left:
             yield part or next(made)
+        next(made, None)  # lets the engine finish its progress bar
 
 
 def _check_table(rows: Sequence[Row], writer: RecordWriter) -> None:
