@@ -17,7 +17,7 @@ RINGS = (
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint", "bank.features"),
-    ("encode", "runs", "validate", "train", "sample"),
+    ("encode", "encoder", "engines", "runs", "validate", "train", "sample"),
     ("report", "gallery"),
     ("bank.__main__",),  # its commands reach further than the bank
 )
@@ -31,6 +31,8 @@ BESIDE = {
     "bank": {"data"},
     "bank.features": {"checkpoint"},
     "worlds": {"data"},
+    "engines": {"encoder"},
+    "encode": {"encoder", "engines"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
     "gallery": {"report"},

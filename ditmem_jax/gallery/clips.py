@@ -16,7 +16,7 @@ from ditmem_jax.checkpoint import load_vae
 from ditmem_jax.config import Config
 from ditmem_jax.data.records import RecordReader, checksum
 from ditmem_jax.data.video import from_unit, write_video
-from ditmem_jax.encode import fingerprint
+from ditmem_jax.encoder import fingerprint
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.vae import VAE, decode
 

@@ -16,8 +16,10 @@ from ditmem_jax.bank.table import FIXED, Table
 from ditmem_jax.checkpoint import load_umt5, load_vae
 from ditmem_jax.config import Config
 from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.sources import Videos
 from ditmem_jax.data.tokenizer import clean
 from ditmem_jax.encode import encode_dataset
+from ditmem_jax.engines import Local
 from ditmem_jax.errors import UserError
 from ditmem_jax.gallery.clips import Clips, Decoder, below
 from ditmem_jax.gallery.map import Colours, colour, project
@@ -195,7 +197,8 @@ class Gallery:
             entry = Entry(self._free_id(source), caption, source)
             with self._encoding:
                 self._networks = self._networks or (load_vae(self._config), load_umt5(self._config))
-                encode_dataset([entry], folder, folder / "records", self._config, *self._networks, batch=1)
+                rows, engine = Videos([folder]).rows([entry]), Local(self._networks)
+                encode_dataset(rows, folder / "records", self._config, engine, batch=1)
             self._check_making(RecordReader(folder / "records"))
             rows = rows_of_records([folder / "records"])
             with self._lock:

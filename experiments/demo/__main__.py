@@ -137,7 +137,7 @@ class Demo:
 
     def _encode(self, split: str) -> None:
         videos = self.out / "worlds" / split
-        places = f"--csv={videos / 'captions.csv'}", f"--videos={videos / 'videos'}"
+        places = f"--table={videos / 'captions.csv'}", f"--videos={videos / 'videos'}"
         self._command("ditmem_jax.encode", *self.options, *places, f"--out={self.out / 'records' / split}")
 
     def _build_bank(self) -> None:

@@ -11,9 +11,11 @@ from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.table import Table
 from ditmem_jax.config import Config, UMT5Config, VAEConfig, VideoConfig
+from ditmem_jax.data.sources import Videos, read_table
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import write_video
-from ditmem_jax.encode import encode_dataset, read_table
+from ditmem_jax.encode import encode_dataset
+from ditmem_jax.engines import Local
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE
@@ -92,9 +94,8 @@ def make_bank(folder: Path) -> Path:
     train_tokenizer([row["caption"] for row in rows], folder / "tokenizer.json")
     (folder / "records").mkdir()
     entries = read_table(folder / "captions.csv")
-    encode_dataset(
-        entries, folder / "videos", folder / "records", config(folder), *with_networks(folder), batch=1
-    )
+    rows = Videos([folder / "videos"]).rows(entries)
+    encode_dataset(rows, folder / "records", config(folder), Local(with_networks(folder)), batch=1)
     rows = rows_of_records([folder / "records"])
     Table.create(folder / "bank", make_embedder("lexical", rows["caption"].to_pylist()), rows)
     return folder

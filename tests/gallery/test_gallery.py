@@ -11,9 +11,11 @@ from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import Table
-from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.sources import Videos
 from ditmem_jax.data.video import read_video
-from ditmem_jax.encode import Entry, encode_dataset
+from ditmem_jax.encode import encode_dataset
+from ditmem_jax.engines import Local
 from ditmem_jax.errors import UserError
 from ditmem_jax.gallery import gallery as gallery_module
 from ditmem_jax.gallery.actions import Actions
@@ -225,9 +227,8 @@ def test_what_is_added_is_encoded_as_encode_does_and_played(folder):
     assert gallery.search("hops", k=1).rows == [row] and row["caption"] == "a “red” ball\nhops"
     assert gallery.clips.file(row).read_bytes() == video.read_bytes()
     entry = Entry("red zorvex.mp4", "a “red” ball\nhops", "red zorvex.mp4")
-    encode_dataset(
-        [entry], folder / "videos", folder / "again", config(folder), *with_networks(folder), batch=1
-    )
+    rows = Videos([folder / "videos"]).rows([entry])
+    encode_dataset(rows, folder / "again", config(folder), Local(with_networks(folder)), batch=1)
     got, want = RecordReader(row["records"])[row["row"]], RecordReader(folder / "again")[0]
     np.testing.assert_array_equal(got.latents, want.latents)
     np.testing.assert_array_equal(got.text_embedding, want.text_embedding)
