@@ -17,7 +17,7 @@ RINGS = (
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
-    ("encode", "runs", "validate", "train", "sample"),
+    ("encode", "encoder", "engines", "runs", "validate", "train", "sample"),
     ("report",),
 )
 # What else it may import, from its own ring.
@@ -28,6 +28,8 @@ BESIDE = {
     "cli": {"config", "errors"},
     "bank": {"data"},
     "worlds": {"data"},
+    "engines": {"encoder"},
+    "encode": {"encoder", "engines"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
 }

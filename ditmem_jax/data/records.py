@@ -2,7 +2,8 @@
 
 A folder of records holds
 
-    index.json                  format, what the records have in common, what made them, the finished shards
+    index.json                  format, what the records have in common, what made them, the finished shards, and
+                                videos that could not be encoded, by id, with the reason
     records-00000.array_record  the records of a shard, each the bytes of one safetensors file
     records-00000.jsonl         id, caption, source and extra columns of the same, a JSON object a line
     prompts.safetensors         text embeddings that belong to no video, such as the empty prompt's
@@ -15,7 +16,8 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
@@ -114,11 +116,52 @@ def _from_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str
     return tensors, json.loads(data[8 : 8 + header_length]).get("__metadata__", {})
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The files NAME.array_record and NAME.jsonl of some records, and their size."""
+
+    name: str
+    records: int
+    bytes: int
+
+
+def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) -> Shard:
+    """Stores records in a shard, their numbers as `meta.dtype`.
+
+    Raises:
+        UserError: if a record does not fit `meta`.
+    """
+    lines = []
+    with replacing(folder / f"{name}.array_record") as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        for record in records:
+            writer.write(to_bytes(_cast(record, meta)))
+            lines.append(json.dumps(dataclasses.asdict(record.entry), ensure_ascii=False))
+        writer.close()
+        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        size = temporary.stat().st_size
+    return Shard(name, len(lines), size)
+
+
+def _cast(record: Record, meta: Meta) -> Record:
+    found = (record.latents.shape, record.text_embedding.shape[1])
+    if found != (meta.latents, meta.text_dim):
+        raise UserError(
+            f"record {record.id!r} does not fit the others",
+            expected=f"latents {list(meta.latents)}, text width {meta.text_dim}",
+            found=f"latents {list(found[0])}, text width {found[1]}",
+        )
+    dtype = DTYPES[meta.dtype]
+    arrays = {"latents": record.latents.astype(dtype), "text_embedding": record.text_embedding.astype(dtype)}
+    return dataclasses.replace(record, **arrays)
+
+
 class RecordWriter:
     """Writes records shard by shard, and continues a folder that a killed writer left.
 
     Use as a context manager: the folder is complete once the block ends without an error. `entries` are those
-    of the shards that were finished before.
+    of the shards that were finished before. `skipped` tells of the videos that have no record, by id, why not;
+    it is empty again when a complete folder is opened, for another attempt.
 
     Raises:
         UserError: if the folder holds something else, or records of another making. Nothing is touched then.
@@ -127,7 +170,10 @@ class RecordWriter:
     def __init__(self, folder: str | Path, meta: Meta, shard_size: int = 64):
         self.folder, self.meta, self.shard_size = Path(folder), meta, shard_size
         self._waiting: list[Record] = []
-        self._shards = self._finished_shards()
+        index = self._found_index()
+        self._shards: list[dict[str, Any]] = index.get("shards", [])
+        begun = self._shards and not index["complete"]
+        self.skipped: dict[str, str] = index.get("skipped", {}) if begun else {}
         self.entries = [entry for shard in self._shards for entry in _read_entries(self.folder, shard)]
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "index.json").exists():
@@ -145,21 +191,19 @@ class RecordWriter:
 
     def add(self, record: Record) -> None:
         """Stores a record, its numbers as `meta.dtype`. It is safe on the disk when its shard is full."""
-        found = (record.latents.shape, record.text_embedding.shape[1])
-        if found != (self.meta.latents, self.meta.text_dim):
-            raise UserError(
-                f"record {record.id!r} does not fit the others",
-                expected=f"latents {list(self.meta.latents)}, text width {self.meta.text_dim}",
-                found=f"latents {list(found[0])}, text width {found[1]}",
-            )
-        dtype = DTYPES[self.meta.dtype]
-        arrays = {
-            "latents": record.latents.astype(dtype),
-            "text_embedding": record.text_embedding.astype(dtype),
-        }
-        self._waiting.append(dataclasses.replace(record, **arrays))
+        self._waiting.append(_cast(record, self.meta))
         if len(self._waiting) == self.shard_size:
             self._write_shard()
+
+    def take(self, parts: Path, shard: Shard, skipped: dict[str, str]) -> None:
+        """Moves in a shard that `write_shard` wrote to the folder `parts`, and notes which videos it lacks and why."""
+        if shard.records:
+            name = self._next_name()
+            for suffix in ("jsonl", "array_record"):
+                os.replace(parts / f"{shard.name}.{suffix}", self.folder / f"{name}.{suffix}")
+            self._shards.append(dataclasses.asdict(dataclasses.replace(shard, name=name)))
+        self.skipped |= skipped
+        self._write_index(complete=False)
 
     def add_prompts(self, prompts: dict[str, Float[np.ndarray, "L D"]]) -> None:
         """Stores the embeddings, without padding, of texts that belong to no video."""
@@ -168,7 +212,7 @@ class RecordWriter:
         with replacing(self.folder / "prompts.safetensors") as temporary:
             temporary.write_bytes(_to_safetensors(tensors, names))
 
-    def _finished_shards(self) -> list[dict[str, Any]]:
+    def _found_index(self) -> dict[str, Any]:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file", expected="a folder for the records")
         if not (self.folder / "index.json").exists():
@@ -180,7 +224,7 @@ class RecordWriter:
                     found=", ".join(others[:5]),
                     fix="another output folder",
                 )
-            return []
+            return {}
         index = _read_index(self.folder)
         differences = _differences(self.meta.to_json(), index["meta"])
         if differences:
@@ -190,26 +234,21 @@ class RecordWriter:
                 found="; ".join(f"{name} = {theirs}" for name, _, theirs in differences),
                 fix="another output folder, or the settings of that run",
             )
-        return index["shards"]
+        return index
 
     def _write_shard(self) -> None:
-        if not self._waiting:
-            return
-        name = f"records-{len(self._shards):05d}"
-        lines = [json.dumps(dataclasses.asdict(record.entry), ensure_ascii=False) for record in self._waiting]
-        write_text(self.folder / f"{name}.jsonl", "\n".join(lines) + "\n")
-        with replacing(self.folder / f"{name}.array_record") as temporary:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-            for record in self._waiting:
-                writer.write(to_bytes(record))
-            writer.close()
-            size = temporary.stat().st_size
-        self._shards.append({"name": name, "records": len(self._waiting), "bytes": size})
-        self._waiting = []
-        self._write_index(complete=False)
+        if self._waiting:
+            shard = write_shard(self.folder, self._next_name(), self._waiting, self.meta)
+            self._waiting = []
+            self._shards.append(dataclasses.asdict(shard))
+            self._write_index(complete=False)
+
+    def _next_name(self) -> str:
+        return f"records-{len(self._shards):05d}"
 
     def _write_index(self, complete: bool) -> None:
         index = {"format": FORMAT, "complete": complete, "meta": self.meta.to_json(), "shards": self._shards}
+        index |= {"skipped": self.skipped} if self.skipped else {}
         write_text(self.folder / "index.json", json.dumps(index, indent=1) + "\n")
 
 

@@ -5,6 +5,7 @@ the last one repeated when a video is short, stretched to the target size by two
 """
 
 import dataclasses
+import io
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,20 @@ from ditmem_jax.errors import UserError
 Frames = UInt8[np.ndarray, "T H W 3"]
 
 
+class VideoBytes(io.BytesIO):
+    """A video file in memory, with the name that errors call it by."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+VideoFile = str | Path | VideoBytes
+
+
 @dataclasses.dataclass(frozen=True)
 class Video:
     """A decoded video: RGB `frames` [T, H, W, 3] and its frames per second."""
@@ -29,7 +44,7 @@ class Video:
     fps: float
 
 
-def read_video(path: str | Path, minimum: int = 2) -> Video:
+def read_video(path: VideoFile, minimum: int = 2) -> Video:
     """Every frame of a video file.
 
     Raises:
@@ -43,7 +58,7 @@ def read_video(path: str | Path, minimum: int = 2) -> Video:
 
 
 def read_clip(
-    path: str | Path,
+    path: VideoFile,
     frames: int,
     height: int,
     width: int,
@@ -135,9 +150,11 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
 _BT601 = 6  # SMPTE 170M in H.264's table of colour matrices
 
 
-def _open(path: str | Path) -> av.container.InputContainer:
+def _open(path: VideoFile) -> av.container.InputContainer:
+    if isinstance(path, VideoBytes):
+        path.seek(0)
     try:
-        container = av.open(str(path))
+        container = av.open(path if isinstance(path, VideoBytes) else str(path))
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"cannot read {path}", expected="a video file", found=error.strerror) from error
     if not container.streams.video:
@@ -151,7 +168,7 @@ def _open(path: str | Path) -> av.container.InputContainer:
     return container
 
 
-def _decode(path: str | Path) -> Iterator[av.VideoFrame]:
+def _decode(path: VideoFile) -> Iterator[av.VideoFrame]:
     with _open(path) as container:
         count = 0
         try:
@@ -162,7 +179,7 @@ def _decode(path: str | Path) -> Iterator[av.VideoFrame]:
             raise UserError(f"{path} is damaged", found=f"{error.strerror} after {count} frames") from error
 
 
-def _decode_some(path: str | Path, wanted: set[int], use: Callable) -> tuple[dict[int, np.ndarray], int]:
+def _decode_some(path: VideoFile, wanted: set[int], use: Callable) -> tuple[dict[int, np.ndarray], int]:
     """`use(frame)` of the wanted frames by index, and the number of frames that there are."""
     kept, length = {}, 0
     for index, frame in enumerate(_decode(path)):
@@ -181,14 +198,14 @@ def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
     return np.rot90(pixels, round(frame.rotation / 90))
 
 
-def _declared_length(path: str | Path) -> int:
+def _declared_length(path: VideoFile) -> int:
     """The number of frames as the container tells it, or its number of packets where it does not."""
     with _open(path) as container:
         stream = container.streams.video[0]
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 
 
-def _require_length(path: str | Path, length: int, minimum: int) -> None:
+def _require_length(path: VideoFile, length: int, minimum: int) -> None:
     if length < minimum:
         raise UserError(f"{path} is too short", expected=f"at least {minimum} frames", found=length)
 

@@ -1,0 +1,238 @@
+"""Tables, folders, archives and input records: where videos are found, and what is refused."""
+
+import io
+import json
+import tarfile
+import warnings
+import zipfile
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ditmem_jax.data.records import Entry
+from ditmem_jax.data.sources import (
+    Videos,
+    expand,
+    read_row,
+    read_table,
+    write_input_records,
+)
+from ditmem_jax.data.video import read_video, write_video
+from ditmem_jax.errors import UserError
+
+FILES = {"a.mp4": None, "a.txt": b"a ball\n", "deep/b.mp4": None, "deep/b.txt": "ein Käfer".encode()}
+ROWS = [Entry("a.mp4", "a ball", "a.mp4"), Entry("deep/b.mp4", "ein Käfer", "deep/b.mp4")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two videos with captions beside them; and the same in archives that lie beside the folder."""
+    root = tmp_path_factory.mktemp("sources")
+    folder = root / "videos"
+    (folder / "deep").mkdir(parents=True)
+    for number, (name, text) in enumerate(FILES.items()):
+        if text is None:
+            frames = np.random.default_rng(number).integers(0, 256, (3, 16, 16, 3), np.uint8)
+            write_video(folder / name, frames, fps=8)
+        else:
+            (folder / name).write_bytes(text)
+    (folder / "deep" / "._b.mp4").write_bytes(b"what Macs leave")
+    for name, kind in (("stored.zip", zipfile.ZIP_STORED), ("deflated.zip", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(root / name, "w", kind) as archive:
+            archive.mkdir("deep")
+            for file in FILES:
+                archive.write(folder / file, file)
+    with tarfile.open(root / "plain.tar", "w") as archive:
+        archive.add(folder, ".")
+    (root / "records").mkdir()
+    entries = [Entry(e.id, e.caption, e.source, extra={"motion": "0.5"}) for e in ROWS]
+    write_input_records(root / "records", [(e, (folder / e.source).read_bytes()) for e in entries], 1)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["videos", "stored.zip", "deflated.zip", "plain.tar", "records"])
+def test_every_place_gives_the_same_videos(folder, place):
+    videos = Videos([folder.parent / place])
+    rows = videos.rows()
+    extra = {"motion": "0.5"} if place == "records" else {}
+    assert [entry for entry, _ in rows] == [Entry(e.id, e.caption, e.source, extra=extra) for e in ROWS]
+    for entry, found in [*rows, *videos.rows(ROWS)]:
+        got = read_row((entry, found), dict(frames=3, height=16, width=16))
+        np.testing.assert_array_equal(got, read_video(folder / entry.source).frames)
+
+
+def test_archives_are_not_unpacked_and_their_folders_need_no_mention(folder):
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        "deflated.zip", "plain.tar", "records", "stored.zip", "videos",
+    ]  # fmt: skip
+    for name in ("stored.zip", "plain.tar"):
+        assert Videos([folder.parent / name]).find("b.mp4").name == "deep/b.mp4"
+    with pytest.raises(UserError, match=r"no videos are called b.mp4"):
+        Videos([folder]).find("b.mp4")
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("c.mp4", "no videos are called c.mp4\n.*expected: +one in .*plain.tar"),
+        ("", "no videos are called"),
+        ("../videos/a.mp4", "leaves the folder"),
+        ("/etc/hostname", "leaves the folder"),
+        ("a.mp4", "2 videos are called a.mp4\n.*\n.*found: +.*plain.tar/a.mp4, .*stored.zip/a.mp4"),
+    ],
+)
+def test_what_is_not_one_video_of_the_places_is_told_of_its_row(folder, source, message):
+    videos = Videos([folder.parent / "plain.tar", folder.parent / "stored.zip"])
+    ((_, problem),) = videos.rows([Entry("x", "a ball", source)])
+    with pytest.raises(UserError, match=message):
+        raise problem
+    assert isinstance(read_row((Entry("x", "a ball", source), problem), {}), str)
+
+
+def damaged(path, change):
+    data = bytearray(path.read_bytes())
+    change(data)
+    return bytes(data)
+
+
+def flip(data, at):
+    data[at] ^= 255
+
+
+def test_damaged_archives_are_refused(folder, tmp_path):
+    root = folder.parent
+    with tarfile.open(root / "plain.tar") as archive:
+        second = archive.getmember("./deep/b.mp4").offset
+    broken = {
+        "cut.zip": (root / "stored.zip").read_bytes()[:-40],
+        "cut.tar": (root / "plain.tar").read_bytes()[: second + 700],
+        "header.tar": damaged(root / "plain.tar", lambda data: flip(data, second + 10)),
+        "squeezed.tar.gz": b"\x1f\x8b" + bytes(30),
+        "nothing.tar": b"",
+    }
+    for name, data in broken.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"cannot read .*{name}"):
+            Videos([tmp_path / name])
+    with pytest.raises(UserError, match=r"cannot read .*missing.zip"):
+        Videos([tmp_path / "missing.zip"])
+
+
+@pytest.mark.parametrize("name", ["stored.zip", "deflated.zip"])
+def test_a_damaged_member_is_told_of_its_row(folder, tmp_path, name):
+    info = zipfile.ZipFile(folder.parent / name).getinfo("a.mp4")
+    (tmp_path / name).write_bytes(
+        damaged(folder.parent / name, lambda data: flip(data, info.header_offset + 200))
+    )
+    (_, row) = (Videos([tmp_path / name]).rows(ROWS))[0]
+    assert "cannot read" in read_row((ROWS[0], row), dict(frames=3, height=16, width=16))
+
+
+def test_members_of_the_same_name_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings(action="ignore"):
+        archive.writestr("a.mp4", b"1")
+        archive.writestr("a.mp4", b"2")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.mp4", "./a.mp4"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    for name in ("a.zip", "a.tar"):
+        with pytest.raises(UserError, match=f"{name} has several members of the same name\n.*a.mp4"):
+            Videos([tmp_path / name])
+
+
+def test_without_a_table_names_are_unique_and_something_has_a_caption(folder, tmp_path):
+    with pytest.raises(UserError, match=r"several videos are called a.mp4"):
+        Videos([folder, folder.parent / "plain.tar"]).rows()
+    with pytest.raises(UserError, match="no videos in"):
+        Videos([tmp_path]).rows()
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(UserError, match=r"has a caption\n.*--table"):
+        Videos([tmp_path]).rows()
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"a.txt\n.*UTF-8"):
+        Videos([tmp_path]).rows()
+
+
+def test_damaged_input_records_are_refused(folder, tmp_path):
+    shard = next((folder.parent / "records").iterdir())
+    contents = (b"", shard.read_bytes()[:-9], damaged(shard, lambda data: flip(data, len(data) // 2)))
+    for number, data in enumerate(contents):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "videos-00000.array_record").write_bytes(data)
+        with pytest.raises(UserError, match=r"videos-00000.array_record"):
+            Videos([folder]).rows()
+
+
+def test_patterns_name_places(folder):
+    root = folder.parent
+    assert expand([str(root / "*.zip"), str(folder)]) == [root / "deflated.zip", root / "stored.zip", folder]
+    with pytest.raises(UserError, match="no file or folder nothing"):
+        expand(["nothing*.zip"])
+
+
+def test_tables_of_all_kinds_say_the_same(tmp_path):
+    rows = [
+        {"video": "a.mp4", "caption": 'he said: "x",\nتفاحة 🙂', "motion": 0.5, "note": None},
+        {"video": "a.mp4", "caption": "", "motion": 2.0, "note": "n"},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    (tmp_path / "t.csv").write_text(
+        'video,caption,motion,note\na.mp4,"he said: ""x"",\nتفاحة 🙂",0.5,\na.mp4,,2.0,n\n', encoding="utf-8"
+    )
+    want = [
+        Entry("a.mp4", rows[0]["caption"], "a.mp4", extra={"motion": "0.5", "note": ""}),
+        Entry("a.mp4#2", "", "a.mp4", extra={"motion": "2.0", "note": "n"}),
+    ]
+    for suffix in ("parquet", "jsonl", "csv"):
+        assert read_table(tmp_path / f"t.{suffix}") == want, suffix
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("t.parquet", "PAR1", "cannot read .*t.parquet"),
+        ("t.jsonl", '{"video": "a.mp4", "caption": "b"}\n{"video"', "line 2 of .* is damaged"),
+        ("t.jsonl", "[1]\n", "line 1 of .* is no JSON object"),
+        ("t.jsonl", '{"video": "a.mp4"}\n', "lacks the column caption"),
+        ("t.jsonl", "", "lacks the column video\n.*\n.*an empty file"),
+        ("t.xlsx", "", "no table that we read\n.*.csv, .parquet, .jsonl"),
+    ],
+)
+def test_bad_tables_of_other_kinds_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_table(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("video,text\na.mp4,b\n", "lacks the column caption\n.*\n.*found: +video, text"),
+        ("file,caption\na.mp4,b\n", "lacks the column video\n.*\n.*found: +file, caption"),
+        ("", "lacks the column video\n.*\n.*an empty file"),
+        ("video,caption\n", "no rows"),
+        ("video,caption\na.mp4,a ball, falling\n", "row 1 of .* more values"),
+        ("video,caption\na.mp4,b\udcff\n", "CSV file in UTF-8"),
+        ('video,caption\na.mp4,"b\n', "cannot read"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path, text, message):
+    (tmp_path / "t.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=message):
+        read_table(tmp_path / "t.csv")
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    (tmp_path / "t.csv").write_bytes(
+        '\ufeffvideo_path,caption\r\na b.mp4,"x, ""y"""\r\n\r\nc.mp4\r\n'.encode()
+    )
+    assert read_table(tmp_path / "t.csv") == [
+        Entry("a b.mp4", 'x, "y"', "a b.mp4"),
+        Entry("c.mp4", "", "c.mp4"),
+    ]
+    with pytest.raises(UserError, match="No such file"):
+        read_table(tmp_path / "nothing.csv")
