@@ -64,7 +64,7 @@ ifeq ($(PYTHON),)
 	$(error Python 3.11 or 3.12 is needed and neither is on the PATH; name one: make PYTHON=/path/to/python3.12)
 endif
 	test -x $(TFIO)/bin/python || $(PYTHON) -m venv $(TFIO)
-	$(TFIO)/bin/python -m pip install --quiet --disable-pip-version-check -r convert/tfio/requirements.txt
+	$(TFIO)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r convert/tfio/requirements.txt
 	$(TFIO)/bin/python -m pip check
 	$(TFIO)/bin/python -m convert.tfio.link_ffmpeg
 	touch $@
