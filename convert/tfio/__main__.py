@@ -31,7 +31,7 @@ from ditmem_jax.data.files import write_text
 from ditmem_jax.errors import UserError
 
 IN = flags.DEFINE_multi_string(
-    "in", [], "TFRecord file or table (.csv), at any address, or a pattern; may be repeated.", required=True
+    "in", None, "TFRecord file or table (.csv), at any address, or a pattern; may be repeated.", required=True
 )
 OUT = flags.DEFINE_string("out", None, "Folder for the records, on this machine.", required=True)
 MODE = flags.DEFINE_enum("mode", "pass", ["pass", "decode"], "Keep the mp4 bytes, or decode them to frames.")
@@ -132,13 +132,18 @@ def _rows(inputs: list[str], names: Names) -> Iterator[Row]:
 def _ahead(
     rows: Iterable[Row], make: Callable[[Row], Record], ahead: int
 ) -> Iterator[tuple[Row, Future[Record]]]:
-    waiting = collections.deque()
+    waiting, failure = collections.deque(), None
     with ThreadPoolExecutor() as pool:
-        for row in rows:
-            waiting.append((row, pool.submit(make, row)))
-            if len(waiting) > ahead:
-                yield waiting.popleft()
-        yield from waiting
+        try:
+            for row in rows:
+                waiting.append((row, pool.submit(make, row)))
+                if len(waiting) > ahead:
+                    yield waiting.popleft()
+        except UserError as error:
+            failure = error
+        yield from waiting  # before a file that cannot be read stops the run
+    if failure:
+        raise failure
 
 
 def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:

@@ -17,7 +17,9 @@ import pytest
 import safetensors.numpy
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from ditmem_jax.data.video import read_video, write_video
+from ditmem_jax.config import VideoConfig
+from ditmem_jax.data.sources import Videos, read_row
+from ditmem_jax.data.video import read_clip, read_video, write_video
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-tfio" / "bin" / "python"
@@ -145,10 +147,19 @@ def read(out):
     """(metadata, tensors) of every record by id."""
     records = {}
     for path in sorted(out.glob("videos-*.array_record")):
-        for data in ArrayRecordDataSource([str(path)]):
+        source = ArrayRecordDataSource([str(path)])
+        for data in map(source.__getitem__, range(len(source))):
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             records[header["__metadata__"]["id"]] = (header["__metadata__"], safetensors.numpy.load(data))
     return records
+
+
+def assert_clips(out, videos):
+    """What `encode` gets from the records is what it would get from the files."""
+    config = VideoConfig(frames=5, height=16, width=16, fps=8)
+    for row, path in zip(Videos([out]).rows(), videos, strict=True):
+        want = read_clip(path, config.frames, config.height, config.width, config.resize)
+        np.testing.assert_array_equal(read_row(row, config, 2), want)
 
 
 def reasons(out):
@@ -171,6 +182,7 @@ def test_tfrecords_over_http_pass_through(folder, address, tmp_path):
     assert "there is no feature 'text'" in reasons(tmp_path / "out")[f"{path}#{COUNT}"]
     assert f"neither text nor numbers: thumbnail of {COUNT} videos" in done.stdout
     assert "5 videos written, 0 found written, 1 skipped" in done.stdout
+    assert_clips(tmp_path / "out", [folder / "videos" / f"{i}.mp4" for i in range(COUNT)])
 
 
 def test_compressed_tfrecords_decode_to_the_frames_of_pyav(folder, tmp_path):
@@ -181,6 +193,7 @@ def test_compressed_tfrecords_decode_to_the_frames_of_pyav(folder, tmp_path):
         video = read_video(folder / "videos" / f"{i}.mp4")
         assert float(metadata["fps"]) == video.fps == 12.5
         np.testing.assert_array_equal(tensors["frames"], video.frames)
+    assert_clips(tmp_path / "out", [folder / "videos" / f"{i}.mp4" for i in range(COUNT)])
 
 
 def test_paths_over_http_decode_or_are_listed_with_the_reason(folder, address, tmp_path):
