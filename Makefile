@@ -1,5 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or 3.12; everything goes into the folder .venv.
 # `make peers` needs Python 3.11, and has a folder of its own, since torch is large.
+# So has tensorflow-io, whose TensorFlow wants an older NumPy than jax: `make tfio-env`, then
+# `make tfio-shards IN='http://server/part.tfrecord more.csv' OUT=videos [MODE=decode] [FLAGS='--caption text']`.
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(shell \
 	$(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(name))))
@@ -7,14 +9,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := .venv-peers
+TFIO := .venv-tfio
 PYTHON_3_11 := $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null)
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test peers peers-installed lint clean
+.PHONY: help demo test peers peers-installed tfio-env tfio-shards lint clean
 
 help: ## this list
-	@awk -F ' *## *' '/^[a-z]+:.*## / { sub(":.*", "", $$1); printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## worlds, training, clips with and without memory, and a report to look at
 	$(BIN)/python -m experiments.demo
@@ -30,12 +33,17 @@ else
 	@echo "The tests with torch need python3.11 on the PATH: none were run"
 endif
 
+tfio-env: $(TFIO)/installed ## an environment with tensorflow-io
+
+tfio-shards: $(TFIO)/installed ## IN=... OUT=...: videos from TFRecord files, HTTP, gs:// or s3:// to input records
+	@$(TFIO)/bin/python -m convert.tfio $(IN:%=--in='%') --out='$(OUT)' --mode=$(or $(MODE),pass) $(FLAGS)
+
 lint: $(INSTALLED) ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean: ## forget the environment and what was built
-	rm -rf $(VENV) $(PEERS) build
+	rm -rf $(VENV) $(PEERS) $(TFIO) build
 
 $(INSTALLED): pyproject.toml constraints.txt
 ifeq ($(PYTHON),)
@@ -50,4 +58,14 @@ peers-installed: $(if $(PYTHON_3_11),$(PEERS)/installed)
 $(PEERS)/installed: pyproject.toml constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON_3_11) -m venv $(PEERS)
 	$(PEERS)/bin/python $(INSTALL) '.[test,parity]'
+	touch $@
+
+$(TFIO)/installed: convert/tfio/requirements.txt convert/tfio/link_ffmpeg.py
+ifeq ($(PYTHON),)
+	$(error Python 3.11 or 3.12 is needed and neither is on the PATH; name one: make PYTHON=/path/to/python3.12)
+endif
+	test -x $(TFIO)/bin/python || $(PYTHON) -m venv $(TFIO)
+	$(TFIO)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r convert/tfio/requirements.txt
+	$(TFIO)/bin/python -m pip check
+	$(TFIO)/bin/python -m convert.tfio.link_ffmpeg
 	touch $@

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from convert import converted
+from convert.folder import converted
 from ditmem_jax.checkpoint import read_networks
 
 

@@ -6,6 +6,7 @@ unpacked: a video of an archive is read into memory when its turn comes.
 
 Input records are ArrayRecord shards `videos-00000.array_record`, .... Each record is the bytes of a safetensors file
 with the video file as the uint8 tensor `video`, and as metadata the texts id, caption, source and extra (a JSON object).
+In place of the file there may be its frames, as the uint8 tensor `frames` [T, H, W, 3] and the text `fps`.
 """
 
 import collections
@@ -32,7 +33,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ditmem_jax.data.files import reading, replacing
 from ditmem_jax.data.records import Entry
 from ditmem_jax.data.tokenizer import clean
-from ditmem_jax.data.video import Frames, VideoBytes, VideoFile, read_clip
+from ditmem_jax.data.video import Frames, Video, VideoBytes, VideoFile, read_clip
 from ditmem_jax.errors import UserError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
@@ -145,7 +146,7 @@ class Place:
     def read(self) -> bytes:
         raise NotImplementedError
 
-    def open(self) -> VideoFile:
+    def open(self) -> VideoFile | Video:
         return VideoBytes(self.read(), str(self))
 
 
@@ -184,7 +185,14 @@ class InRecords(Place):
     index: int
 
     def read(self) -> bytes:
-        return _read_input_record(self.path, self.index)[1]
+        _, video = _read_input_record(self.path, self.index)
+        if isinstance(video, Video):
+            raise UserError(f"{self} holds decoded frames", expected="a video file")
+        return video
+
+    def open(self) -> VideoFile | Video:
+        _, video = _read_input_record(self.path, self.index)
+        return video if isinstance(video, Video) else VideoBytes(video, str(self))
 
 
 Row = tuple[Entry, Place | UserError]
@@ -384,6 +392,13 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 def _list_input_records(folder: Path) -> list[tuple[Entry, Place]]:
+    state = folder / "videos.json"  # kept by `make tfio-shards`
+    with reading(state):
+        complete = not state.exists() or json.loads(state.read_bytes())["complete"]
+    if not complete:
+        raise UserError(
+            f"the input records in {folder} are not complete", fix="make tfio-shards once more; it continues"
+        )
     rows = []
     for path in sorted(folder.glob(INPUT_RECORDS)):
         for index in range(len(_open_input_records(str(path)))):
@@ -400,11 +415,13 @@ def _open_input_records(path: str) -> ArrayRecordDataSource:
         raise UserError(f"cannot read {path}", expected="input records", found=str(error)[:200]) from error
 
 
-def _read_input_record(path: str, index: int) -> tuple[Entry, bytes]:
+def _read_input_record(path: str, index: int) -> tuple[Entry, bytes | Video]:
     try:
         data = _open_input_records(path)[index]
-        video = safetensors.numpy.load(data)["video"]
+        tensors = safetensors.numpy.load(data)
         values = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        return Entry(**values | {"extra": json.loads(values["extra"])}), video.tobytes()
+        fps = float(values.pop("fps")) if "frames" in tensors else None
+        entry = Entry(**values | {"extra": json.loads(values["extra"])})
+        return entry, tensors["video"].tobytes() if fps is None else Video(tensors["frames"], fps)
     except (RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"record {index} of {path} is damaged", found=str(error)[:200]) from error

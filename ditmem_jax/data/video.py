@@ -58,20 +58,23 @@ def read_video(path: VideoFile, minimum: int = 2) -> Video:
 
 
 def read_clip(
-    path: VideoFile,
+    path: VideoFile | Video,
     frames: int,
     height: int,
     width: int,
     mode: Literal["stretch", "crop"] = "stretch",
     minimum: int = 2,
 ) -> Frames:
-    """`frames` frames of a video file, evenly from first to last, resized with `fit`.
+    """`frames` frames of a video, in a file or decoded, evenly from first to last, resized with `fit`.
 
     Holds only the resized frames, so that long videos of large frames fit in memory.
 
     Raises:
         UserError: if the file cannot be read, or has fewer than `minimum` frames.
     """
+    if isinstance(path, Video):
+        _require_length("the decoded video", len(path.frames), minimum)
+        return fit(path.frames[sample_frames(len(path.frames), frames)], height, width, mode)
     expected = _declared_length(path)
     while True:
         wanted = sample_frames(expected, frames).tolist() if expected else []
@@ -210,7 +213,7 @@ def _declared_length(path: VideoFile) -> int:
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 
 
-def _require_length(path: VideoFile, length: int, minimum: int) -> None:
+def _require_length(path: VideoFile | str, length: int, minimum: int) -> None:
     if length < minimum:
         raise UserError(f"{path} is too short", expected=f"at least {minimum} frames", found=length)
 

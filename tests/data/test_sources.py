@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 
-from ditmem_jax.data.records import Entry
+from ditmem_jax.data.records import ArrayRecordWriter, Entry
 from ditmem_jax.data.sources import (
     Videos,
     expand,
@@ -19,7 +20,7 @@ from ditmem_jax.data.sources import (
     read_table,
     write_input_records,
 )
-from ditmem_jax.data.video import read_video, write_video
+from ditmem_jax.data.video import read_clip, read_video, write_video
 from ditmem_jax.errors import UserError
 
 FILES = {"a.mp4": None, "a.txt": b"a ball\n", "deep/b.mp4": None, "deep/b.txt": "ein Käfer".encode()}
@@ -236,3 +237,28 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
     ]
     with pytest.raises(UserError, match="No such file"):
         read_table(tmp_path / "nothing.csv")
+
+
+def test_input_records_of_frames_are_encoded_as_their_file_would_be(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (11, 20, 24, 3), np.uint8)
+    write_video(tmp_path / "a.mp4", frames, fps=8)
+    video = read_video(tmp_path / "a.mp4")
+    metadata = dict(id="a", caption="ball", source="a.mp4", extra='{"planet": "Ørn"}', fps="8.0")
+    folder = tmp_path / "records"
+    folder.mkdir()
+    writer = ArrayRecordWriter(str(folder / "videos-00000.array_record"), "group_size:1,uncompressed")
+    writer.write(safetensors.numpy.save({"frames": video.frames}, metadata))
+    writer.write(safetensors.numpy.save({"frames": video.frames[:1]}, metadata | {"id": "b"}))
+    writer.close()
+    (entry, place), short = Videos([folder]).rows()
+    assert entry == Entry("a", "ball", "a.mp4", extra={"planet": "Ørn"})
+    for size, mode in ((5, "stretch"), (13, "crop")):
+        want = read_clip(tmp_path / "a.mp4", size, 16, 16, mode)
+        np.testing.assert_array_equal(read_clip(place.open(), size, 16, 16, mode), want)
+    with pytest.raises(UserError, match="at least 2 frames"):
+        read_clip(short[1].open(), 5, 16, 16)
+    with pytest.raises(UserError, match="decoded frames"):
+        place.read()
+    (folder / "videos.json").write_text('{"complete": false}')
+    with pytest.raises(UserError, match="are not complete"):
+        Videos([folder])
