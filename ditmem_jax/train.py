@@ -38,7 +38,7 @@ from ditmem_jax.objective import Baseline
 from ditmem_jax.sharding import (
     array_sharding,
     batch_sharding,
-    check_batch_size,
+    check_mesh,
     make_mesh,
     replicated,
     tree_shardings,
@@ -275,12 +275,7 @@ def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
 
 def check(config: Config, mesh: Mesh, bank: RecordReader, *streams: RecordReader) -> None:
     """Raises UserError for a mesh, a bank or records to read batches from that this config cannot train with."""
-    check_batch_size(mesh, config.data.batch_size)
-    if mesh.shape["context"] > 1:
-        raise UserError(
-            "mesh.context divides the tokens of one clip, which training does not do",
-            expected=1, found=mesh.shape["context"], fix="give the devices to mesh.data or mesh.fsdp",
-        )  # fmt: skip
+    check_mesh(config, mesh, config.data.batch_size)
     if config.experts.boundary is not None:
         below = objective.share_below(config.objective, config.experts.boundary)
         if {"high": 1 - below, "low": below, "both": 1.0}[config.experts.trains] == 0:

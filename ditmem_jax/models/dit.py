@@ -29,6 +29,7 @@ from ditmem_jax.models.layers import (
     rotate,
     sinusoidal_embedding,
 )
+from ditmem_jax.sharding import constrain
 from ditmem_jax.types import Memory
 
 T = TypeVar("T")
@@ -197,16 +198,23 @@ class DiT(nnx.Module):
         if condition is not None:
             latents = jnp.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x = self.patch_embedding(_patchify(latents.astype(self.dtype), config.patch_size))
-        context = self.text_embedding(context.astype(self.dtype))
+        x = constrain(x, "batch", "tokens", None)
+        context = constrain(self.text_embedding(context.astype(self.dtype)), "batch", None, None)
         image = None if image is None else self.image_embedding(image.astype(self.dtype))
         timestep = timestep.reshape(len(timestep), -1)
         time, modulation, memory_modulation = self._embed_time(timestep, tokens=x.shape[1])
+
+        modulation, memory_modulation = (
+            constrain(x, "batch", None, None, None) for x in (modulation, memory_modulation)
+        )
+        if memory is not None:
+            memory = Memory(constrain(memory.tokens, "batch", None, None), memory.bias)
 
         graph, layers = nnx.split(self.blocks)
 
         def block(x, layer):
             out = nnx.merge(graph, layer)(x, context, image, modulation, angles, memory, memory_modulation)
-            return out, None
+            return constrain(out, "batch", "tokens", None), None
 
         x, _ = jax.lax.scan(REMAT[remat](block), x, layers, unroll=config.num_layers if unroll else 1)
 
