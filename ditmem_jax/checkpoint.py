@@ -299,6 +299,8 @@ class TrainingCheckpoints:
 
     def _seal(self) -> None:
         """Writes checksums into the checkpoint being finished, whether or not it has its final name yet."""
+        if jax.process_index() > 0:
+            return
         for folder in self.folder.glob(f"{self._saving}*"):
             if folder.name.split(".")[0] == str(self._saving):
                 write_text(folder / SEAL, json.dumps(_checksums(folder)))

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.errors import UserError
@@ -71,6 +73,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Divides the leading axis of a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
+    """The rows of a batch that devices of this process hold, ascending."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
+def whole(arrays: Any, mesh: Mesh) -> Any:
+    """The arrays of a pytree, gathered by every process to its host. All processes must reach it."""
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    return jax.device_get(gather(arrays))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 from flax import nnx, struct
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from ditmem_jax import cli, objective, runs
+from ditmem_jax import cli, objective, runs, startup
 from ditmem_jax.bank import Bank, retrieve_for
 from ditmem_jax.checkpoint import DTYPES, TrainingCheckpoints, load_dit, save_encoder
 from ditmem_jax.config import Config, OptimConfig
@@ -39,9 +41,11 @@ from ditmem_jax.sharding import (
     array_sharding,
     batch_sharding,
     check_mesh,
+    local_rows,
     make_mesh,
     replicated,
     tree_shardings,
+    whole,
 )
 from ditmem_jax.types import Memory
 from ditmem_jax.validate import Validator
@@ -208,22 +212,24 @@ class Setup:
         self.fingerprint = runs.fingerprint(self.backbone)
         searched, k = Bank.from_records(config.data.bank), config.data.references
         with runs.claim(config, self.fingerprint) as self.folder:
-            matches = runs.matches_for(self.folder, records, searched, k)
+            with startup.leader_first("the search for references"):
+                matches = runs.matches_for(self.folder, records, searched, k)
             self.data = self._stream(records, matches, workers=config.data.workers, cache=config.data.cache)
             found = retrieve_for(held_out, searched, k) if held_out else None
         self.validator = None
         if held_out:
             stream = self._stream(held_out, found, epochs=1)
             batches = [self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)]
-            self.validator = Validator(
-                self.networks,
-                self.backbone,
-                batches,
-                config.run.validation_sigmas,
-                config.experts,
-                config.run.seed,
-                self.mesh,
-            )
+            with jax.set_mesh(self.mesh):
+                self.validator = Validator(
+                    self.networks,
+                    self.backbone,
+                    batches,
+                    config.run.validation_sigmas,
+                    config.experts,
+                    config.run.seed,
+                    self.mesh,
+                )
         self.optimizer = make_optimizer(config.optim, config.run.steps)
         shapes = jax.eval_shape(lambda: init_state(config, self.optimizer))
         self.shardings = tree_shardings(shapes, self.mesh)
@@ -232,16 +238,25 @@ class Setup:
             shapes,
             self.shardings,
         )
-        self.step = jax.jit(
-            make_train_step(config, self.networks, self.optimizer),
+        self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
+
+    def compile(self) -> Callable:
+        """The compiled step on the devices of the mesh; under `jax.set_mesh`."""
+        step = jax.jit(
+            make_train_step(self.config, self.networks, self.optimizer),
             donate_argnums=0,
             out_shardings=(self.shardings, replicated(self.mesh)),
         )
+        return step.lower(self.state_layout, self.backbone, self.batch_layout).compile()
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """The arrays of a batch on the devices, divided among them."""
-        sharding = batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in ON_DEVICE}
+        sharding, size = batch_sharding(self.mesh), self.config.data.batch_size
+
+        def place(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
+
+        return {name: place(batch[name]) for name in ON_DEVICE}
 
     def initial_state(self) -> TrainState:
         return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=self.shardings)()
@@ -250,15 +265,34 @@ class Setup:
         """Writes the encoder to the run's folder."""
         extra = {"step": step, "gains": gains, "backbone": self.fingerprint}
         extra |= {"expert": self.config.experts.trains}
-        save_encoder(self.folder / name, state.params | state.rest, self.config.memory, extra)
+        arrays = whole(state.params | state.rest, self.mesh)
+        if startup.leads():
+            save_encoder(self.folder / name, arrays, self.config.memory, extra)
         return self.folder / name
 
     def _stream(
         self, records: RecordReader, matches: np.ndarray, **options: Any
     ) -> Iterator[dict[str, np.ndarray]]:
         options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=self.bank)
-        options |= dict(process_index=jax.process_index(), process_count=jax.process_count())
+        options |= dict(rows=local_rows(self.mesh, self.config.data.batch_size))
         return iter(training_data(records, matches, self.config.data.batch_size, **options))
+
+
+def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places of the arrays of a batch whose records are stored in `dtype`."""
+    video, data = config.video, config.data
+    grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+    shapes = {
+        "latents": (grid, dtype),
+        "context": ((config.dit.text_len, config.dit.text_dim), dtype),
+        "references": ((data.references, *grid), dtype),
+        "present": ((data.references,), bool),
+    }
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
@@ -317,14 +351,18 @@ def describe(backbone: Arrays, state: TrainState) -> str:
     )
 
 
-def train(config: Config) -> Path:
+def train(config: Config, *, warm: bool = False) -> Path:
     """Trains, or continues, the run in `config.run.out`; returns the file of the encoder.
 
+    Args:
+        warm: load and compile everything, which fills the compile cache, and make no step.
     Raises:
         UserError: for input that does not fit together, and at a step whose loss or gradient is not finite.
     """
+    phases = startup.Phases()
     setup, options = Setup(config), config.run
     with (
+        jax.set_mesh(setup.mesh),
         TrainingCheckpoints(setup.folder / "checkpoints", options.keep) as checkpoints,
         _termination() as terminated,
     ):
@@ -337,12 +375,24 @@ def train(config: Config) -> Path:
             state, notes = setup.initial_state(), {"gains": {}, "best": None}
         with runs.Monitor(setup.folder, start, options.steps) as monitor:
             monitor.console.print(describe(setup.backbone, state))
+            phases.end("load")
+            train_step = setup.compile()
+            phases.end("compile")
+            if warm:
+                if setup.validator:
+                    setup.validator(state.params, state.rest)
+                return setup.folder
             if start == 0:
                 _validate(setup, monitor, state, 0, notes)
+                phases.end("validation")
             for step in range(start + 1, options.steps + 1):
                 batch = next(setup.data)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = setup.step(state, setup.backbone, setup.put(batch))
+                    state, metrics = train_step(state, setup.backbone, setup.put(batch))
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    phases.end("first batch")
+                    monitor.console.print(phases)
                 monitor.add(step, metrics, batch["id"])
 
                 last = step == options.steps
@@ -350,12 +400,14 @@ def train(config: Config) -> Path:
                     last or step % options.validate_every == 0,
                     last or step % options.save_every == 0,
                 )
-                if validate or save or terminated or step % options.log_every == 0:
+                ask = jax.process_count() == 1 or step % options.log_every == 0
+                stop = ask and startup.any_process(bool(terminated))
+                if validate or save or stop or step % options.log_every == 0:
                     monitor.flush()  # nothing that is not finite is saved
                 gain = _validate(setup, monitor, state, step, notes) if validate else None
-                if save or terminated:
+                if save or stop:
                     checkpoints.save(step, state, setup.data.get_state(), gain, notes)
-                if terminated and not last:
+                if stop and not last:
                     checkpoints.close()
                     monitor.console.print(f"stopped after step {step}; the same command continues")
                     sys.exit(128 + signal.SIGTERM)
@@ -391,9 +443,13 @@ def _termination() -> Iterator[list[int]]:
 
 
 def main() -> None:
-    print(f"the encoder is in {train(cli.load_config(CONFIG))}")
+    with startup.Program():
+        path = train(cli.load_config(CONFIG), warm=WARM.value)
+        if startup.leads():
+            print(f"all is compiled for the run in {path}" if WARM.value else f"the encoder is in {path}")
 
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
+    WARM = flags.DEFINE_bool("warm", False, "Compile everything, into --compile_cache, and make no step.")
     cli.run(main)

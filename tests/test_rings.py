@@ -13,7 +13,7 @@ LIBRARY = ROOT / "ditmem_jax"
 # A home is a file or a package of the library. It imports from homes of lower rings only.
 RINGS = (
     ("types", "errors", "strict", "flow", "config", "cli"),
-    ("sharding",),
+    ("sharding", "startup"),
     ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
