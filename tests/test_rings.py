@@ -14,8 +14,10 @@ LIBRARY = ROOT / "ditmem_jax"
 RINGS = (
     ("types", "errors", "strict", "flow", "config", "cli"),
     ("sharding",),
-    ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.kernels")
-    + ("models.ring", "models.state"),
+    (
+        *("data", "bank", "worlds", "objective"),
+        *("models.layers", "models.attention", "models.kernels", "models.ring", "models.state"),
+    ),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
     ("encode", "runs", "validate", "train", "sample"),

@@ -38,10 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ditmem_jax.models import ring as rings
-from ditmem_jax.models.kernels import KERNELS, Backend, mean_gradient
-
-Rows = tuple[Array, Array, Array] | None
-"""A memory's keys [B, M, N, K], values [B, M, N, K] and biases [B, M]."""
+from ditmem_jax.models.kernels import KERNELS, Backend, Kernel, Rows, mean_gradient
 
 SMALL = 2**22  # so many scores, 16 MiB of them, are computed at once
 KEPT = (
@@ -154,15 +151,7 @@ def _local_forward(
     backend: Backend, layout: rings.Layout | None, query: Array, key: Array, value: Array, rows: Rows
 ) -> tuple[Array, Array]:
     """Output [B, S, N, K] and log-sum-exp [B, N, S] of the queries of one device."""
-    kernel = KERNELS[backend]
-    run = partial(rings.forward, kernel) if layout and layout.ring else kernel.forward
-    out, lse = run(query, key, value)
-    if rows is not None:
-        scores = _memory_scores(query, rows)
-        union = jnp.logaddexp(lse, jax.nn.logsumexp(scores, axis=-1))
-        out = out.astype(jnp.float32) * rings.per_query(jnp.exp(lse - union))
-        out += _weighted(jnp.exp(scores - union[..., None]), rows[1])
-        lse = union
+    out, lse = _kernel(backend, layout).forward(query, key, value, rows)
     return out.astype(query.dtype), lse
 
 
@@ -177,23 +166,8 @@ def _local_backward(
     lse: Array,
     grad: Array,
 ) -> tuple[Array, Array, Array, Rows]:
-    kernel = KERNELS[backend]
-    run = partial(rings.backward, kernel) if layout and layout.ring else kernel.backward
-    query_grad, *key_grads = run(query, key, value, out, lse, grad)
-    row_grads = None
-    if rows is not None:
-        scale = query.shape[-1] ** -0.5
-        weights = jnp.exp(_memory_scores(query, rows) - lse[..., None])
-        mean = mean_gradient(out, grad).transpose(0, 2, 1)[..., None]
-        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        change = weights * (product("BSNK,BMNK->BNSM", grad, rows[1]) - mean)
-        scaled = (change * scale).astype(query.dtype)
-        query_grad = query_grad.astype(jnp.float32) + product("BNSM,BMNK->BSNK", scaled, rows[0])
-        row_grads = (
-            product("BNSM,BSNK->BMNK", scaled, query),
-            product("BNSM,BSNK->BMNK", weights.astype(grad.dtype), grad),
-            change.sum((1, 2)),
-        )
+    kernel = _kernel(backend, layout)
+    query_grad, *key_grads, row_grads = kernel.backward(query, key, value, out, lse, grad, rows)
     if layout is not None:  # sums over the queries and, for the bias, the heads of all devices
         if not layout.ring:
             key_grads = jax.lax.psum([x.astype(jnp.float32) for x in key_grads], rings.AXIS)
@@ -202,3 +176,45 @@ def _local_backward(
             row_grads = *row_grads, jax.lax.psum(bias_grad, layout.heads) if layout.heads else bias_grad
     grads = query_grad, *key_grads, row_grads
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), grads, (query, key, value, rows))
+
+
+def _kernel(backend: Backend, layout: rings.Layout | None) -> Kernel:
+    """One that takes the rows of a memory."""
+    kernel = KERNELS[backend]
+    if layout is not None and layout.ring:
+        kernel = Kernel(partial(rings.forward, kernel), partial(rings.backward, kernel))
+    if kernel.takes_rows:
+        return kernel
+    return Kernel(partial(_merged_forward, kernel), partial(_merged_backward, kernel), takes_rows=True)
+
+
+def _merged_forward(
+    kernel: Kernel, query: Array, key: Array, value: Array, rows: Rows
+) -> tuple[Array, Float[Array, "B N S"]]:
+    out, lse = kernel.forward(query, key, value)
+    if rows is None:
+        return out, lse
+    scores = _memory_scores(query, rows)
+    union = jnp.logaddexp(lse, jax.nn.logsumexp(scores, axis=-1))
+    out = out.astype(jnp.float32) * rings.per_query(jnp.exp(lse - union))
+    return out + _weighted(jnp.exp(scores - union[..., None]), rows[1]), union
+
+
+def _merged_backward(
+    kernel: Kernel, query: Array, key: Array, value: Array, out: Array, lse: Array, grad: Array, rows: Rows
+) -> tuple[Array, Array, Array, Rows]:
+    query_grad, key_grad, value_grad, *_ = kernel.backward(query, key, value, out, lse, grad)
+    if rows is None:
+        return query_grad, key_grad, value_grad, None
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    weights = jnp.exp(_memory_scores(query, rows) - lse[..., None])
+    mean = mean_gradient(out, grad).transpose(0, 2, 1)[..., None]
+    change = weights * (product("BSNK,BMNK->BNSM", grad, rows[1]) - mean)
+    scaled = (change * query.shape[-1] ** -0.5).astype(query.dtype)
+    query_grad = query_grad.astype(jnp.float32) + product("BNSM,BMNK->BSNK", scaled, rows[0])
+    row_grads = (
+        product("BNSM,BSNK->BMNK", scaled, query),
+        product("BNSM,BSNK->BMNK", weights.astype(grad.dtype), grad),
+        change.sum((1, 2)),
+    )
+    return query_grad, key_grad, value_grad, row_grads

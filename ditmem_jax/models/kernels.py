@@ -7,7 +7,8 @@
 under the weights. So with `lse` and `output` of a softmax over more keys than it is given, it computes what those
 keys contribute to the gradients of that larger softmax. `attention` rests on it: see there.
 
-    xla     any device. A loop over heads and blocks of queries, so that only the scores of one block exist.
+    xla     any device. A loop over heads and blocks of queries, so that only the scores of one block exist; it takes
+            the rows of a memory beside the keys.
     cudnn   NVIDIA GPUs: flash attention of cuDNN, for float16 and bfloat16.
     splash  TPUs: Pallas' splash attention.
 
@@ -30,6 +31,9 @@ from jaxtyping import Array, Float
 
 from ditmem_jax.errors import UserError
 
+Rows = tuple[Array, Array, Array] | None
+"""A memory's keys [B, M, N, K], values [B, M, N, K] and biases [B, M]."""
+
 Backend = Literal["xla", "cudnn", "splash"]
 PLATFORM: dict[Backend, str] = {"cudnn": "gpu", "splash": "tpu"}
 
@@ -39,10 +43,14 @@ LANES = 128
 
 
 class Kernel(NamedTuple):
-    """The two directions of one backend; for shapes see above."""
+    """The two directions; for shapes see above.
+
+    With `takes_rows` each has another argument, the rows of a memory, and `backward` another result, their gradients.
+    """
 
     forward: Callable[..., tuple[Array, Array]]
-    backward: Callable[..., tuple[Array, Array, Array]]
+    backward: Callable[..., tuple]
+    takes_rows: bool = False
 
 
 def resolve(choice: str, platform: str, dtype: DTypeLike, head_dim: int) -> Backend:
@@ -108,13 +116,18 @@ def _over_heads(
 
 
 def _xla_forward(
-    query: Float[Array, "B S N K"], key: Float[Array, "B J N K"], value: Float[Array, "B J N K"]
+    query: Float[Array, "B S N K"],
+    key: Float[Array, "B J N K"],
+    value: Float[Array, "B J N K"],
+    rows: Rows = None,
 ) -> tuple[Float[Array, "B S N K"], Float[Array, "B N S"]]:
     scale = query.shape[-1] ** -0.5
 
-    def head(query, key, value):
+    def head(query, *keys):
+        key, value, bias = _joined_keys(*keys)
+
         def block(query):
-            scores = _product("SK,JK->SJ", query, key) * scale
+            scores = _product("SK,JK->SJ", query, key) * scale + bias
             top = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = weights.sum(-1, keepdims=True)
@@ -123,8 +136,8 @@ def _xla_forward(
 
         return tuple(_joined(x, len(query)) for x in jax.lax.map(block, _blocks(query)))
 
-    outputs = jnp.zeros_like(query), jnp.zeros((*query.shape[:3], 1))
-    out, lse = _over_heads(head, (query, key, value), outputs)
+    inputs = query, key, value, *_per_head(rows, key)
+    out, lse = _over_heads(head, inputs, (jnp.zeros_like(query), jnp.zeros((*query.shape[:3], 1))))
     return out, lse[..., 0].transpose(0, 2, 1)
 
 
@@ -135,25 +148,57 @@ def _xla_backward(
     out: Float[Array, "B S N K"],
     lse: Float[Array, "B N S"],
     grad: Float[Array, "B S N K"],
-) -> tuple[Float[Array, "B S N K"], Float[Array, "B J N K"], Float[Array, "B J N K"]]:
-    scale = query.shape[-1] ** -0.5
+    rows: Rows = None,
+) -> tuple[Float[Array, "B S N K"], Float[Array, "B J N K"], Float[Array, "B J N K"], Rows]:
+    scale, length = query.shape[-1] ** -0.5, key.shape[1]
 
-    def head(query, key, value, grad, lse, mean):
-        def block(sums, rows):
-            query, grad, lse, mean = rows
-            weights = jnp.exp(_product("SK,JK->SJ", query, key) * scale - lse)
-            change = (weights * (_product("SK,JK->SJ", grad, value) - mean) * scale).astype(query.dtype)
-            key_sum, value_sum = sums
-            key_sum += _product("SJ,SK->JK", change, query)
+    def head(query, grad, lse, mean, *keys):
+        key, value, bias = _joined_keys(*keys)
+
+        def block(sums, parts):
+            query, grad, lse, mean = parts
+            weights = jnp.exp(_product("SK,JK->SJ", query, key) * scale + bias - lse)
+            change = weights * (_product("SK,JK->SJ", grad, value) - mean)
+            scaled = (change * scale).astype(query.dtype)
+            key_sum, value_sum, bias_sum = sums
+            key_sum += _product("SJ,SK->JK", scaled, query)
             value_sum += _product("SJ,SK->JK", weights.astype(grad.dtype), grad)
-            return (key_sum, value_sum), _product("SJ,JK->SK", change, key)
+            bias_sum += change[:, length:].sum(0)[:, None]
+            return (key_sum, value_sum, bias_sum), _product("SJ,JK->SK", scaled, key)
 
-        sums = (jnp.zeros(key.shape, jnp.float32),) * 2
-        sums, query_grad = jax.lax.scan(block, sums, tuple(map(_blocks, (query, grad, lse, mean))))
-        return _joined(query_grad, len(query)), *sums
+        zeros = jnp.zeros(key.shape, jnp.float32)
+        start = zeros, zeros, jnp.zeros((len(key) - length, 1))
+        sums, query_grad = jax.lax.scan(block, start, tuple(map(_blocks, (query, grad, lse, mean))))
+        keys, values, biases = sums
+        query_grad = _joined(query_grad, len(query))
+        return query_grad, keys[:length], values[:length], keys[length:], values[length:], biases
 
-    inputs = query, key, value, grad, lse.transpose(0, 2, 1)[..., None], mean_gradient(out, grad)[..., None]
-    return _over_heads(head, inputs, tuple(map(jnp.zeros_like, (query, key, value))))
+    statistics = lse.transpose(0, 2, 1)[..., None], mean_gradient(out, grad)[..., None]
+    keys = key, value, *_per_head(rows, key)
+    outputs = tuple(map(jnp.zeros_like, (query, *keys)))
+    *grads, bias_grad = _over_heads(head, (query, grad, *statistics, *keys), outputs)
+    row_grads = None if rows is None else (*grads[3:], bias_grad.sum((2, 3)))
+    return *grads[:3], row_grads
+
+
+def _per_head(rows: Rows, key: Float[Array, "B J N K"]) -> tuple[Array, Array, Array]:
+    """Keys, values and biases [B, M, N, 1] of a memory; none at all is a memory of no rows."""
+    none = key[:, :0]
+    key, value, bias = (none, none, jnp.zeros(none.shape[:2])) if rows is None else rows
+    bias = bias.astype(jnp.float32)[:, :, None, None]
+    return key, value, jnp.broadcast_to(bias, (*key.shape[:3], 1))
+
+
+def _joined_keys(
+    key: Float[Array, "J K"],
+    value: Float[Array, "J K"],
+    memory_key: Float[Array, "M K"],
+    memory_value: Float[Array, "M K"],
+    memory_bias: Float[Array, "M 1"],
+) -> tuple[Float[Array, "L K"], Float[Array, "L K"], Float[Array, "1 L"]]:
+    """Those of one head in one: copied once for all queries, where products of a few rows would each cost more."""
+    bias = jnp.concatenate([jnp.zeros(len(key)), memory_bias[:, 0]])
+    return jnp.concatenate([key, memory_key]), jnp.concatenate([value, memory_value]), bias[None]
 
 
 def mean_gradient(out: Float[Array, "B S N K"], grad: Float[Array, "B S N K"]) -> Float[Array, "B S N"]:
@@ -278,7 +323,7 @@ def _splash_backward(
 
 
 KERNELS: dict[Backend, Kernel] = {
-    "xla": Kernel(_xla_forward, _xla_backward),
+    "xla": Kernel(_xla_forward, _xla_backward, takes_rows=True),
     "cudnn": Kernel(_cudnn_forward, _cudnn_backward),
     "splash": Kernel(_splash_forward, _splash_backward),
 }

@@ -120,7 +120,7 @@ def backward(
     def step(carry, _):
         keys, sums, query_sum = carry
         following, sums = _send(keys), _send(sums)
-        query_grad, *grads = kernel.backward(query, *keys, out, lse, grad)
+        query_grad, *grads = kernel.backward(query, *keys, out, lse, grad)[:3]
         sums = tuple(x + y.astype(jnp.float32) for x, y in zip(sums, grads, strict=True))
         return (following, sums, query_sum + query_grad.astype(jnp.float32)), None
 
