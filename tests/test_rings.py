@@ -14,7 +14,10 @@ LIBRARY = ROOT / "ditmem_jax"
 RINGS = (
     ("types", "errors", "strict", "flow", "config", "cli"),
     ("sharding", "startup"),
-    ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
+    (
+        *("data", "bank", "worlds", "objective"),
+        *("models.layers", "models.attention", "models.kernels", "models.ring", "models.state"),
+    ),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
     ("encode", "runs", "validate", "train", "sample"),
@@ -27,6 +30,8 @@ BESIDE = {
     "config": {"errors", "strict", "flow"},
     "cli": {"config", "errors"},
     "bank": {"data"},
+    "models.attention": {"models.kernels", "models.ring"},
+    "models.ring": {"models.kernels"},
     "worlds": {"data"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
