@@ -16,11 +16,12 @@ from convert.kinds import KINDS
 from convert.original import original, originals
 from convert.plan import FILES
 from ditmem_jax.checkpoint import DTYPES, load_encoder, read_index
-from ditmem_jax.config import DIT_PRESETS, DiTConfig, MemoryConfig, build
+from ditmem_jax.config import DiTConfig, MemoryConfig, build
 from ditmem_jax.data.files import reading, write_text
 from ditmem_jax.data.tensors import open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
+from ditmem_jax.presets import DIT_PRESETS
 
 # --- memory encoders --------------------------------------------------------------------------------------------
 

@@ -14,12 +14,13 @@ import convert.umt5
 import convert.vae
 from convert import names_diffusers
 from convert.engine import Table
-from ditmem_jax.config import VAE_PRESETS, DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
+from ditmem_jax.config import DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE
+from ditmem_jax.presets import VAE_PRESETS
 
 PLAIN = Table(())
 Shapes = Mapping[str, tuple[int, ...]]

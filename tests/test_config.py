@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from ditmem_jax.cli import read_config
 from ditmem_jax.config import (
-    DIT_PRESETS,
-    VAE_PRESETS,
     Config,
     DataConfig,
     DiTConfig,
@@ -26,6 +24,7 @@ from ditmem_jax.config import (
     to_dict,
 )
 from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.presets import DIT_PRESETS, VAE_PRESETS
 
 SMALL = {
     "dit": {"dim": 48, "ffn_dim": 96, "num_heads": 4, "num_layers": 2},

@@ -12,7 +12,7 @@ LIBRARY = ROOT / "ditmem_jax"
 
 # A home is a file or a package of the library. It imports from homes of lower rings only.
 RINGS = (
-    ("types", "errors", "strict", "flow", "config", "cli"),
+    ("types", "errors", "strict", "flow", "config", "presets", "cli"),
     ("sharding", "startup"),
     (
         *("data", "bank", "worlds", "objective"),
@@ -28,6 +28,7 @@ BESIDE = {
     "strict": {"errors"},
     "flow": {"errors"},
     "config": {"errors", "strict", "flow"},
+    "presets": {"config"},
     "cli": {"config", "errors"},
     "bank": {"data"},
     "models.attention": {"models.kernels", "models.ring"},

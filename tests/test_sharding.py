@@ -6,10 +6,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from ditmem_jax.config import DIT_PRESETS, MeshConfig
+from ditmem_jax.config import MeshConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.state import abstract
+from ditmem_jax.presets import DIT_PRESETS
 from ditmem_jax.sharding import (
     array_sharding,
     batch_sharding,

@@ -17,10 +17,11 @@ from convert.folder import convert_folder
 from convert.kinds import KINDS
 from convert.original import original as original_tensors
 from ditmem_jax.checkpoint import load_encoder, read_networks, save_encoder
-from ditmem_jax.config import DIT_PRESETS, DiTConfig, MemoryConfig, to_dict
+from ditmem_jax.config import DiTConfig, MemoryConfig, to_dict
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
+from ditmem_jax.presets import DIT_PRESETS
 from tests.tiny import random_arrays, tiny_config, write_original
 
 MANIFEST = Path(__file__).parents[1] / "manifests" / "dit_mem_1.3b.json"

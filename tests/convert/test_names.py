@@ -8,7 +8,8 @@ import pytest
 from convert.engine import Table, canonical
 from convert.kinds import configure, detect
 from convert.names_diffusers import aliases, pairs, renamed
-from ditmem_jax.config import DIT_PRESETS, VAE_PRESETS, MemoryConfig, UMT5Config
+from ditmem_jax.config import MemoryConfig, UMT5Config
+from ditmem_jax.presets import DIT_PRESETS, VAE_PRESETS
 
 MANIFESTS = sorted((Path(__file__).parents[1] / "manifests").glob("*.json"))
 CONFIGS = {

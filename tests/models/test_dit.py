@@ -12,11 +12,12 @@ from flax import nnx
 
 from convert import dit as names
 from convert.engine import assign, targets
-from ditmem_jax.config import DIT_PRESETS, DiTConfig
+from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import Block, DiT, Experts, _patchify, _unpatchify, with_expert
 from ditmem_jax.models.layers import layer_norm, rotary_angles, rotate
 from ditmem_jax.models.state import abstract
+from ditmem_jax.presets import DIT_PRESETS
 from ditmem_jax.types import Memory
 from tests.tiny import random_arrays
 

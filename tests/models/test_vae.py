@@ -12,10 +12,11 @@ from flax import nnx
 
 from convert import engine
 from convert.vae import table
-from ditmem_jax.config import VAE_PRESETS, VAEConfig
+from ditmem_jax.config import VAEConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models import vae as vae_module
 from ditmem_jax.models.vae import VAE, decode, decode_scan, encode, encode_scan, posterior
+from ditmem_jax.presets import VAE_PRESETS
 
 TINY = VAEConfig(
     dim=4,
