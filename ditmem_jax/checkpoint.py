@@ -37,13 +37,18 @@ from ditmem_jax.data.tensors import as_bytes, cast, open_tensors, write_safetens
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
+from ditmem_jax.models.layers import to_int8
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import Arrays, abstract
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE
 
 FORMAT, VERSION = "ditmem_jax", 1
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {  # of weights.dtype: that of matrix products, and of what stays as it is where matrices have 8 bits
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "int8": jnp.bfloat16,
+}
 
 Place = Callable[[str, np.ndarray], jax.Array]
 """Puts the array of a path on devices."""
@@ -60,7 +65,7 @@ def on_default_device(path: str, array: np.ndarray) -> jax.Array:
 def load_dit(
     config: Config, place: Place = on_default_device, experts: Literal["both", "high", "low"] = "both"
 ) -> DiT | Experts:
-    """The transformer of `config.weights`, in its dtype.
+    """The transformer of `config.weights`, in its dtype; for int8 its matrices are rounded as they are read.
 
     Args:
         experts: which to load, where there are two.
@@ -69,14 +74,25 @@ def load_dit(
     """
 
     def load(stored: str) -> DiT:
-        dtype = DTYPES[config.weights.dtype]
-        return _load(config, "dit", lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=dtype), place, stored)
+        return _load(config, "dit", lambda: _new_dit(config), place, stored)
 
     if config.experts.boundary is None or experts == "low":
         return load("dit")
     if experts == "high":
         return load("dit_high")
     return Experts(load("dit_high"), load("dit"))
+
+
+def new_dit(config: Config) -> DiT | Experts:
+    """A network of the structure that `load_dit` loads for training, to be made abstractly."""
+    if config.experts.boundary is None or config.experts.trains != "both":
+        return _new_dit(config)
+    return Experts(_new_dit(config), _new_dit(config))
+
+
+def _new_dit(config: Config) -> DiT:
+    dtype = config.weights.dtype
+    return DiT(config.dit, int8=dtype == "int8", rngs=nnx.Rngs(0), dtype=DTYPES[dtype])
 
 
 def load_vae(config: Config, place: Place = on_default_device) -> VAE:
@@ -149,8 +165,14 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Place) -> Arrays:
-    """Exactly the arrays that `shapes` names, in its dtypes, mapped and placed one after the other."""
+    """Exactly the arrays that `shapes` names, in its dtypes, mapped and placed one after the other.
+
+    Where `shapes` wants a kernel in 8 bits, it is stored in full, and its factors `scale` are not.
+    """
     stored, _ = open_tensors(path)
+    rounded = [name for name, x in shapes.items() if x.dtype == jnp.int8]
+    factors = {name: f"{name.removesuffix('kernel')}scale" for name in rounded}
+    shapes = {name: x for name, x in shapes.items() if name not in factors.values()}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
     problems += [f"{name} is unknown" for name in sorted(stored.keys() - shapes.keys())]
     for name in sorted(shapes.keys() & stored.keys()):
@@ -163,7 +185,14 @@ def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Pla
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
-    return {name: place(name, cast(stored[name].read(), x.dtype)) for name, x in shapes.items()}
+    placed = {}
+    for name, x in shapes.items():
+        if name in factors:
+            kernel, scale = to_int8(stored[name].read())
+            placed |= {name: place(name, kernel), factors[name]: place(factors[name], scale)}
+        else:
+            placed[name] = place(name, cast(stored[name].read(), x.dtype))
+    return placed
 
 
 # --- trained encoders -------------------------------------------------------------------------------------------

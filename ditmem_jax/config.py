@@ -263,10 +263,13 @@ class VideoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-    """Folder of converted weights (`python -m convert`), and how the frozen ones are held."""
+    """Folder of converted weights (`python -m convert`), and how the frozen ones are held.
+
+    "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory.
+    """
 
     path: str = ""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +396,7 @@ class RunConfig:
     """The training run: length, logging, checkpoints, generator.
 
     `steps` counts batches, of which `optim.accumulate` make one update. `remat` is what the backward pass finds
-    kept of the forward pass (see `DiT`): everything, matrix products, or the inputs of blocks.
+    kept of the forward pass (see `DiT`), from everything to nothing but the inputs of blocks, held by the host.
     """
 
     out: str = "runs/default"
@@ -405,7 +408,7 @@ class RunConfig:
     validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
     save_every: int = 200
     keep: int = 3
-    remat: Literal["none", "products", "blocks"] = "none"
+    remat: Literal["none", "products", "attention", "blocks", "offload"] = "none"
 
     def __post_init__(self):
         for name in ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep"):

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, UInt8
 from rich.progress import track
 
 from ditmem_jax import cli
-from ditmem_jax.checkpoint import load_umt5, load_vae
+from ditmem_jax.checkpoint import DTYPES, load_umt5, load_vae
 from ditmem_jax.config import Config
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.records import Entry, Meta, Record, RecordWriter
@@ -109,7 +109,7 @@ def encode_dataset(
 
     Args:
         entries: what to encode; `source` is the path of the video below the folder `videos`.
-        config: its `video` decides the size of the clips, `weights.dtype` the type of the stored numbers.
+        config: its `video` decides the size of the clips, `weights.dtype` that of stored numbers.
         batch: clips that go through the networks at once.
         minimum: frames that a video must have.
 
@@ -145,7 +145,7 @@ def describe(config: Config, vae: VAE, text: tuple[UMT5, Tokenizer]) -> Meta:
     return Meta(
         latents=(*grid, vae.config.z_dim),
         text_dim=umt5.config.dim,
-        dtype=config.weights.dtype,
+        dtype=jnp.dtype(DTYPES[config.weights.dtype]).name,
         made_by={
             "frames": video.frames,
             "height": video.height,

@@ -64,7 +64,7 @@ def _fingerprint(arrays: Arrays) -> jax.Array:
     total = jnp.uint32(0)
     for name in sorted(arrays):
         x = arrays[name]
-        bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
         odd = 2 * jax.lax.iota(jnp.uint32, x.size) + jnp.uint32(1)  # an odd factor loses no bit modulo 2^32
         total = total * jnp.uint32(31) + (bits.reshape(-1).astype(jnp.uint32) * odd).sum(dtype=jnp.uint32)
     return total

@@ -36,7 +36,7 @@ WEIGHTS = {"fsdp": ("fsdp", "context"), "tensor": ("tensor",), None: ()}
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\b(q|k|v|up|gate|fc1)\.kernel$", ("fsdp", "tensor")),
     (r"\b(o|down|fc2)\.kernel$", ("tensor", "fsdp")),
-    (r"\b(q|k|v|up)\.bias$", ("tensor",)),
+    (r"\b(q|k|v|up)\.(bias|scale)$", ("tensor",)),
     (r"\btoken_embedding\.embedding$", ("fsdp", None)),
     (r"\bkernel$", ("fsdp",)),
     (r"", ()),

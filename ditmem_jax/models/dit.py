@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.attention import attention
+from ditmem_jax.models.attention import KEPT, attention
 from ditmem_jax.models.layers import (
     FeedForward,
+    Int8Linear,
     LayerNorm,
     RMSNorm,
     layer_norm,
@@ -33,20 +35,35 @@ from ditmem_jax.sharding import constrain
 from ditmem_jax.types import Memory
 
 T = TypeVar("T")
-Remat = Literal["none", "products", "blocks"]
+Linear = type[nnx.Linear] | type[Int8Linear]
+Remat = Literal["none", "products", "attention", "blocks", "offload"]
+INPUT = "input of a block"
+_policies = jax.checkpoint_policies
 REMAT: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
-    "products": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable),
+    "products": partial(jax.checkpoint, policy=_policies.dots_saveable),
+    "attention": partial(jax.checkpoint, policy=_policies.save_only_these_names(KEPT)),
     "blocks": jax.checkpoint,
+    "offload": partial(
+        jax.checkpoint,
+        policy=_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
 }
 
 
 class Projections(nnx.Module):
     """Query, key, value and output projections, or some of them; RMS norm over the full width of query and key."""
 
-    def __init__(self, config: DiTConfig, names: str = "qkvo", *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: DiTConfig, names: str = "qkvo", *, linear: Linear, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         for name in names:
-            setattr(self, name, nnx.Linear(config.dim, config.dim, rngs=rngs, dtype=dtype, param_dtype=dtype))
+            setattr(self, name, linear(config.dim, config.dim, rngs=rngs, dtype=dtype, param_dtype=dtype))
             if name in "qk":
                 setattr(self, f"norm_{name}", RMSNorm(config.dim, config.eps, dtype=dtype))
         self.num_heads = config.num_heads
@@ -80,14 +97,20 @@ class ImageEmbedding(nnx.Module):
 class Block(nnx.Module):
     """Self-attention over video and memory, cross-attention to text and image, feed-forward; modulated by time."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        self.self_attention = Projections(config, rngs=rngs, dtype=dtype)
-        self.cross_attention = Projections(config, rngs=rngs, dtype=dtype)
-        self.image_attention = (
-            None if config.image_dim is None else Projections(config, "kv", rngs=rngs, dtype=dtype)
-        )
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        linear: Linear = nnx.Linear,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        options = dict(linear=linear, rngs=rngs, dtype=dtype)
+        self.self_attention = Projections(config, **options)
+        self.cross_attention = Projections(config, **options)
+        self.image_attention = None if config.image_dim is None else Projections(config, "kv", **options)
         self.cross_norm = LayerNorm(config.dim, config.eps, dtype=dtype)
-        self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dim, rngs=rngs, dtype=dtype)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dim, **options)
         self.modulation = nnx.Param(
             jax.random.normal(rngs.params(), (6, config.dim), dtype) * config.dim**-0.5
         )
@@ -138,10 +161,18 @@ class DiT(nnx.Module):
     Blocks are stacked along a leading axis and scanned, so that compile time does not grow with depth.
 
     Args:
+        int8: hold the matrices of the blocks, nearly all of the weights, in 8 bits (`layers.Int8Linear`).
         dtype: of weights and matrix products. Norms, angles and modulation stay float32.
     """
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        int8: bool = False,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, rngs=rngs, dtype=dtype, param_dtype=dtype)
 
@@ -154,7 +185,8 @@ class DiT(nnx.Module):
         self.image_embedding = (
             None if config.image_dim is None else ImageEmbedding(config, rngs=rngs, dtype=dtype)
         )
-        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, dtype=dtype), in_axes=0, out_axes=0)(
+        kind = Int8Linear if int8 else nnx.Linear
+        self.blocks = nnx.vmap(lambda rngs: Block(config, linear=kind, rngs=rngs, dtype=dtype))(
             rngs.split(config.num_layers)
         )
         self.head = linear(config.dim, config.out_dim * patch)
@@ -184,8 +216,9 @@ class DiT(nnx.Module):
                 the latents of the given frames.
             image: CLIP tokens of the given frame, `config.image_dim` wide.
             remat: what the backward pass finds kept. "none" computes nothing again; "products" keeps matrix
-                products only, which saves half of the memory and on CPUs even time; "blocks" keeps the
-                inputs of blocks only.
+                products only, which saves half of the memory and on CPUs even time; "attention" keeps the inputs of
+                blocks and what attention gave; "blocks" the inputs only; "offload" has these in the memory of the
+                host, where the device can reach that (GPUs and TPUs).
             unroll: lay the blocks out instead of scanning them (for counting operations).
         Raises:
             UserError: if something is missing, not wanted, or of another size than the configuration says.
@@ -213,6 +246,7 @@ class DiT(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def block(x, layer):
+            x = checkpoint_name(x, INPUT)
             out = nnx.merge(graph, layer)(x, context, image, modulation, angles, memory, memory_modulation)
             return constrain(out, "batch", "tokens", None), None
 
