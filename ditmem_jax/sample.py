@@ -164,12 +164,9 @@ class Sampler:
             memory = loaded if len(loaded) > 1 else loaded[0]
         text = load_umt5(config, placing(mesh, "text"))
         if prompts is not None:
-            text = {
-                config.sample.negative_prompt: embed(text, [config.sample.negative_prompt], allow_empty=True)[
-                    0
-                ],
-                **{prompt: embed(text, [prompt])[0] for prompt in prompts},
-            }
+            negative = config.sample.negative_prompt
+            known = {negative: embed(text, [negative], allow_empty=True)[0]}
+            text = known | {prompt: embed(text, [prompt])[0] for prompt in prompts}
         dit, vae = load_dit(config, placing(mesh, "dit")), load_vae(config, placing(mesh, "vae"))
         return cls(config, dit, vae, text, memory, on_step, mesh)
 
@@ -222,10 +219,11 @@ class Sampler:
     def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
         if isinstance(self._text, tuple):
             return embed(self._text, prompts, allow_empty=allow_empty)
-        if unknown := [prompt for prompt in prompts if prompt not in self._text]:
+        known = [prompt for prompt in self._text if allow_empty or prompt.strip()]
+        if unknown := [prompt for prompt in prompts if prompt not in known]:
             raise UserError(
                 "the sampler was loaded for other prompts",
-                expected=f"one of {list(self._text)}",
+                expected=f"one of {known}",
                 found=unknown[0],
                 fix="load it with this one, or without prompts",
             )

@@ -137,7 +137,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise UserError(
             "the processes cannot join",
             found=str(error).splitlines()[0],
-            fix="start all of them within minutes; is the port of process 0 free, and open to the others?",
+            fix="start all of them within minutes; is the port of process 0 free, and open to the others? "
+            "One that is to join no others takes --processes=1",
         ) from error
 
 
