@@ -297,8 +297,9 @@ class TrainingCheckpoints:
     def __enter__(self) -> "TrainingCheckpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None or jax.process_count() == 1:  # else it may wait for a process that has ended
+            self.close()
 
     def close(self) -> None:
         """Waits until everything is on the disk."""

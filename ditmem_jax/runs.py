@@ -57,7 +57,7 @@ FREE = {
 
 def fingerprint(arrays: Arrays) -> str:
     """A checksum of arrays, computed where they live: it differs if any one bit does."""
-    return f"{int(jax.jit(_fingerprint)(arrays)):08x}"
+    return f"{int(startup.compiled(jax.jit(_fingerprint), arrays)(arrays)):08x}"
 
 
 def _fingerprint(arrays: Arrays) -> jax.Array:
@@ -83,7 +83,7 @@ def claim(config: Config, backbone: str) -> Iterator[Path]:
     """
     folder = Path(config.run.out)
     ours = identity(config) | {"backbone": backbone}
-    with startup.leader_first("the run's folder"):
+    with startup.leader_first():
         begun = _claim(folder, ours)
     try:
         yield folder

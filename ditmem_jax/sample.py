@@ -6,6 +6,7 @@ python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ditmem_jax import cli, flow
+from ditmem_jax import cli, flow, startup
 from ditmem_jax.bank import Bank
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
-from ditmem_jax.config import Config, to_dict
+from ditmem_jax.config import Config, MeshConfig, to_dict
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.tokenizer import Tokenizer
@@ -33,6 +36,7 @@ from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, decode
+from ditmem_jax.sharding import batch_parts, check_mesh, divided, make_mesh, placing, whole
 from ditmem_jax.types import Memory
 
 Latents = Float[Array, "B T H W C"]
@@ -107,8 +111,11 @@ class Sampler:
     """The networks that make clips; compiled once per number of prompts and of reference videos.
 
     Args:
+        text: text encoder and tokeniser; or the embedding of every prompt that will be asked for.
         encoder: None for a sampler without memory; two, for high noise and for low, where each expert has its own.
         on_step: called after every denoising step, for a progress bar.
+        mesh: devices that share the work, by default one: they divide the clips of a batch, if their number allows,
+            the tokens of each clip, and the weights as they were placed.
     """
 
     def __init__(
@@ -116,19 +123,19 @@ class Sampler:
         config: Config,
         dit: DiT | Experts,
         vae: VAE,
-        text: tuple[UMT5, Tokenizer],
+        text: tuple[UMT5, Tokenizer] | dict[str, Array],
         encoder: MemoryEncoder | tuple[MemoryEncoder, MemoryEncoder] | None = None,
         on_step: Callable[[], None] | None = None,
+        mesh: Mesh | None = None,
     ):
-        self.config, self.vae = config, vae
-        self._text, self._tokenizer = text
+        self.config, self.vae, self._text = config, vae, text
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
         self._with_memory = encoder is not None
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         encoders = encoder if isinstance(encoder, tuple) else (encoder,) * len(dits)
         pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
         self._networks, self._states = zip(*pairs, strict=True)
         self._on_step = on_step
-        self._encode_text = nnx.jit(UMT5.__call__)
         self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
         self._denoise = jax.jit(self._denoised)
 
@@ -138,18 +145,30 @@ class Sampler:
         config: Config,
         encoder: str | Path | Sequence[str | Path] | None = None,
         on_step: Callable[[], None] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> "Sampler":
-        """From `config.weights` and the file of a trained encoder, or the files of one for each expert.
+        """From `config.weights` and the file of a trained encoder, or the files of one for each expert; on `config.mesh`.
 
+        Args:
+            prompts: all that will be asked for, if that is known. The text encoder, which may be as large as the
+                transformer, is then gone before that is loaded.
         Raises:
-            UserError: if a file is missing or does not fit the config.
+            UserError: if a file is missing or does not fit the config, or the config does not fit the devices.
         """
+        mesh = make_mesh(config.mesh)
+        check_mesh(config, mesh)
         memory = None
         if encoder is not None:
             config, paths = with_encoders(config, encoder)
-            loaded = tuple(map(load_encoder, paths))
+            loaded = tuple(load_encoder(path, placing(mesh, "encoder")) for path in paths)
             memory = loaded if len(loaded) > 1 else loaded[0]
-        return cls(config, load_dit(config), load_vae(config), load_umt5(config), memory, on_step)
+        text = load_umt5(config, placing(mesh, "text"))
+        if prompts is not None:
+            negative = config.sample.negative_prompt
+            known = {negative: embed(text, [negative], allow_empty=True)[0]}
+            text = known | {prompt: embed(text, [prompt])[0] for prompt in prompts}
+        dit, vae = load_dit(config, placing(mesh, "dit")), load_vae(config, placing(mesh, "vae"))
+        return cls(config, dit, vae, text, memory, on_step, mesh)
 
     def generate(
         self,
@@ -160,7 +179,7 @@ class Sampler:
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """One clip per prompt, as pixels; arguments and errors as `latents`."""
         latents = self.latents(prompts, seeds, references, strength)
-        pixels = np.clip(np.asarray(decode(self.vae, latents)), -1, 1)
+        pixels = np.clip(whole(decode(self.vae, latents), self.mesh), -1, 1)
         return np.rint((pixels + 1) * 127.5).astype(np.uint8)
 
     def latents(
@@ -184,19 +203,31 @@ class Sampler:
             raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
         video = config.video
         shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
-        noise = jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
-        return self._denoise(
-            self._states,
-            noise,
-            self._embed(prompts),
-            jnp.repeat(self._negative, len(prompts), axis=0),
-            None if references is None else jnp.asarray(references, jnp.float32),
-            config.sample.strength if strength is None else strength,
-        )
+        noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+        if references is not None:
+            references = divided(self.mesh, np.asarray(references, np.float32), "batch", *[None] * 5)
+        with jax.set_mesh(self.mesh):
+            return self._denoise(
+                self._states,
+                divided(self.mesh, noise, "batch", *[None] * 4),
+                self._embed(prompts),
+                jnp.repeat(self._negative, len(prompts), axis=0),
+                references,
+                config.sample.strength if strength is None else strength,
+            )
 
     def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
-        ids, mask = self._tokenizer(prompts, allow_empty=allow_empty)
-        return self._encode_text(self._text, jnp.asarray(ids), jnp.asarray(mask))
+        if isinstance(self._text, tuple):
+            return embed(self._text, prompts, allow_empty=allow_empty)
+        known = [prompt for prompt in self._text if allow_empty or prompt.strip()]
+        if unknown := [prompt for prompt in prompts if prompt not in known]:
+            raise UserError(
+                "the sampler was loaded for other prompts",
+                expected=f"one of {known}",
+                found=unknown[0],
+                fix="load it with this one, or without prompts",
+            )
+        return jnp.stack([self._text[prompt] for prompt in prompts])
 
     def _denoised(self, states, noise, positive, negative, references, strength):
         networks = [nnx.merge(*network) for network in zip(self._networks, states, strict=True)]
@@ -209,6 +240,17 @@ class Sampler:
             velocity = guided(dit, positive, negative, memory, scale, **options)
             x = denoise(velocity, x, sigmas, self._on_step, end)
         return x
+
+
+def embed(
+    text: tuple[UMT5, Tokenizer], prompts: Sequence[str], *, allow_empty: bool = False
+) -> Float[Array, "B L E"]:
+    """Embeddings of prompts, zero past their lengths."""
+    network, tokenizer = text
+    return _encode_text(network, *tokenizer(prompts, allow_empty=allow_empty))
+
+
+_encode_text = nnx.jit(UMT5.__call__)
 
 
 def _schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
@@ -334,7 +376,10 @@ def make_clips(
         retrieved = retrieve(config, prompt, None if memory == "auto" else memory)
         references = retrieved.latents[None]
         for entry, score in zip(retrieved.entries, retrieved.scores, strict=True):
-            print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {entry.id}  {entry.caption}")
+            if startup.leads():
+                print(
+                    f"memory {'  named' if score is None else f'{score:7.3f}'}  {entry.id}  {entry.caption}"
+                )
             about["memory"].append({"id": entry.id, "caption": entry.caption, "score": score})
         used = [
             {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in encoder
@@ -343,16 +388,22 @@ def make_clips(
     about["config"] = to_dict(config)
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("loading", total=config.sample.steps * len(paths))
-        sampler = Sampler.load(config, encoder, lambda: progress.advance(bar))
-        for seed, path in zip(seeds, paths, strict=True):
-            progress.update(bar, description=f"steps of seed {seed}")
-            clip = sampler.generate([prompt], [seed], references)[0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_video(path, clip, config.video.fps)
-            write_text(path.with_suffix(".json"), json.dumps(about | {"seed": seed}, indent=1) + "\n")
-            progress.console.print(str(path), highlight=False, soft_wrap=True)
+    with Progress(*columns, console=Console(quiet=not startup.leads())) as progress:
+        bar = progress.add_task("loading")
+        sampler = Sampler.load(config, encoder, lambda: progress.advance(bar), [prompt])
+        size = batch_parts(sampler.mesh)
+        progress.update(bar, total=config.sample.steps * math.ceil(len(paths) / size))
+        for start in range(0, len(paths), size):
+            now = seeds[start : start + size]
+            progress.update(bar, description=f"steps of seed {', '.join(map(str, now))}")
+            given = None if references is None else np.repeat(references, len(now), axis=0)
+            clips = sampler.generate([prompt] * len(now), now, given)
+            for seed, path, clip in zip(now, paths[start : start + size], clips, strict=True):
+                if startup.leads():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_video(path, clip, config.video.fps)
+                    write_text(path.with_suffix(".json"), json.dumps(about | {"seed": seed}, indent=1) + "\n")
+                progress.console.print(str(path), highlight=False, soft_wrap=True)
     return paths
 
 
@@ -379,7 +430,8 @@ def main() -> None:
     if memory not in ("auto", "none"):
         memory = [name.strip() for name in memory.split(",")]
     seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
-    make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds)
+    with startup.Program():
+        make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ of axes only: what they `constrain` is divided by the mesh of `jax.set_mesh`, an
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ WEIGHTS = {"fsdp": ("fsdp", "context"), "tensor": ("tensor",), None: ()}
 # Pattern in an array's dotted path -> names in WEIGHTS of its LAST axes; the first match wins. Axes before those, such
 # as the leading one of stacked layers, are not divided.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"^vae\.", ()),  # small, and gathered anew for each of many chunks
     (r"\b(q|k|v|up|gate|fc1)\.kernel$", ("fsdp", "tensor")),
     (r"\b(o|down|fc2)\.kernel$", ("tensor", "fsdp")),
     (r"\b(q|k|v|up)\.(bias|scale)$", ("tensor",)),
@@ -75,6 +76,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def placing(mesh: Mesh, prefix: str) -> Callable[[str, np.ndarray], jax.Array]:
+    """What puts the weights of the network `prefix` on the mesh, each where its path tells."""
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        sharding = array_sharding(f"{prefix}.{path}", array.shape, mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return place
+
+
+def divided(mesh: Mesh, x: np.ndarray, *names: str | None) -> jax.Array:
+    """An array that every process has, on the devices as `constrain` would have it."""
+    sharding = NamedSharding(mesh, _divide(x.shape, [ACTIVATIONS[name] for name in names], mesh))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
     """The rows of a batch that devices of this process hold, ascending."""
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
@@ -85,6 +102,11 @@ def whole(arrays: Any, mesh: Mesh) -> Any:
     """The arrays of a pytree, gathered by every process to its host. All processes must reach it."""
     gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     return jax.device_get(gather(arrays))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts a batch is divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -118,13 +140,13 @@ def check_mesh(config: Config, mesh: Mesh, batch_size: int | None = None) -> Non
     Args:
         batch_size: None where a batch that does not divide is computed by all devices alike.
     """
-    data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size is not None and batch_size % (data * fsdp):
+    parts = batch_parts(mesh)
+    if batch_size is not None and batch_size % parts:
         raise UserError(
             "data.batch_size does not divide over the mesh",
-            expected=f"a multiple of data {data} x fsdp {fsdp} = {data * fsdp}",
+            expected=f"a multiple of data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {parts}",
             found=batch_size,
-            fix=f"use {math.ceil(batch_size / (data * fsdp)) * data * fsdp}",
+            fix=f"use {math.ceil(batch_size / parts) * parts}",
         )
     video, patch = config.video, config.dit.patch_size
     grid = config.vae.latent_grid(video.frames, video.height, video.width)
@@ -161,3 +183,10 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         return array_sharding(jax.tree_util.keystr(path, simple=True, separator="."), x.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def laid_out(shapes: Any, shardings: Any) -> Any:
+    """A pytree of shapes and dtypes with the sharding of each, from which programs compile without any array."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )

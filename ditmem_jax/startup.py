@@ -6,17 +6,21 @@ computation can go on without its devices, and the same command continues from t
 """
 
 import contextlib
+import ctypes
+import itertools
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from jax._src import distributed  # its barrier has no public name
 from jax.experimental import multihost_utils
 
 from ditmem_jax import cli
@@ -35,6 +39,7 @@ COMPILE_CACHE = flags.DEFINE_string(
     "Folder of compiled programs, or 'off'. By default that of JAX_COMPILATION_CACHE_DIR, or "
     "ditmem_jax/xla in the user's folder of caches.",
 )
+PATIENCE = 3600  # seconds for the slowest process to read, search or compile
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 
 
@@ -51,6 +56,8 @@ class Program:
     def __enter__(self) -> "Program":
         keep_compiled(COMPILE_CACHE.value)
         join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        if jax.process_count() > 1:
+            _tell_why_it_aborts()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
@@ -69,6 +76,22 @@ class Program:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _tell_why_it_aborts() -> None:
+    """Ends an abort with a message. The runtime aborts, past all Python, when another process has ended."""
+
+    def abort(_: int) -> None:
+        error = UserError(
+            "another process of the program has ended, or cannot be reached",
+            fix="see why; then start all again: the same command continues",
+        )
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _tell_why_it_aborts.handler = kind(abort)  # must live as long as the process
+    ctypes.CDLL(None).signal(signal.SIGABRT, _tell_why_it_aborts.handler)
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -114,7 +137,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise UserError(
             "the processes cannot join",
             found=str(error).splitlines()[0],
-            fix="start all of them within minutes; is the port of process 0 free, and open to the others?",
+            fix="start all of them within minutes; is the port of process 0 free, and open to the others? "
+            "One that is to join no others takes --processes=1",
         ) from error
 
 
@@ -126,14 +150,33 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def meet() -> None:
+    """Waits until all processes are here.
+
+    The devices have no part in it: what they do together fails if one of them keeps the others waiting for long.
+    """
+    if jax.process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(f"ditmem_jax {next(_meetings)}", PATIENCE * 1000)
+
+
+_meetings = itertools.count()
+
+
 @contextlib.contextmanager
-def leader_first(what: str) -> Iterator[None]:
+def leader_first() -> Iterator[None]:
     """The leading process runs the block before the others do. All must reach it."""
     if not leads():
-        multihost_utils.sync_global_devices(what)
+        meet()
     yield
-    if leads() and jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    if leads():
+        meet()
+
+
+def compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
+    """A jitted function compiled for arguments, or their layouts, by all processes before any goes on."""
+    program = function.lower(*arguments).compile()
+    meet()
+    return program
 
 
 def any_process(flag: bool) -> bool:

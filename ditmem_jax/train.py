@@ -38,11 +38,12 @@ from ditmem_jax.models.memory import MemoryEncoder, shuffle_videos
 from ditmem_jax.models.state import Arrays, abstract, split
 from ditmem_jax.objective import Baseline
 from ditmem_jax.sharding import (
-    array_sharding,
     batch_sharding,
     check_mesh,
+    laid_out,
     local_rows,
     make_mesh,
+    placing,
     replicated,
     tree_shardings,
     whole,
@@ -188,6 +189,24 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.int32(0), params, rest, optimizer.init(params), Baseline.empty())
 
 
+def state_layout(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, in place of its arrays."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    return laid_out(shapes, tree_shardings(shapes, mesh))
+
+
+def jit_train_step(
+    config: Config, networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step, which takes the memory of the state that it is given."""
+    shardings = jax.tree.map(lambda x: x.sharding, state_layout(config, optimizer, mesh))
+    return jax.jit(
+        make_train_step(config, networks, optimizer),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
 def _role(path: str) -> tuple[str, str]:
     """The pattern that decides about an array of the whole model, and what becomes of it."""
     return next(pair for pair in ROLES if re.search(pair[0], path))
@@ -212,10 +231,12 @@ class Setup:
         self.fingerprint = runs.fingerprint(self.backbone)
         searched, k = Bank.from_records(config.data.bank), config.data.references
         with runs.claim(config, self.fingerprint) as self.folder:
-            with startup.leader_first("the search for references"):
+            with startup.leader_first():
                 matches = runs.matches_for(self.folder, records, searched, k)
             self.data = self._stream(records, matches, workers=config.data.workers, cache=config.data.cache)
             found = retrieve_for(held_out, searched, k) if held_out else None
+        self.optimizer = make_optimizer(config.optim, config.run.steps)
+        self.state_layout = state_layout(config, self.optimizer, self.mesh)
         self.validator = None
         if held_out:
             stream = self._stream(held_out, found, epochs=1)
@@ -224,30 +245,19 @@ class Setup:
                 self.validator = Validator(
                     self.networks,
                     self.backbone,
+                    (self.state_layout.params, self.state_layout.rest),
                     batches,
                     config.run.validation_sigmas,
                     config.experts,
                     config.run.seed,
                     self.mesh,
                 )
-        self.optimizer = make_optimizer(config.optim, config.run.steps)
-        shapes = jax.eval_shape(lambda: init_state(config, self.optimizer))
-        self.shardings = tree_shardings(shapes, self.mesh)
-        self.state_layout = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            self.shardings,
-        )
         self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
 
     def compile(self) -> Callable:
         """The compiled step on the devices of the mesh; under `jax.set_mesh`."""
-        step = jax.jit(
-            make_train_step(self.config, self.networks, self.optimizer),
-            donate_argnums=0,
-            out_shardings=(self.shardings, replicated(self.mesh)),
-        )
-        return step.lower(self.state_layout, self.backbone, self.batch_layout).compile()
+        step = jit_train_step(self.config, self.networks, self.optimizer, self.mesh)
+        return startup.compiled(step, self.state_layout, self.backbone, self.batch_layout)
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """The arrays of a batch on the devices, divided among them."""
@@ -259,7 +269,8 @@ class Setup:
         return {name: place(batch[name]) for name in ON_DEVICE}
 
     def initial_state(self) -> TrainState:
-        return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=self.shardings)()
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_layout)
+        return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=shardings)()
 
     def export(self, name: str, state: TrainState, step: int, gains: dict[str, float]) -> Path:
         """Writes the encoder to the run's folder."""
@@ -297,12 +308,7 @@ def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> dict[str, jax.
 
 def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
     """Structures of both networks, and the frozen weights on the mesh."""
-
-    def place(path: str, array: np.ndarray) -> jax.Array:
-        sharding = array_sharding(f"dit.{path}", array.shape, mesh)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    dit, backbone = split(load_dit(config, place, config.experts.trains))
+    dit, backbone = split(load_dit(config, placing(mesh, "dit"), config.experts.trains))
     encoder, _ = abstract(lambda: make_encoder(config))
     return Networks(dit, encoder), backbone
 
@@ -379,16 +385,15 @@ def train(config: Config, *, warm: bool = False) -> Path:
             train_step = setup.compile()
             phases.end("compile")
             if warm:
-                if setup.validator:
-                    setup.validator(state.params, state.rest)
                 return setup.folder
             if start == 0:
                 _validate(setup, monitor, state, 0, notes)
                 phases.end("validation")
             for step in range(start + 1, options.steps + 1):
                 batch = next(setup.data)
+                on_devices = setup.put(batch)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, setup.backbone, setup.put(batch))
+                    state, metrics = train_step(state, setup.backbone, on_devices)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     phases.end("first batch")

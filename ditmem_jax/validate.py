@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ditmem_jax import startup
 from ditmem_jax.config import ExpertsConfig
 from ditmem_jax.models.dit import with_expert
 from ditmem_jax.models.ditmem import Batch, Networks, encode, errors
@@ -23,6 +24,7 @@ class Validator:
     memory nothing ever changes, so those errors are computed once.
 
     Args:
+        encoder: layouts of what the encoder trains and of the rest of it.
         sigmas: noise levels; those of an expert that does not train are left out.
         batches: on the devices of `mesh`.
     """
@@ -31,6 +33,7 @@ class Validator:
         self,
         networks: Networks,
         backbone: Arrays,
+        encoder: tuple[Arrays, Arrays],
         batches: list[Batch],
         sigmas: tuple[float, ...],
         experts: ExpertsConfig,
@@ -58,8 +61,10 @@ class Validator:
             others = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), memory)
             return over_levels(backbone, batch, key, memory), over_levels(backbone, batch, key, others)
 
-        self._with_memory = jax.jit(with_memory, out_shardings=replicated(mesh))
+        with_memory = jax.jit(with_memory, out_shardings=replicated(mesh))
+        self._with_memory = startup.compiled(with_memory, *encoder, backbone, *self.batches[0])
         without = jax.jit(functools.partial(over_levels, memory=None), out_shardings=replicated(mesh))
+        without = startup.compiled(without, backbone, *self.batches[0])
         self._without = _gather(without(backbone, *pair) for pair in self.batches)
 
     def __call__(self, params: Arrays, rest: Arrays) -> dict[str, float]:
