@@ -375,12 +375,17 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; -1 takes the devices that the other axes leave."""
+    """Devices per mesh axis; -1 takes the devices that the other axes leave.
+
+    `attention` is what computes it on them: "auto" takes "splash" on TPUs, "cudnn" on GPUs for bfloat16 weights, and
+    "xla" otherwise.
+    """
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +414,7 @@ class RunConfig:
     """The training run: length, logging, checkpoints, generator.
 
     `steps` counts batches, of which `optim.accumulate` make one update. `remat` is what the backward pass finds
-    kept of the forward pass (see `DiT`): everything, matrix products, or the inputs of blocks.
+    kept of the forward pass (see `DiT`): everything, matrix products, outputs of attention, or the inputs of blocks.
     """
 
     out: str = "runs/default"
@@ -421,7 +426,7 @@ class RunConfig:
     validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
     save_every: int = 200
     keep: int = 3
-    remat: Literal["none", "products", "blocks"] = "none"
+    remat: Literal["none", "products", "attention", "blocks"] = "none"
 
     def __post_init__(self):
         for name in ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep"):

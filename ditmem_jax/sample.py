@@ -4,6 +4,7 @@ python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -22,17 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ditmem_jax import cli, flow
 from ditmem_jax.bank import Bank
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
-from ditmem_jax.config import Config, to_dict
+from ditmem_jax.config import Config, MeshConfig, to_dict
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.models.dit import DiT, Experts
-from ditmem_jax.models.ditmem import with_strength
+from ditmem_jax.models.ditmem import attention_backend, with_strength
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, decode
+from ditmem_jax.sharding import make_mesh
 from ditmem_jax.types import Memory
 
 Latents = Float[Array, "B T H W C"]
@@ -121,6 +123,7 @@ class Sampler:
         on_step: Callable[[], None] | None = None,
     ):
         self.config, self.vae = config, vae
+        self.backend = attention_backend(config, make_mesh(MeshConfig(), jax.devices()[:1]))
         self._text, self._tokenizer = text
         self._with_memory = encoder is not None
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
@@ -206,6 +209,7 @@ class Sampler:
         for dit, encoder, (sigmas, end, scale) in zip(dits, encoders, _schedule(self.config), strict=True):
             if references is not None:
                 memory = with_strength(encoder(references, training=False), strength)
+            dit = functools.partial(dit, backend=self.backend)
             velocity = guided(dit, positive, negative, memory, scale, **options)
             x = denoise(velocity, x, sigmas, self._on_step, end)
         return x
@@ -346,6 +350,7 @@ def make_clips(
     with Progress(*columns) as progress:
         bar = progress.add_task("loading", total=config.sample.steps * len(paths))
         sampler = Sampler.load(config, encoder, lambda: progress.advance(bar))
+        progress.console.print(f"attention by {sampler.backend}")
         for seed, path in zip(seeds, paths, strict=True):
             progress.update(bar, description=f"steps of seed {seed}")
             clip = sampler.generate([prompt], [seed], references)[0]

@@ -31,7 +31,8 @@ from ditmem_jax.data.pipeline import training_data
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, with_expert
-from ditmem_jax.models.ditmem import Batch, Networks, encode, errors, keep_only
+from ditmem_jax.models.ditmem import Batch, Networks, attention_backend, encode, errors, keep_only
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.memory import MemoryEncoder, shuffle_videos
 from ditmem_jax.models.state import Arrays, abstract, split
 from ditmem_jax.objective import Baseline
@@ -71,11 +72,17 @@ class TrainState:
 
 
 def make_train_step(
-    config: Config, networks: Networks, optimizer: optax.GradientTransformation, *, unroll: bool = False
+    config: Config,
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    *,
+    backend: Backend = "xla",
+    unroll: bool = False,
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure step (state, frozen weights, batch) -> (state, metrics).
 
     Args:
+        backend: of attention.
         unroll: lay out the blocks of the transformer, for counting operations.
     """
     goal = config.objective
@@ -92,7 +99,8 @@ def make_train_step(
 
         def loss_and_gradients(dit: DiT):
             def errors_with(memory: Memory | None) -> jax.Array:
-                return errors(dit, memory, batch, sigma, noise, remat=config.run.remat, unroll=unroll)
+                options = dict(remat=config.run.remat, backend=backend, unroll=unroll)
+                return errors(dit, memory, batch, sigma, noise, **options)
 
             alone = errors_with(None) if goal.kind == "relative" else None
 
@@ -204,6 +212,7 @@ class Setup:
         records, self.bank = RecordReader(config.data.records), RecordReader(config.data.bank)
         held_out = RecordReader(config.data.validation) if config.data.validation else None
         check(config, self.mesh, self.bank, *filter(None, (records, held_out)))
+        self.backend = attention_backend(config, self.mesh)
         self.networks, self.backbone = load_networks(config, self.mesh)
         self.fingerprint = runs.fingerprint(self.backbone)
         searched, k = Bank.from_records(config.data.bank), config.data.references
@@ -223,6 +232,7 @@ class Setup:
                 config.experts,
                 config.run.seed,
                 self.mesh,
+                self.backend,
             )
         self.optimizer = make_optimizer(config.optim, config.run.steps)
         shapes = jax.eval_shape(lambda: init_state(config, self.optimizer))
@@ -233,7 +243,7 @@ class Setup:
             self.shardings,
         )
         self.step = jax.jit(
-            make_train_step(config, self.networks, self.optimizer),
+            make_train_step(config, self.networks, self.optimizer, backend=self.backend),
             donate_argnums=0,
             out_shardings=(self.shardings, replicated(self.mesh)),
         )
@@ -342,6 +352,7 @@ def train(config: Config) -> Path:
             state, notes = setup.initial_state(), {"gains": {}, "best": None}
         with runs.Monitor(setup.folder, start, options.steps) as monitor:
             monitor.console.print(describe(setup.backbone, state))
+            monitor.console.print(f"attention by {setup.backend}")
             if start == 0:
                 _validate(setup, monitor, state, 0, notes)
             for step in range(start + 1, options.steps + 1):

@@ -118,7 +118,7 @@ def test_remat_and_unrolling_change_nothing(network, inputs):
         return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(inputs[3]))
 
     plain = value_and_gradient()
-    for options in ({"remat": "products"}, {"remat": "blocks"}, {"unroll": True}):
+    for options in ({"remat": "products"}, {"remat": "attention"}, {"remat": "blocks"}, {"unroll": True}):
         for got, want in zip(value_and_gradient(**options), plain, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
