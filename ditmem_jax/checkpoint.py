@@ -44,11 +44,7 @@ from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE
 
 FORMAT, VERSION = "ditmem_jax", 1
-DTYPES = {  # of weights.dtype: that of matrix products, and of what stays as it is where matrices have 8 bits
-    "float32": jnp.float32,
-    "bfloat16": jnp.bfloat16,
-    "int8": jnp.bfloat16,
-}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 Place = Callable[[str, np.ndarray], jax.Array]
 """Puts the array of a path on devices."""
@@ -83,16 +79,17 @@ def load_dit(
     return Experts(load("dit_high"), load("dit"))
 
 
-def new_dit(config: Config) -> DiT | Experts:
-    """A network of the structure that `load_dit` loads for training, to be made abstractly."""
-    if config.experts.boundary is None or config.experts.trains != "both":
+def new_dit(config: Config, experts: Literal["both", "high", "low"] = "both") -> DiT | Experts:
+    """A network of the structure that `load_dit` loads, to be made abstractly."""
+    if config.experts.boundary is None or experts != "both":
         return _new_dit(config)
     return Experts(_new_dit(config), _new_dit(config))
 
 
 def _new_dit(config: Config) -> DiT:
-    dtype = config.weights.dtype
-    return DiT(config.dit, int8=dtype == "int8", rngs=nnx.Rngs(0), dtype=DTYPES[dtype])
+    weights = config.weights
+    dtype = DTYPES[weights.computed_in]
+    return DiT(config.dit, int8=weights.dtype == "int8", rngs=nnx.Rngs(0), dtype=dtype)
 
 
 def load_vae(config: Config, place: Place = on_default_device) -> VAE:
@@ -102,7 +99,7 @@ def load_vae(config: Config, place: Place = on_default_device) -> VAE:
 
 def load_umt5(config: Config, place: Place = on_default_device) -> tuple[UMT5, Tokenizer]:
     """The text encoder of `config.weights`, in its dtype, and its tokeniser; errors as `load_dit`."""
-    dtype = DTYPES[config.weights.dtype]
+    dtype = DTYPES[config.weights.computed_in]
     text = _load(config, "text", lambda: UMT5(config.text, rngs=nnx.Rngs(0), dtype=dtype), place)
     return text, Tokenizer(Path(config.weights.path) / "tokenizer.json", config.dit.text_len)
 

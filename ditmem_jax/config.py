@@ -271,6 +271,11 @@ class WeightsConfig:
     path: str = ""
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
 
+    @property
+    def computed_in(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of matrix products, and of what is not held in 8 bits."""
+        return "bfloat16" if self.dtype == "int8" else self.dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -362,12 +367,17 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; -1 takes the devices that the other axes leave."""
+    """Devices per mesh axis; -1 takes the devices that the other axes leave.
+
+    `attention` is what computes it on them: "auto" takes "splash" on TPUs, "cudnn" on GPUs for bfloat16 weights, and
+    "xla" otherwise.
+    """
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

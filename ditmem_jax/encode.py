@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, UInt8
 from rich.progress import track
 
 from ditmem_jax import cli
-from ditmem_jax.checkpoint import DTYPES, load_umt5, load_vae
+from ditmem_jax.checkpoint import load_umt5, load_vae
 from ditmem_jax.config import Config
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.records import Entry, Meta, Record, RecordWriter
@@ -145,7 +145,7 @@ def describe(config: Config, vae: VAE, text: tuple[UMT5, Tokenizer]) -> Meta:
     return Meta(
         latents=(*grid, vae.config.z_dim),
         text_dim=umt5.config.dim,
-        dtype=jnp.dtype(DTYPES[config.weights.dtype]).name,
+        dtype=config.weights.computed_in,
         made_by={
             "frames": video.frames,
             "height": video.height,

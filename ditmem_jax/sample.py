@@ -4,6 +4,7 @@ python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -32,7 +33,8 @@ from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.models.dit import DiT, Experts
-from ditmem_jax.models.ditmem import with_strength
+from ditmem_jax.models.ditmem import attention_backend, with_strength
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, decode
@@ -130,14 +132,14 @@ class Sampler:
     ):
         self.config, self.vae, self._text = config, vae, text
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self.backend = attention_backend(config, self.mesh)
         self._with_memory = encoder is not None
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         encoders = encoder if isinstance(encoder, tuple) else (encoder,) * len(dits)
         pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
         self._networks, self._states = zip(*pairs, strict=True)
-        self._on_step = on_step
         self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
-        self._denoise = jax.jit(self._denoised)
+        self._denoise = jax.jit(make_denoise(config, self._networks, self.backend, on_step))
 
     @classmethod
     def load(
@@ -229,17 +231,33 @@ class Sampler:
             )
         return jnp.stack([self._text[prompt] for prompt in prompts])
 
-    def _denoised(self, states, noise, positive, negative, references, strength):
-        networks = [nnx.merge(*network) for network in zip(self._networks, states, strict=True)]
-        dits, encoders = networks[: len(networks) // 2], networks[len(networks) // 2 :]
-        options = dict(memory_in_negative=self.config.sample.memory_in_negative)
+
+def make_denoise(
+    config: Config,
+    networks: Sequence[nnx.GraphDef],
+    backend: Backend,
+    on_step: Callable[[], None] | None = None,
+) -> Callable[..., Latents]:
+    """The pure program (states, noise, positive, negative, references, strength) -> latents.
+
+    Args:
+        networks: the transformers, then as many encoders; `states` holds their weights.
+    """
+
+    def denoised(states, noise, positive, negative, references, strength):
+        merged = [nnx.merge(*network) for network in zip(networks, states, strict=True)]
+        dits, encoders = merged[: len(merged) // 2], merged[len(merged) // 2 :]
+        options = dict(memory_in_negative=config.sample.memory_in_negative)
         x, memory = noise, None
-        for dit, encoder, (sigmas, end, scale) in zip(dits, encoders, _schedule(self.config), strict=True):
+        for dit, encoder, (sigmas, end, scale) in zip(dits, encoders, _schedule(config), strict=True):
             if references is not None:
                 memory = with_strength(encoder(references, training=False), strength)
+            dit = functools.partial(dit, backend=backend)
             velocity = guided(dit, positive, negative, memory, scale, **options)
-            x = denoise(velocity, x, sigmas, self._on_step, end)
+            x = denoise(velocity, x, sigmas, on_step, end)
         return x
+
+    return denoised
 
 
 def embed(
@@ -391,6 +409,7 @@ def make_clips(
     with Progress(*columns, console=Console(quiet=not startup.leads())) as progress:
         bar = progress.add_task("loading")
         sampler = Sampler.load(config, encoder, lambda: progress.advance(bar), [prompt])
+        progress.console.print(f"attention by {sampler.backend}")
         size = batch_parts(sampler.mesh)
         progress.update(bar, total=config.sample.steps * math.ceil(len(paths) / size))
         for start in range(0, len(paths), size):

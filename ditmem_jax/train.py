@@ -33,7 +33,8 @@ from ditmem_jax.data.pipeline import training_data
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, with_expert
-from ditmem_jax.models.ditmem import Batch, Networks, encode, errors, keep_only
+from ditmem_jax.models.ditmem import Batch, Networks, attention_backend, encode, errors, keep_only
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.memory import MemoryEncoder, shuffle_videos
 from ditmem_jax.models.state import Arrays, abstract, split
 from ditmem_jax.objective import Baseline
@@ -76,11 +77,17 @@ class TrainState:
 
 
 def make_train_step(
-    config: Config, networks: Networks, optimizer: optax.GradientTransformation, *, unroll: bool = False
+    config: Config,
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    *,
+    backend: Backend = "xla",
+    unroll: bool = False,
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure step (state, frozen weights, batch) -> (state, metrics).
 
     Args:
+        backend: of attention.
         unroll: lay out the blocks of the transformer, for counting operations.
     """
     goal = config.objective
@@ -97,7 +104,8 @@ def make_train_step(
 
         def loss_and_gradients(dit: DiT):
             def errors_with(memory: Memory | None) -> jax.Array:
-                return errors(dit, memory, batch, sigma, noise, remat=config.run.remat, unroll=unroll)
+                options = dict(remat=config.run.remat, backend=backend, unroll=unroll)
+                return errors(dit, memory, batch, sigma, noise, **options)
 
             alone = errors_with(None) if goal.kind == "relative" else None
 
@@ -179,7 +187,9 @@ def _matrix_axes(params: Arrays) -> dict[str, optax.contrib.MuonDimensionNumbers
 
 def make_encoder(config: Config) -> MemoryEncoder:
     """A new encoder, from the run's seed."""
-    return MemoryEncoder(config.memory, rngs=nnx.Rngs(config.run.seed), dtype=DTYPES[config.weights.dtype])
+    return MemoryEncoder(
+        config.memory, rngs=nnx.Rngs(config.run.seed), dtype=DTYPES[config.weights.computed_in]
+    )
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -201,7 +211,7 @@ def jit_train_step(
     """The compiled step, which takes the memory of the state that it is given."""
     shardings = jax.tree.map(lambda x: x.sharding, state_layout(config, optimizer, mesh))
     return jax.jit(
-        make_train_step(config, networks, optimizer),
+        make_train_step(config, networks, optimizer, backend=attention_backend(config, mesh)),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )
@@ -227,6 +237,7 @@ class Setup:
         records, self.bank = RecordReader(config.data.records), RecordReader(config.data.bank)
         held_out = RecordReader(config.data.validation) if config.data.validation else None
         check(config, self.mesh, self.bank, *filter(None, (records, held_out)))
+        self.backend = attention_backend(config, self.mesh)
         self.networks, self.backbone = load_networks(config, self.mesh)
         self.fingerprint = runs.fingerprint(self.backbone)
         searched, k = Bank.from_records(config.data.bank), config.data.references
@@ -251,6 +262,7 @@ class Setup:
                     config.experts,
                     config.run.seed,
                     self.mesh,
+                    self.backend,
                 )
         self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
 
@@ -381,6 +393,7 @@ def train(config: Config, *, warm: bool = False) -> Path:
             state, notes = setup.initial_state(), {"gains": {}, "best": None}
         with runs.Monitor(setup.folder, start, options.steps) as monitor:
             monitor.console.print(describe(setup.backbone, state))
+            monitor.console.print(f"attention by {setup.backend}")
             phases.end("load")
             train_step = setup.compile()
             phases.end("compile")

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from ditmem_jax import startup
 from ditmem_jax.config import ExpertsConfig
-from ditmem_jax.models.dit import with_expert
+from ditmem_jax.models.dit import DiT, with_expert
 from ditmem_jax.models.ditmem import Batch, Networks, encode, errors
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.sharding import replicated
 from ditmem_jax.types import Memory
@@ -39,6 +40,7 @@ class Validator:
         experts: ExpertsConfig,
         seed: int,
         mesh: Mesh,
+        backend: Backend,
     ):
         self.sigmas, self.backbone = tuple(filter(experts.trained_at, sigmas)), backbone
         self.batches = list(zip(batches, jax.random.split(jax.random.key(seed), len(batches)), strict=True))
@@ -52,7 +54,11 @@ class Validator:
                 sigma, high, key = level
                 noise = jax.random.normal(key, batch["latents"].shape)
                 sigma = jnp.full((size,), sigma)
-                return with_expert(dit, high, lambda dit: errors(dit, memory, batch, sigma, noise))
+
+                def use(dit: DiT) -> jax.Array:
+                    return errors(dit, memory, batch, sigma, noise, backend=backend)
+
+                return with_expert(dit, high, use)
 
             return jax.lax.map(at_level, (levels, high, jax.random.split(key, len(levels))))
 

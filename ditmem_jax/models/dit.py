@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.attention import KEPT, attention
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.layers import (
     FeedForward,
     Int8Linear,
@@ -39,10 +40,12 @@ Linear = type[nnx.Linear] | type[Int8Linear]
 Remat = Literal["none", "products", "attention", "blocks", "offload"]
 INPUT = "input of a block"
 _policies = jax.checkpoint_policies
+_ATTENTION_KEPT = _policies.save_only_these_names(KEPT)
+_PRODUCTS_KEPT = _policies.save_from_both_policies(_policies.dots_saveable, _ATTENTION_KEPT)
 REMAT: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
-    "products": partial(jax.checkpoint, policy=_policies.dots_saveable),
-    "attention": partial(jax.checkpoint, policy=_policies.save_only_these_names(KEPT)),
+    "products": partial(jax.checkpoint, policy=_PRODUCTS_KEPT),
+    "attention": partial(jax.checkpoint, policy=_ATTENTION_KEPT),
     "blocks": jax.checkpoint,
     "offload": partial(
         jax.checkpoint,
@@ -125,6 +128,7 @@ class Block(nnx.Module):
         angles: np.ndarray,
         memory: Memory | None,
         memory_time: Float[Array, "B 1 6 D"],
+        backend: Backend = "xla",
     ) -> Float[Array, "B S D"]:
         own = self.modulation[...].astype(jnp.float32)[None, None]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = _parts(time + own)
@@ -134,20 +138,18 @@ class Block(nnx.Module):
             query = rotate(self.self_attention.query(rows), angles)
             key, value = self.self_attention.key_value(rows)
             key = rotate(key, angles)
-            if memory is None:
-                attended = attention(query, key, value)
-            else:
-                memory_rows = layer_norm(memory.tokens.astype(x.dtype), self.eps)
-                memory_rows = _modulate(memory_rows, *_parts(memory_time + own)[:2])
-                attended = attention(
-                    query, key, value, *self.self_attention.key_value(memory_rows), memory.bias
-                )
+            memory_rows = ()
+            if memory is not None:
+                tokens = layer_norm(memory.tokens.astype(x.dtype), self.eps)
+                tokens = _modulate(tokens, *_parts(memory_time + own)[:2])
+                memory_rows = *self.self_attention.key_value(tokens), memory.bias
+            attended = attention(query, key, value, *memory_rows, backend=backend, ring=True)
             x = x + _gated(self.self_attention.out(attended), gate)
         with jax.named_scope("cross_attention"):
             query = self.cross_attention.query(self.cross_norm(x))
-            attended = attention(query, *self.cross_attention.key_value(context))
+            attended = attention(query, *self.cross_attention.key_value(context), backend=backend)
             if image is not None:  # a softmax of its own, as released
-                attended = attended + attention(query, *self.image_attention.key_value(image))
+                attended += attention(query, *self.image_attention.key_value(image), backend=backend)
             x = x + self.cross_attention.out(attended)
         with jax.named_scope("feed_forward"):
             return x + _gated(
@@ -205,6 +207,7 @@ class DiT(nnx.Module):
         condition: Float[Array, "B T H W Y"] | None = None,
         image: Float[Array, "B I P"] | None = None,
         remat: Remat = "none",
+        backend: Backend = "xla",
         unroll: bool = False,
     ) -> Float[Array, "B T H W C"]:
         """Velocity of `latents` at `timestep` (1000 sigma) given text embeddings (zero past their length).
@@ -216,9 +219,10 @@ class DiT(nnx.Module):
                 the latents of the given frames.
             image: CLIP tokens of the given frame, `config.image_dim` wide.
             remat: what the backward pass finds kept. "none" computes nothing again; "products" keeps matrix
-                products only, which saves half of the memory and on CPUs even time; "attention" keeps the inputs of
-                blocks and what attention gave; "blocks" the inputs only; "offload" has these in the memory of the
-                host, where the device can reach that (GPUs and TPUs).
+                products only, which saves half of the memory and on CPUs even time; "attention" keeps the inputs
+                of blocks and the outputs of kernels of attention; "blocks" the inputs only; "offload" has these in
+                the memory of the host, where the device can reach that (GPUs and TPUs).
+            backend: of attention, see `models.kernels`.
             unroll: lay the blocks out instead of scanning them (for counting operations).
         Raises:
             UserError: if something is missing, not wanted, or of another size than the configuration says.
@@ -244,11 +248,12 @@ class DiT(nnx.Module):
             memory = Memory(constrain(memory.tokens, "batch", None, None), memory.bias)
 
         graph, layers = nnx.split(self.blocks)
+        others = context, image, modulation, angles
 
         def block(x, layer):
             x = checkpoint_name(x, INPUT)
-            out = nnx.merge(graph, layer)(x, context, image, modulation, angles, memory, memory_modulation)
-            return constrain(out, "batch", "tokens", None), None
+            x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, backend)
+            return constrain(x, "batch", "tokens", None), None
 
         x, _ = jax.lax.scan(REMAT[remat](block), x, layers, unroll=config.num_layers if unroll else 1)
 

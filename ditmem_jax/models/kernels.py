@@ -105,14 +105,17 @@ def _over_heads(
     """`outputs` filled with `head` of the rows [S, ...] of every sample and head in turn; nothing is transposed."""
     batch, _, heads = inputs[0].shape[:3]
 
-    def step(outputs, index):
+    def step(carry):
+        index, outputs = carry
         sample, n = index // heads, index % heads
         results = head(*(x[sample, :, n] for x in inputs))
-        return tuple(
+        outputs = tuple(
             x.at[sample, :, n].set(result.astype(x.dtype)) for x, result in zip(outputs, results, strict=True)
-        ), None
+        )
+        return index + 1, outputs
 
-    return jax.lax.scan(step, outputs, jnp.arange(batch * heads))[0]
+    # Not a scan, out of which a policy of rematerialisation that keeps products would keep all scores.
+    return jax.lax.while_loop(lambda carry: carry[0] < batch * heads, step, (0, outputs))[1]
 
 
 def _xla_forward(
