@@ -123,9 +123,9 @@ def test_matrices_in_eight_bits(config):
     def gradient(network):
         return jax.grad(lambda latents: jnp.square(velocity(network, latents)).mean())(latents)
 
-    for function in (lambda network: velocity(network, latents), gradient):
+    for function, bound in ((lambda network: velocity(network, latents), 1e-2), (gradient, 3e-2)):
         expected, found = map(function, (half, eight))
-        assert jnp.linalg.norm(found - expected) < 1e-2 * jnp.linalg.norm(expected)
+        assert jnp.linalg.norm(found - expected) < bound * jnp.linalg.norm(expected)
 
 
 def test_eight_bits_round_to_the_nearest():
