@@ -1,0 +1,274 @@
+"""Compiles the real training step or sampling program for TPUs that are not there, and tells whether it fits and
+how fast it can be: `python -m ditmem_jax.aot --config configs/wan_14b.py --topology v5p:2x2x1 --mesh fsdp=4`.
+
+The TPU compiler (extra `tpu`) runs on any x86-64 Linux. Nothing is loaded: shapes, dtypes and shardings stand for all
+arrays. Memory is the compiler's own statement about one chip; operations, bytes and collectives are read from the
+compiled program (see `roof`).
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ditmem_jax import cli, roof
+from ditmem_jax.checkpoint import new_dit
+from ditmem_jax.config import Config, MeshConfig
+from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.models.dit import Experts
+from ditmem_jax.models.ditmem import Networks, attention_backend
+from ditmem_jax.models.state import Arrays, abstract
+from ditmem_jax.sample import make_denoise
+from ditmem_jax.sharding import (
+    AXES,
+    batch_parts,
+    batch_sharding,
+    check_mesh,
+    laid_out,
+    make_mesh,
+    replicated,
+    tree_shardings,
+)
+from ditmem_jax.train import batch_layout, jit_train_step, make_encoder, make_optimizer, state_layout
+
+Program = Literal["train", "sample"]
+Kinds = dict[str, Any]
+"""Arguments of a program by kind, each a pytree of shapes with shardings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One program on one mesh; sizes in bytes and counts are those of one chip, and of one step."""
+
+    program: str
+    topology: str
+    mesh: dict[str, int]
+    batch: int
+    tokens: int
+    remat: str | None
+    weights: str
+    fits: bool
+    statement: str  # of the compiler, where it does not fit
+    hbm: float
+    memory: dict[str, int]
+    host: int
+    operations: float
+    kernels: float
+    hbm_bytes: float
+    collective_bytes: float
+    collectives: list[tuple[str, str, float]]
+    roofs: dict[str, float]  # seconds
+    uncounted: dict[str, int]
+    compile_seconds: float
+
+    @property
+    def roof(self) -> tuple[str, float]:
+        """The slowest of compute, HBM and interconnect, and its seconds."""
+        return max(self.roofs.items(), key=lambda item: item[1], default=("", math.inf))
+
+
+# --- programs from shapes ---------------------------------------------------------------------------------------
+
+
+def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, int]:
+    """The jitted step, its arguments, these by kind, and the steps that one call makes."""
+    optimizer = make_optimizer(config.optim, config.run.steps)
+    dit, backbone = _network(lambda: new_dit(config, config.experts.trains), "dit", mesh)
+    encoder, _ = abstract(lambda: make_encoder(config))
+    state = state_layout(config, optimizer, mesh)
+    batch = batch_layout(config, mesh, jnp.dtype(config.weights.computed_in))
+    step = jit_train_step(config, Networks(dit, encoder), optimizer, mesh)
+    kinds = {
+        "transformer": backbone,
+        "encoder": (state.params, state.rest),
+        "optimiser": state.optimizer,
+        "batch": (batch, state.step, state.baseline),
+    }
+    return step, (state, backbone, batch), kinds, 1
+
+
+def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, int]:
+    """As `training`, for denoising with guidance and memory, one encoder for all."""
+    dit = nnx.eval_shape(lambda: new_dit(config))
+    transformers = [dit.high, dit.low] if isinstance(dit, Experts) else [dit]
+    modules = transformers + [nnx.eval_shape(lambda: make_encoder(config))] * len(transformers)
+    names = ["dit"] * len(transformers) + ["encoder"] * len(transformers)
+    graphs, states = zip(*(_laid_state(module, name, mesh) for module, name in zip(modules, names, strict=True)), strict=True)
+    video, size = config.video, config.data.batch_size
+    grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+
+    def floats(*shape: int, sharding=batch_sharding(mesh), dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    text = functools.partial(floats, size, config.dit.text_len, config.dit.text_dim, sharding=replicated(mesh))
+    inputs = (
+        floats(size, *grid),
+        text(dtype=jnp.dtype(config.weights.computed_in)),
+        text(dtype=jnp.dtype(config.weights.computed_in)),
+        floats(size, config.data.references, *grid),
+        floats(sharding=replicated(mesh)),
+    )
+    program = jax.jit(make_denoise(config, graphs, attention_backend(config, mesh)))
+    kinds = {"transformer": states[: len(transformers)], "encoder": states[-1], "batch": inputs}
+    return program, (states, *inputs), kinds, config.sample.steps
+
+
+PROGRAMS: dict[Program, Callable] = {"train": training, "sample": sampling}
+
+
+def _network(create: Callable[[], nnx.Module], prefix: str, mesh: Mesh) -> tuple[Any, Arrays]:
+    structure, shapes = abstract(create)
+    named = {f"{prefix}.{path}": x for path, x in shapes.items()}
+    placed = laid_out(named, tree_shardings(named, mesh))
+    return structure, {path: placed[f"{prefix}.{path}"] for path in shapes}
+
+
+def _laid_state(module: nnx.Module, prefix: str, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    structure, arrays = _network(lambda: module, prefix, mesh)
+    return nnx.split(structure.merge(arrays))
+
+
+# --- one report -------------------------------------------------------------------------------------------------
+
+
+def examine(program: Program, config: Config, topology: str) -> Report:
+    """Compiles `program` of `config`, mesh and batch included, for the chips of `topology`.
+
+    Raises:
+        UserError: if libtpu is missing, there is no such topology, or the config does not fit the mesh.
+    """
+    devices = topology_devices(topology)
+    chip = roof.CHIPS[devices[0].device_kind]
+    mesh = make_mesh(config.mesh, devices)
+    check_mesh(config, mesh, config.data.batch_size)
+    jitted, arguments, kinds, steps = PROGRAMS[program](config, mesh)
+    tokens = math.prod(
+        size // patch
+        for size, patch in zip(
+            config.vae.latent_grid(config.video.frames, config.video.height, config.video.width),
+            config.dit.patch_size,
+            strict=True,
+        )
+    )
+    report = Report(
+        program=program,
+        topology=topology,
+        mesh={axis: mesh.shape[axis] for axis in AXES},
+        batch=config.data.batch_size,
+        tokens=tokens,
+        remat=config.run.remat if program == "train" else None,
+        weights=config.weights.dtype,
+        fits=True,
+        statement="",
+        hbm=chip.hbm,
+        memory={kind: _bytes(tree) for kind, tree in kinds.items()},
+        host=0,
+        operations=0.0,
+        kernels=0.0,
+        hbm_bytes=0.0,
+        collective_bytes=0.0,
+        collectives=[],
+        roofs={},
+        uncounted={},
+        compile_seconds=0.0,
+    )
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = jitted.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - start
+        return dataclasses.replace(report, fits=False, statement=_statement(str(error)), compile_seconds=seconds)
+    seconds = time.perf_counter() - start
+    return _measured(dataclasses.replace(report, compile_seconds=seconds), compiled, kinds, config, chip, steps)
+
+
+def _measured(
+    report: Report, compiled: jax.stages.Compiled, kinds: Kinds, config: Config, chip: roof.Chip, steps: int
+) -> Report:
+    """The report with what the compiler and its program tell."""
+    stated, program = compiled.memory_analysis(), roof.Program(compiled.as_text())
+    arguments = sum(report.memory.values())
+    weights = {_signature(x) for x in jax.tree.leaves(kinds["transformer"])}
+    kept = min(program.kept(config.dit.num_layers, weights), stated.temp_size_in_bytes)
+    kept = kept if report.program == "train" else 0
+    memory = report.memory | {
+        "padding of these": stated.argument_size_in_bytes - arguments,
+        "activations kept": kept,
+        "temporaries": stated.temp_size_in_bytes - kept,
+        "outputs": stated.output_size_in_bytes - stated.alias_size_in_bytes,
+        "program": stated.generated_code_size_in_bytes,
+    }
+    cost = program.cost()
+    sent = sum(cost.collectives.values())
+    roofs = {
+        "compute": (cost.operations + cost.kernels) / chip.operations,
+        "HBM": cost.hbm_bytes / chip.hbm_bytes,
+        "interconnect": sent / chip.link_bytes,
+    }
+    return dataclasses.replace(
+        report,
+        memory=memory,
+        host=stated.host_temp_size_in_bytes + stated.host_argument_size_in_bytes,
+        operations=cost.operations / steps,
+        kernels=cost.kernels / steps,
+        hbm_bytes=cost.hbm_bytes / steps,
+        collective_bytes=sent / steps,
+        collectives=[(*what, size / steps) for what, size in cost.collectives.most_common(5)],
+        roofs={name: seconds / steps for name, seconds in roofs.items()},
+        uncounted=dict(program.uncounted),
+    )
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+    """The chips of a topology such as v5e:2x4, on a machine that has none of them."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is missing", fix="pip install 'ditmem_jax[tpu]', on Linux")
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"no TPU topology {topology!r}",
+            expected="generation and shape, such as v5e:2x4, v5p:2x2x1 or v6e:4x4; hosts have 4 chips",
+            found=str(error).splitlines()[0],
+        ) from error
+    if devices[0].device_kind not in roof.CHIPS:
+        raise UserError(f"unknown chip {devices[0].device_kind}", expected=nearest(topology, roof.CHIPS))
+    return devices
+
+
+def _bytes(tree: Any) -> int:
+    """On one chip, without the compiler's padding."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _signature(x: jax.ShapeDtypeStruct) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape on one chip as compiled programs write them."""
+    short = {"bfloat16": "bf16", "float32": "f32", "int8": "s8"}
+    return short.get(x.dtype.name, x.dtype.name), x.sharding.shard_shape(x.shape)
+
+
+def _statement(error: str) -> str:
+    """What the compiler says of memory that is not there, in one line."""
+    found = re.search(r"Used [^.]*\.\w+ of [^.]*\.\w+ \w+\.(?: Exceeded[^.]*\.\w+)?", error)
+    return found[0] if found else error.splitlines()[0]
