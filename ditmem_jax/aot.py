@@ -7,14 +7,12 @@ compiled program (see `roof`).
 """
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -48,6 +46,8 @@ from ditmem_jax.sharding import (
 )
 from ditmem_jax.train import batch_layout, jit_train_step, make_encoder, make_optimizer, state_layout
 
+# libtpu looks for the machine that it is on, and complains where that is none of its own.
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
 Program = Literal["train", "sample"]
 Kinds = dict[str, Any]
 """Arguments of a program by kind, each a pytree of shapes with shardings."""
@@ -66,7 +66,7 @@ class Report:
     weights: str
     fits: bool
     statement: str  # of the compiler, where it does not fit
-    hbm: float
+    hbm: int
     memory: dict[str, int]
     host: int
     operations: float
@@ -110,20 +110,18 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, int]:
     transformers = [dit.high, dit.low] if isinstance(dit, Experts) else [dit]
     modules = transformers + [nnx.eval_shape(lambda: make_encoder(config))] * len(transformers)
     names = ["dit"] * len(transformers) + ["encoder"] * len(transformers)
-    graphs, states = zip(*(_laid_state(module, name, mesh) for module, name in zip(modules, names, strict=True)), strict=True)
+    graphs, states = zip(
+        *(_laid_state(module, name, mesh) for module, name in zip(modules, names, strict=True)), strict=True
+    )
     video, size = config.video, config.data.batch_size
     grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
 
-    def floats(*shape: int, sharding=batch_sharding(mesh), dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    text = functools.partial(floats, size, config.dit.text_len, config.dit.text_dim, sharding=replicated(mesh))
-    inputs = (
-        floats(size, *grid),
-        text(dtype=jnp.dtype(config.weights.computed_in)),
-        text(dtype=jnp.dtype(config.weights.computed_in)),
-        floats(size, config.data.references, *grid),
-        floats(sharding=replicated(mesh)),
+    text = (size, config.dit.text_len, config.dit.text_dim)
+    shapes = ((size, *grid), text, text, (size, config.data.references, *grid), ())
+    each, every = batch_sharding(mesh), replicated(mesh)
+    inputs = tuple(
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        for shape, sharding in zip(shapes, (each, every, every, each, every), strict=True)
     )
     program = jax.jit(make_denoise(config, graphs, attention_backend(config, mesh)))
     kinds = {"transformer": states[: len(transformers)], "encoder": states[-1], "batch": inputs}
@@ -197,9 +195,13 @@ def examine(program: Program, config: Config, topology: str) -> Report:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - start
-        return dataclasses.replace(report, fits=False, statement=_statement(str(error)), compile_seconds=seconds)
+        return dataclasses.replace(
+            report, fits=False, statement=_statement(str(error)), compile_seconds=seconds
+        )
     seconds = time.perf_counter() - start
-    return _measured(dataclasses.replace(report, compile_seconds=seconds), compiled, kinds, config, chip, steps)
+    return _measured(
+        dataclasses.replace(report, compile_seconds=seconds), compiled, kinds, config, chip, steps
+    )
 
 
 def _measured(
@@ -272,3 +274,167 @@ def _statement(error: str) -> str:
     """What the compiler says of memory that is not there, in one line."""
     found = re.search(r"Used [^.]*\.\w+ of [^.]*\.\w+ \w+\.(?: Exceeded[^.]*\.\w+)?", error)
     return found[0] if found else error.splitlines()[0]
+
+
+# --- meshes to choose from --------------------------------------------------------------------------------------
+
+
+def candidates(program: Program, config: Config, chips: int) -> Iterator[Config]:
+    """The config on every mesh of `chips` that it divides over, each with remat policies from quick to small."""
+    remats = ("attention", "blocks", "offload") if program == "train" else (config.run.remat,)
+    for parts in (2**n for n in range(chips.bit_length())):
+        if chips % parts == 0:
+            mesh = MeshConfig(data=1, fsdp=chips // parts, context=parts)
+            for remat in remats:
+                run = dataclasses.replace(config.run, remat=remat)
+                yield dataclasses.replace(config, mesh=mesh, run=run)
+
+
+def sweep(program: Program, config: Config, topology: str, batch: int | None) -> list[Report]:
+    """A report for each mesh, with the first of the remat policies that fits; best first.
+
+    The best fits, and takes the least time for a sample at the roof. A mesh that cannot be is left out.
+    """
+    reports: dict[MeshConfig, Report] = {}
+    chips = len(topology_devices(topology))
+    tried = list(candidates(program, config, chips))
+    console = Console(stderr=True)
+    for candidate in track(tried, f"{program} on {topology}", console=console):
+        if (known := reports.get(candidate.mesh)) and known.fits:
+            continue
+        try:
+            candidate = with_batch(candidate, topology, batch)
+            reports[candidate.mesh] = examine(program, candidate, topology)
+        except UserError as error:
+            console.print(f"left out: {error}")
+    return sorted(reports.values(), key=lambda report: (not report.fits, report.roof[1] / report.batch))
+
+
+def with_batch(config: Config, topology: str, batch: int | None) -> Config:
+    """The config with a batch that divides over its mesh: `batch`, or the least of at least `data.batch_size`."""
+    parts = batch_parts(make_mesh(config.mesh, topology_devices(topology)))
+    size = math.ceil(config.data.batch_size / parts) * parts if batch is None else batch
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
+
+
+def parse_mesh(text: str, config: Config) -> Config:
+    """The config with a mesh such as "fsdp=4,context=2"; axes that are not named are 1."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.lstrip("-").isdigit():
+            raise UserError(
+                f"--mesh cannot be {text!r}", expected=f"axes of {', '.join(AXES)}: fsdp=4,context=2"
+            )
+        sizes[axis] = int(size)
+    return dataclasses.replace(config, mesh=MeshConfig(**sizes))
+
+
+# --- as text ----------------------------------------------------------------------------------------------------
+
+
+def as_table(report: Report) -> Table:
+    """All of a report, in the width of a terminal."""
+    name, seconds = report.roof
+    table = Table(title=_title(report), title_justify="left", show_header=False, min_width=70)
+    if not report.fits:
+        table.add_row("does not fit", report.statement or f"{report.hbm / roof.GIB:.0f} GiB of HBM")
+        table.add_row("compile time", f"{report.compile_seconds:.0f} s")
+        return table
+    total = sum(report.memory.values())
+    table.add_row("fits", f"{total / roof.GIB:.2f} of {report.hbm / roof.GIB:.0f} GiB of each chip's HBM")
+    for kind, size in report.memory.items():
+        table.add_row(f"  {kind}", f"{size / roof.GIB:.2f} GiB")
+    if report.host:
+        table.add_row("  on the host, per chip", f"{report.host / roof.GIB:.2f} GiB")
+    table.add_section()
+    table.add_row("a step of each chip", f"{(report.operations + report.kernels) / 1e12:.1f} T operations")
+    table.add_row(
+        "  in Pallas kernels", f"{report.kernels / 1e12:.1f} T, by formula: XLA does not count them"
+    )
+    table.add_row("  HBM", f"{report.hbm_bytes / 1e9:.1f} GB read and written")
+    table.add_row("  interconnect", f"{report.collective_bytes / 1e9:.2f} GB sent, most of it in")
+    for kind, shape, size in report.collectives:
+        table.add_row(f"    {kind}", f"{size / 1e9:.2f} GB, {shape}")
+    if report.uncounted:
+        table.add_row("  not counted", ", ".join(report.uncounted))
+    table.add_section()
+    table.add_row("at best", f"{seconds:.3f} s a step, by {name}")
+    table.add_row("  by each", ", ".join(f"{name} {seconds:.3f} s" for name, seconds in report.roofs.items()))
+    table.add_row("compile time", f"{report.compile_seconds:.0f} s")
+    return table
+
+
+def as_rows(reports: list[Report]) -> Table:
+    """A line for each mesh, the recommended one first."""
+    table = Table(title=f"{reports[0].program} on {reports[0].topology}", title_justify="left")
+    for column in ("mesh", "remat", "batch", "GiB", "at best, s/sample", "by"):
+        table.add_column(column)
+    for report in reports:
+        size = f"{sum(report.memory.values()) / roof.GIB:.1f}" if report.fits else "does not fit"
+        name, seconds = report.roof
+        best = f"{seconds / report.batch:.3f}" if report.fits else ""
+        table.add_row(_mesh(report), report.remat, str(report.batch), size, best, name)
+    return table
+
+
+def _title(report: Report) -> str:
+    batch = f"batch {report.batch}, {report.tokens:,} tokens, weights {report.weights}"
+    return f"{report.program} on {report.topology}, {_mesh(report)}: {batch}" + (
+        f", remat {report.remat}" if report.remat else ""
+    )
+
+
+def _mesh(report: Report) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "one chip"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    name, seconds = report.roof
+    best = {"limit": name, "seconds": seconds} if report.fits else None
+    total = sum(report.memory.values()) if report.fits else None
+    return dataclasses.asdict(report) | {"total_memory": total, "at_best": best}
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU that is here may be in use
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    config, program, topology = cli.load_config(CONFIG), PROGRAM.value, TOPOLOGY.value
+    if MESH.value:
+        config = parse_mesh(MESH.value, config)
+    if SWEEP.value:
+        reports = sweep(program, config, topology, BATCH.value)
+        if not reports:
+            raise UserError(f"no mesh of {topology} takes this config", fix="another --batch or topology")
+    else:
+        reports = [examine(program, with_batch(config, topology, BATCH.value), topology)]
+    if JSON.value:
+        print(json.dumps([as_json(report) for report in reports], indent=1))
+        return
+    console = Console()
+    if SWEEP.value:
+        console.print(as_rows(reports))
+        fits = f"recommended: --mesh {_mesh(reports[0]).replace(' ', ',')}" + (
+            f" --config.run.remat={reports[0].remat}" if reports[0].remat else ""
+        )
+        console.print(fits if reports[0].fits else "none fits: more chips, weights in int8, or smaller clips")
+    else:
+        console.print(as_table(reports[0]))
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config()
+    PROGRAM = flags.DEFINE_enum("program", "train", list(PROGRAMS), "What to compile.")
+    TOPOLOGY = flags.DEFINE_string(
+        "topology", None, "Chips, such as v5e:2x4, v5p:2x2x1, v6e:4x4.", required=True
+    )
+    MESH = flags.DEFINE_string(
+        "mesh", None, "Axes and sizes, such as fsdp=4,context=2, instead of config.mesh."
+    )
+    BATCH = flags.DEFINE_integer(
+        "batch", None, "Clips of a step; by default data.batch_size, or the next that divides over the mesh."
+    )
+    SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes and remat policies, and recommend one.")
+    JSON = flags.DEFINE_bool("json", False, "For programs: a list of reports, best first.")
+    cli.run(main)

@@ -31,7 +31,7 @@ class Chip:
     operations: float
     hbm_bytes: float
     link_bytes: float
-    hbm: float  # bytes
+    hbm: int  # bytes
 
 
 # By the kind that JAX calls it: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
@@ -46,16 +46,19 @@ CHIPS = {
 class Cost(NamedTuple):
     """Of one chip: `kernels` are the operations of Pallas kernels, which `operations` leaves out."""
 
-    operations: float = 0.0
-    kernels: float = 0.0
-    hbm_bytes: float = 0.0
-    collectives: Counter = Counter()  # bytes sent by (kind, shape of the result)
+    operations: float
+    kernels: float
+    hbm_bytes: float
+    collectives: Counter  # bytes sent by (kind, shape of the result)
 
-    def plus(self, other: "Cost", times: float = 1) -> "Cost":
+    def plus(self, other: "Cost", times: int = 1) -> "Cost":
         sent = Counter(self.collectives)
         for name, size in other.collectives.items():
             sent[name] += times * size
         return Cost(*(a + times * b for a, b in zip(self[:3], other[:3], strict=True)), sent)
+
+
+NOTHING = Cost(0.0, 0.0, 0.0, Counter())
 
 
 class Instruction(NamedTuple):
@@ -112,13 +115,17 @@ class Program:
         for body in self.computations.values():
             for instruction in body:
                 if instruction.opcode == "while" and self._trips(instruction) == layers:
-                    stacked = [x for x in _arrays(instruction.shape) if x[1][:1] == (layers,) and x[:2] not in weights]
+                    stacked = [
+                        x
+                        for x in _arrays(instruction.shape)
+                        if x[1][:1] == (layers,) and x[:2] not in weights
+                    ]
                     sizes.append(sum(_size(x) for x in stacked if not x[2]))
         return max(sizes)
 
     @functools.cache  # noqa: B019  (a program lives as long as its report)
     def _cost(self, computation: str) -> Cost:
-        total = Cost()
+        total = NOTHING
         for instruction in self.computations[computation]:
             total = total.plus(self._of(instruction))
         return total
@@ -126,17 +133,19 @@ class Program:
     def _of(self, instruction: Instruction) -> Cost:
         kind, rest = instruction.opcode, instruction.rest
         if kind == "while":
-            return Cost().plus(self._cost(_named(rest, "body")), self._trips(instruction))
+            return NOTHING.plus(self._cost(_named(rest, "body")), self._trips(instruction))
         if kind == "conditional":
             names = re.search(r"(?:branch_computations|true_computation)=(.*?)(?:, metadata|$)", rest)[1]
             branches = map(self._cost, re.findall(r"%([\w.\-]+)", names))
             return max(branches, key=lambda cost: cost.operations + cost.kernels)
         if kind in ("call", "async-start"):
             return self._cost(_named(rest, "to_apply" if kind == "call" else "calls"))
-        cost = Cost(hbm_bytes=self._moved(instruction))
+        cost = NOTHING._replace(hbm_bytes=self._moved(instruction))
         if kind == "fusion":
             inside = self._cost(_named(rest, "calls"))
-            return cost._replace(operations=inside.operations, kernels=inside.kernels, collectives=inside.collectives)
+            return cost._replace(
+                operations=inside.operations, kernels=inside.kernels, collectives=inside.collectives
+            )
         if kind in ("convolution", "dot"):
             return cost._replace(operations=self._products(instruction))
         if kind == "custom-call" and "tpu_custom_call" in rest:
@@ -161,12 +170,12 @@ class Program:
             return self._moved_by_fusion(instruction)
         out = _in_hbm(instruction.shape)
         if kind in ("dynamic-slice", "slice", "broadcast", "gather"):
-            return 2 * out
+            return 2.0 * out
         if kind == "dynamic-update-slice":
-            return 2 * _in_hbm(self.shapes[instruction.operands[1]])
+            return 2.0 * _in_hbm(self.shapes[instruction.operands[1]])
         if kind.endswith("-start"):  # its result names its operands too
             return float(out)
-        return out + sum(_in_hbm(self.shapes.get(name, "")) for name in instruction.operands)
+        return float(out) + sum(_in_hbm(self.shapes.get(name, "")) for name in instruction.operands)
 
     def _moved_by_fusion(self, instruction: Instruction) -> float:
         body = self.computations[_named(instruction.rest, "calls")]
@@ -176,8 +185,13 @@ class Program:
                 number = int(re.match(r"(\d+)", inner.rest)[1])
                 outside = self.shapes.get(instruction.operands[number], inner.shape)
                 users = [x for x in body if inner.name in x.operands]
-                if users and all(x.opcode in ("dynamic-slice", "dynamic-update-slice") and x.operands[0] == inner.name for x in users):
-                    parts = [x.shape if x.opcode == "dynamic-slice" else self.shapes[x.operands[1]] for x in users]
+                if users and all(
+                    x.opcode in ("dynamic-slice", "dynamic-update-slice") and x.operands[0] == inner.name
+                    for x in users
+                ):
+                    parts = [
+                        x.shape if x.opcode == "dynamic-slice" else self.shapes[x.operands[1]] for x in users
+                    ]
                     if _in_hbm(outside):
                         total += sum(map(_full, parts))
                         updated += sum(_full(outside) for x in users if x.opcode == "dynamic-update-slice")
@@ -215,18 +229,21 @@ class Program:
         moved = float(_in_hbm(instruction.shape) + sum(map(_size, inputs)))
         if not found or len(heads) < 2:
             self.uncounted[instruction.name] += 1
-            return Cost(hbm_bytes=moved)
+            return NOTHING._replace(hbm_bytes=moved)
         (count, queries, width), (_, keys, _) = heads[0][1], heads[1][1]
         outer, inner = (keys, heads[0]) if found[1] == "dkv" else (queries, heads[1])
         again = (math.ceil(outer / KERNEL_ROWS) - 1) * 2 * _size(inner)
-        return Cost(0.0, float(KERNELS[found[1]]) * count * queries * keys * width, moved + again)
+        operations = float(KERNELS[found[1]]) * count * queries * keys * width
+        return NOTHING._replace(kernels=operations, hbm_bytes=moved + again)
 
     def _sent(self, kind: str, instruction: Instruction) -> tuple[tuple[str, str], float]:
         """What a collective is, and the bytes that a chip sends in it."""
         arrays = max(_arrays(instruction.shape), key=_size)
         size, count = float(_size(arrays)), _group(instruction.rest)
         share = (count - 1) / count
-        factor = {"all-reduce": 2 * share, "reduce-scatter": share * count, "collective-permute": 1.0}.get(kind, share)
+        factor = {"all-reduce": 2 * share, "reduce-scatter": share * count, "collective-permute": 1.0}.get(
+            kind, share
+        )
         if kind == "reduce-scatter" and instruction.opcode.endswith("-start"):
             factor = share  # its result names the larger operand too
         return (kind, f"{arrays[0]}[{','.join(map(str, arrays[1]))}]"), factor * size

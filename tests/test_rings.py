@@ -21,7 +21,7 @@ RINGS = (
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
     ("encode", "runs", "validate", "train", "sample"),
-    ("report",),
+    ("report", "aot", "roof"),
 )
 # What else it may import, from its own ring.
 BESIDE = {
@@ -35,6 +35,7 @@ BESIDE = {
     "models.ring": {"models.kernels"},
     "worlds": {"data"},
     "train": {"runs", "validate"},
+    "aot": {"roof"},
     "validate": {"runs"},
 }
 FOREIGN = {"torch", "tensorflow", "tensorflow_io", "transformers", "diffusers"}
