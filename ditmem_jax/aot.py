@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -46,8 +45,14 @@ from ditmem_jax.sharding import (
 )
 from ditmem_jax.train import batch_layout, jit_train_step, make_encoder, make_optimizer, state_layout
 
-# libtpu looks for the machine that it is on, and complains where that is none of its own.
-QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+# libtpu looks for the machine that it is on, complains where that is none of its own, and lets one process at a time
+# have its chips, of which none is wanted here.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 Program = Literal["train", "sample"]
 Kinds = dict[str, Any]
 """Arguments of a program by kind, each a pytree of shapes with shardings."""
@@ -64,19 +69,19 @@ class Report:
     tokens: int
     remat: str | None
     weights: str
-    fits: bool
-    statement: str  # of the compiler, where it does not fit
     hbm: int
     memory: dict[str, int]
-    host: int
-    operations: float
-    kernels: float
-    hbm_bytes: float
-    collective_bytes: float
-    collectives: list[tuple[str, str, float]]
-    roofs: dict[str, float]  # seconds
-    uncounted: dict[str, int]
-    compile_seconds: float
+    fits: bool = True
+    statement: str = ""  # of the compiler, where it does not fit
+    host: int = 0
+    operations: float = 0.0
+    kernels: float = 0.0
+    hbm_bytes: float = 0.0
+    collective_bytes: float = 0.0
+    collectives: tuple[tuple[str, str, float], ...] = ()
+    roofs: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
+    uncounted: dict[str, int] = dataclasses.field(default_factory=dict)
+    compile_seconds: float = 0.0
 
     @property
     def roof(self) -> tuple[str, float]:
@@ -138,7 +143,7 @@ def _network(create: Callable[[], nnx.Module], prefix: str, mesh: Mesh) -> tuple
     return structure, {path: placed[f"{prefix}.{path}"] for path in shapes}
 
 
-def _laid_state(module: nnx.Module, prefix: str, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+def _laid_state(module: nnx.Module, prefix: str, mesh: Mesh) -> tuple[Any, nnx.State]:
     structure, arrays = _network(lambda: module, prefix, mesh)
     return nnx.split(structure.merge(arrays))
 
@@ -173,19 +178,8 @@ def examine(program: Program, config: Config, topology: str) -> Report:
         tokens=tokens,
         remat=config.run.remat if program == "train" else None,
         weights=config.weights.dtype,
-        fits=True,
-        statement="",
         hbm=chip.hbm,
         memory={kind: _bytes(tree) for kind, tree in kinds.items()},
-        host=0,
-        operations=0.0,
-        kernels=0.0,
-        hbm_bytes=0.0,
-        collective_bytes=0.0,
-        collectives=[],
-        roofs={},
-        uncounted={},
-        compile_seconds=0.0,
     )
     start = time.perf_counter()
     try:
@@ -235,7 +229,7 @@ def _measured(
         kernels=cost.kernels / steps,
         hbm_bytes=cost.hbm_bytes / steps,
         collective_bytes=sent / steps,
-        collectives=[(*what, size / steps) for what, size in cost.collectives.most_common(5)],
+        collectives=tuple((*what, size / steps) for what, size in cost.collectives.most_common(5)),
         roofs={name: seconds / steps for name, seconds in roofs.items()},
         uncounted=dict(program.uncounted),
     )
@@ -248,6 +242,8 @@ def topology_devices(topology: str) -> list[jax.Device]:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         raise UserError(
             f"no TPU topology {topology!r}",
             expected="generation and shape, such as v5e:2x4, v5p:2x2x1 or v6e:4x4; hosts have 4 chips",
@@ -272,8 +268,7 @@ def _signature(x: jax.ShapeDtypeStruct) -> tuple[str, tuple[int, ...]]:
 
 def _statement(error: str) -> str:
     """What the compiler says of memory that is not there, in one line."""
-    found = re.search(r"Used [^.]*\.\w+ of [^.]*\.\w+ \w+\.(?: Exceeded[^.]*\.\w+)?", error)
-    return found[0] if found else error.splitlines()[0]
+    return error.splitlines()[0].partition(": ")[2]
 
 
 # --- meshes to choose from --------------------------------------------------------------------------------------
@@ -398,7 +393,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU that is here may be in use
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     config, program, topology = cli.load_config(CONFIG), PROGRAM.value, TOPOLOGY.value
     if MESH.value:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +234,7 @@ class Sampler:
 
 def make_denoise(
     config: Config,
-    networks: Sequence[nnx.GraphDef],
+    networks: Sequence[Any],
     backend: Backend,
     on_step: Callable[[], None] | None = None,
 ) -> Callable[..., Latents]:
