@@ -77,6 +77,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-start", "async-done"),
 }
+SLICES = ("dynamic-slice", "dynamic-update-slice")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations of Pallas' splash kernels per pair of a query and a key and feature of a head: 2 for each product.
 KERNELS = {"fwd": 4, "dkv": 8, "dq": 6}
@@ -97,7 +98,7 @@ class Program:
                 self.entry = header[2] if header[1] else self.entry
             elif found := INSTRUCTION.match(line):
                 name, shape, opcode, rest = found.groups()
-                inside, _, rest = _split_operands(rest)
+                inside, rest = _split_operands(rest)
                 operands = tuple(re.findall(r"%([\w.\-]+)", inside))
                 body.append(Instruction(name, shape, opcode, operands, inside + rest))
                 self.shapes[name] = shape
@@ -178,26 +179,21 @@ class Program:
         return float(out) + sum(_in_hbm(self.shapes.get(name, "")) for name in instruction.operands)
 
     def _moved_by_fusion(self, instruction: Instruction) -> float:
+        """Its inputs and result, but of a stacked array only the slice that is read, or written in its place."""
         body = self.computations[_named(instruction.rest, "calls")]
-        total, updated = 0.0, 0.0
-        for inner in body:
-            if inner.opcode == "parameter":
-                number = int(re.match(r"(\d+)", inner.rest)[1])
-                outside = self.shapes.get(instruction.operands[number], inner.shape)
-                users = [x for x in body if inner.name in x.operands]
-                if users and all(
-                    x.opcode in ("dynamic-slice", "dynamic-update-slice") and x.operands[0] == inner.name
-                    for x in users
-                ):
-                    parts = [
-                        x.shape if x.opcode == "dynamic-slice" else self.shapes[x.operands[1]] for x in users
-                    ]
-                    if _in_hbm(outside):
-                        total += sum(map(_full, parts))
-                        updated += sum(_full(outside) for x in users if x.opcode == "dynamic-update-slice")
-                else:
-                    total += _in_hbm(outside)
-        return total + max(0.0, _in_hbm(instruction.shape) - updated)
+        total, in_place = 0.0, 0.0
+        for inner in (x for x in body if x.opcode == "parameter"):
+            outside = self.shapes[instruction.operands[int(re.match(r"\d+", inner.rest)[0])]]
+            users = [x for x in body if inner.name in x.operands]
+            sliced = [x for x in users if x.opcode in SLICES and x.operands[0] == inner.name]
+            if len(sliced) < len(users) or not users:
+                total += _in_hbm(outside)
+            elif _in_hbm(outside):
+                for x in sliced:
+                    update = x.opcode == "dynamic-update-slice"
+                    total += _full(self.shapes[x.operands[1]] if update else x.shape)
+                    in_place += _full(outside) if update else 0
+        return total + max(0.0, _in_hbm(instruction.shape) - in_place)
 
     def _products(self, instruction: Instruction) -> float:
         """Operations of a product or convolution, with only the taps that fall on values, not on padding."""
@@ -238,25 +234,26 @@ class Program:
 
     def _sent(self, kind: str, instruction: Instruction) -> tuple[tuple[str, str], float]:
         """What a collective is, and the bytes that a chip sends in it."""
-        arrays = max(_arrays(instruction.shape), key=_size)
-        size, count = float(_size(arrays)), _group(instruction.rest)
+        arrays, count = _arrays(instruction.shape), _group(instruction.rest)
+        largest = max(arrays, key=_size)
+        # What starts one names its operands beside its result.
+        size = float(_size(largest) if instruction.opcode.endswith("-start") else sum(map(_size, arrays)))
         share = (count - 1) / count
-        factor = {"all-reduce": 2 * share, "reduce-scatter": share * count, "collective-permute": 1.0}.get(
-            kind, share
-        )
-        if kind == "reduce-scatter" and instruction.opcode.endswith("-start"):
-            factor = share  # its result names the larger operand too
-        return (kind, f"{arrays[0]}[{','.join(map(str, arrays[1]))}]"), factor * size
+        factors = {"all-reduce": 2 * share, "collective-permute": 1.0}
+        if kind == "reduce-scatter" and not instruction.opcode.endswith("-start"):
+            factors[kind] = count - 1.0  # of its result, which is a part of what it reads
+        label = f"{largest[0]}[{','.join(map(str, largest[1]))}]"
+        return (kind, label), factors.get(kind, share) * size
 
 
-def _split_operands(text: str) -> tuple[str, str, str]:
-    """What stands inside of the parentheses that are open at the start of `text`, and what follows."""
+def _split_operands(text: str) -> tuple[str, str]:
+    """What stands before the parenthesis that closes the one open at the start of `text`, and what after it."""
     depth = 1
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
-            return text[:place], ")", text[place + 1 :]
-    return text, "", ""
+            return text[:place], text[place + 1 :]
+    return text, ""
 
 
 def _named(text: str, attribute: str) -> str:
