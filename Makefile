@@ -25,10 +25,10 @@ demo: $(INSTALLED) ## worlds, training, clips with and without memory, and a rep
 test: $(INSTALLED) lint ## lint, then every test
 	$(BIN)/python -m pytest -q -n 2
 
-peers: peers-installed ## tests against models of diffusers, transformers and sentence-transformers, in Python 3.11
+peers: peers-installed ## tests against peers, with torch and the TPU compiler, in Python 3.11
 ifneq ($(PYTHON_3_11),)
 	$(PEERS)/bin/python -m pytest -q tests/convert/test_peers.py tests/convert/test_pth.py \
-		tests/bank/test_sentence_transformers.py tests/bank/test_released.py
+		tests/bank/test_sentence_transformers.py tests/bank/test_released.py tests/test_aot.py
 else
 	@echo "The tests with torch need python3.11 on the PATH: none were run"
 endif

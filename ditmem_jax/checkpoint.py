@@ -37,6 +37,7 @@ from ditmem_jax.data.tensors import as_bytes, cast, open_tensors, write_safetens
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
+from ditmem_jax.models.layers import to_int8
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import Arrays, abstract
 from ditmem_jax.models.umt5 import UMT5
@@ -60,7 +61,7 @@ def on_default_device(path: str, array: np.ndarray) -> jax.Array:
 def load_dit(
     config: Config, place: Place = on_default_device, experts: Literal["both", "high", "low"] = "both"
 ) -> DiT | Experts:
-    """The transformer of `config.weights`, in its dtype.
+    """The transformer of `config.weights`, in its dtype; for int8 its matrices are rounded as they are read.
 
     Args:
         experts: which to load, where there are two.
@@ -69,14 +70,26 @@ def load_dit(
     """
 
     def load(stored: str) -> DiT:
-        dtype = DTYPES[config.weights.dtype]
-        return _load(config, "dit", lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=dtype), place, stored)
+        return _load(config, "dit", lambda: _new_dit(config), place, stored)
 
     if config.experts.boundary is None or experts == "low":
         return load("dit")
     if experts == "high":
         return load("dit_high")
     return Experts(load("dit_high"), load("dit"))
+
+
+def new_dit(config: Config, experts: Literal["both", "high", "low"] = "both") -> DiT | Experts:
+    """A network of the structure that `load_dit` loads, to be made abstractly."""
+    if config.experts.boundary is None or experts != "both":
+        return _new_dit(config)
+    return Experts(_new_dit(config), _new_dit(config))
+
+
+def _new_dit(config: Config) -> DiT:
+    weights = config.weights
+    dtype = DTYPES[weights.computed_in]
+    return DiT(config.dit, int8=weights.dtype == "int8", rngs=nnx.Rngs(0), dtype=dtype)
 
 
 def load_vae(config: Config, place: Place = on_default_device) -> VAE:
@@ -86,7 +99,7 @@ def load_vae(config: Config, place: Place = on_default_device) -> VAE:
 
 def load_umt5(config: Config, place: Place = on_default_device) -> tuple[UMT5, Tokenizer]:
     """The text encoder of `config.weights`, in its dtype, and its tokeniser; errors as `load_dit`."""
-    dtype = DTYPES[config.weights.dtype]
+    dtype = DTYPES[config.weights.computed_in]
     text = _load(config, "text", lambda: UMT5(config.text, rngs=nnx.Rngs(0), dtype=dtype), place)
     return text, Tokenizer(Path(config.weights.path) / "tokenizer.json", config.dit.text_len)
 
@@ -149,8 +162,14 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Place) -> Arrays:
-    """Exactly the arrays that `shapes` names, in its dtypes, mapped and placed one after the other."""
+    """Exactly the arrays that `shapes` names, in its dtypes, mapped and placed one after the other.
+
+    Where `shapes` wants a kernel in 8 bits, it is stored in full, and its factors `scale` are not.
+    """
     stored, _ = open_tensors(path)
+    rounded = [name for name, x in shapes.items() if x.dtype == jnp.int8]
+    factors = {name: f"{name.removesuffix('kernel')}scale" for name in rounded}
+    shapes = {name: x for name, x in shapes.items() if name not in factors.values()}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
     problems += [f"{name} is unknown" for name in sorted(stored.keys() - shapes.keys())]
     for name in sorted(shapes.keys() & stored.keys()):
@@ -163,7 +182,14 @@ def _read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Pla
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
-    return {name: place(name, cast(stored[name].read(), x.dtype)) for name, x in shapes.items()}
+    placed = {}
+    for name, x in shapes.items():
+        if name in factors:
+            kernel, scale = to_int8(stored[name].read())
+            placed |= {name: place(name, kernel), factors[name]: place(factors[name], scale)}
+        else:
+            placed[name] = place(name, cast(stored[name].read(), x.dtype))
+    return placed
 
 
 # --- trained encoders -------------------------------------------------------------------------------------------
@@ -268,8 +294,9 @@ class TrainingCheckpoints:
     def __enter__(self) -> "TrainingCheckpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None or jax.process_count() == 1:  # else it may wait for a process that has ended
+            self.close()
 
     def close(self) -> None:
         """Waits until everything is on the disk."""
@@ -299,6 +326,8 @@ class TrainingCheckpoints:
 
     def _seal(self) -> None:
         """Writes checksums into the checkpoint being finished, whether or not it has its final name yet."""
+        if jax.process_index() > 0:
+            return
         for folder in self.folder.glob(f"{self._saving}*"):
             if folder.name.split(".")[0] == str(self._saving):
                 write_text(folder / SEAL, json.dumps(_checksums(folder)))

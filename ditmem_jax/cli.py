@@ -56,7 +56,7 @@ def run(main: Callable[..., None], arguments: str = "") -> None:
         arguments: names of what `main` takes from the command line beside flags, such as "SOURCE [DEST]"; those in
             brackets may be left out.
     """
-    for name in ("debug", "config"):
+    for name in ("debug", "config", "coordinator", "processes", "process", "compile_cache"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # listed by --help
     app.run(

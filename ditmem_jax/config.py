@@ -263,10 +263,18 @@ class VideoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-    """Folder of converted weights (`python -m convert`), and how the frozen ones are held."""
+    """Folder of converted weights (`python -m convert`), and how the frozen ones are held.
+
+    "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory.
+    """
 
     path: str = ""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+
+    @property
+    def computed_in(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of matrix products, and of what is not held in 8 bits."""
+        return "bfloat16" if self.dtype == "int8" else self.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,12 +367,17 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; -1 takes the devices that the other axes leave."""
+    """Devices per mesh axis; -1 takes the devices that the other axes leave.
+
+    `attention` is what computes it on them: "auto" takes "splash" on TPUs, "cudnn" on GPUs for bfloat16 weights, and
+    "xla" otherwise.
+    """
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +406,7 @@ class RunConfig:
     """The training run: length, logging, checkpoints, generator.
 
     `steps` counts batches, of which `optim.accumulate` make one update. `remat` is what the backward pass finds
-    kept of the forward pass (see `DiT`): everything, matrix products, or the inputs of blocks.
+    kept of the forward pass (see `DiT`), from everything to nothing but the inputs of blocks, held by the host.
     """
 
     out: str = "runs/default"
@@ -405,7 +418,7 @@ class RunConfig:
     validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
     save_every: int = 200
     keep: int = 3
-    remat: Literal["none", "products", "blocks"] = "none"
+    remat: Literal["none", "products", "attention", "blocks", "offload"] = "none"
 
     def __post_init__(self):
         for name in ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep"):

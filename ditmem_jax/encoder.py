@@ -112,7 +112,7 @@ def describe(config: Config, networks: Networks) -> Meta:
     return Meta(
         latents=(*grid, vae.config.z_dim),
         text_dim=umt5.config.dim,
-        dtype=config.weights.dtype,
+        dtype=config.weights.computed_in,
         made_by={
             "frames": video.frames,
             "height": video.height,

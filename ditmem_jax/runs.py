@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from ditmem_jax import startup
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.files import replacing, write_text
 from ditmem_jax.errors import UserError
@@ -52,14 +53,14 @@ FREE = {
 
 def fingerprint(arrays: Arrays) -> str:
     """A checksum of arrays, computed where they live: it differs if any one bit does."""
-    return f"{int(jax.jit(_fingerprint)(arrays)):08x}"
+    return f"{int(startup.compiled(jax.jit(_fingerprint), arrays)(arrays)):08x}"
 
 
 def _fingerprint(arrays: Arrays) -> jax.Array:
     total = jnp.uint32(0)
     for name in sorted(arrays):
         x = arrays[name]
-        bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
         odd = 2 * jax.lax.iota(jnp.uint32, x.size) + jnp.uint32(1)  # an odd factor loses no bit modulo 2^32
         total = total * jnp.uint32(31) + (bits.reshape(-1).astype(jnp.uint32) * odd).sum(dtype=jnp.uint32)
     return total
@@ -77,8 +78,20 @@ def claim(config: Config, backbone: str) -> Iterator[Path]:
         UserError: if the folder holds something else, or a run of another configuration.
     """
     folder = Path(config.run.out)
-    path = folder / "config.json"
     ours = identity(config) | {"backbone": backbone}
+    with startup.leader_first():
+        begun = _claim(folder, ours)
+    try:
+        yield folder
+    except UserError:
+        if begun:
+            shutil.rmtree(folder)
+        raise
+
+
+def _claim(folder: Path, ours: dict[str, Any]) -> bool:
+    """Whether the folder was made here for a run of configuration `ours`; otherwise it holds that run."""
+    path = folder / "config.json"
     if path.exists():
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -92,19 +105,14 @@ def claim(config: Config, backbone: str) -> Iterator[Path]:
                 found=", ".join(f"{key} = {theirs.get(key)}" for key in different[:5]),
                 fix="another run.out, or the configuration of that run",
             )
-        yield folder
-        return
+        return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} holds something else", expected="a new folder or a run's", fix="another run.out"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(ours, indent=1) + "\n")
-    try:
-        yield folder
-    except UserError:
-        shutil.rmtree(folder)
-        raise
+    return True
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -158,11 +166,14 @@ class Curves:
 
 
 class Monitor:
-    """Collects the metrics of steps on the device, and fetches, checks and logs them together."""
+    """Collects the metrics of steps on the device, and fetches, checks and logs them together.
+
+    Of several processes all check, and the leading one logs.
+    """
 
     def __init__(self, folder: Path, start: int, steps: int):
-        self.curves = Curves(folder, start)
-        self.console = Console()
+        self.curves = Curves(folder, start) if startup.leads() else None
+        self.console = Console(quiet=not startup.leads())
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
@@ -170,7 +181,10 @@ class Monitor:
             TimeRemainingColumn(),
         )
         self.progress = Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal, refresh_per_second=4
+            *columns,
+            console=self.console,
+            disable=self.console.quiet or not self.console.is_terminal,
+            refresh_per_second=4,
         )
         self.task = self.progress.add_task("train", total=steps, completed=start, text="compiling")
         self._window: list[tuple[int, dict[str, jax.Array], np.ndarray]] = []
@@ -182,7 +196,8 @@ class Monitor:
 
     def __exit__(self, *_) -> None:
         self.progress.stop()
-        self.curves.close()
+        if self.curves:
+            self.curves.close()
 
     def add(self, step: int, metrics: dict[str, jax.Array], ids: np.ndarray) -> None:
         self._window.append((step, metrics, ids))
@@ -207,13 +222,15 @@ class Monitor:
         now, step = time.perf_counter(), self._window[-1][0]
         mean = {name: float(np.mean([found[name] for found in values])) for name in values[0]}
         mean["step_ms"] = 1000 * (now - self._since) / len(self._window)
-        self.curves.write("metrics", step, mean)
+        if self.curves:
+            self.curves.write("metrics", step, mean)
         text = f"{mean['step_ms']:.0f} ms  loss {mean['loss']:.4g}  gain {mean['gain']:+.2%}{self._gain}"
         self.progress.update(self.task, completed=step, text=text)
         self._window, self._since = [], now
 
     def validated(self, step: int, result: dict[str, float]) -> None:
-        self.curves.write("validation", step, result)
+        if self.curves:
+            self.curves.write("validation", step, result)
         wrong = f" (another's memory {result['gain_wrong']:+.2%})" if "gain_wrong" in result else ""
         self._gain = f"  validation {result['gain']:+.2%}"
         self.console.print(f"step {step}: gain of validation {result['gain']:+.2%}{wrong}")

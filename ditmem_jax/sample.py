@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -19,24 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ditmem_jax import cli, flow
+from ditmem_jax import cli, flow, startup
 from ditmem_jax.bank import Bank, Table
 from ditmem_jax.bank.features import Features, encode_video
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
-from ditmem_jax.config import Config, to_dict
+from ditmem_jax.config import Config, MeshConfig, to_dict
 from ditmem_jax.data.files import write_text
 from ditmem_jax.data.references import References
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import from_unit, write_video
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
-from ditmem_jax.models.ditmem import with_strength
+from ditmem_jax.models.ditmem import attention_backend, with_strength
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, decode
+from ditmem_jax.sharding import batch_parts, check_mesh, divided, make_mesh, placing, whole
 from ditmem_jax.types import Memory
 
 Latents = Float[Array, "B T H W C"]
@@ -113,8 +118,11 @@ class Sampler:
     """The networks that make clips; compiled once per number of prompts and of reference videos.
 
     Args:
+        text: text encoder and tokeniser; or the embedding of every prompt that will be asked for.
         encoder: None for a sampler without memory; two, for high noise and for low, where each expert has its own.
         on_step: called after every denoising step, for a progress bar.
+        mesh: devices that share the work, by default one: they divide the clips of a batch, if their number allows,
+            the tokens of each clip, and the weights as they were placed.
     """
 
     def __init__(
@@ -122,22 +130,22 @@ class Sampler:
         config: Config,
         dit: DiT | Experts,
         vae: VAE,
-        text: tuple[UMT5, Tokenizer],
+        text: tuple[UMT5, Tokenizer] | dict[str, Array],
         encoder: MemoryEncoder | tuple[MemoryEncoder, MemoryEncoder] | None = None,
         on_step: Callable[[], None] | None = None,
+        mesh: Mesh | None = None,
     ):
-        self.config, self.vae = config, vae
-        self._text, self._tokenizer = text
+        self.config, self.vae, self._text = config, vae, text
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self.backend = attention_backend(config, self.mesh)
         self._with_memory = encoder is not None
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
         encoders = self._encoders * (len(dits) // len(self._encoders))
         pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
         self._networks, self._states = zip(*pairs, strict=True)
-        self._on_step = on_step
-        self._encode_text = nnx.jit(UMT5.__call__)
         self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
-        self._denoise = jax.jit(self._denoised)
+        self._denoise = jax.jit(make_denoise(config, self._networks, self.backend, on_step))
 
     @classmethod
     def load(
@@ -145,18 +153,30 @@ class Sampler:
         config: Config,
         encoder: str | Path | Sequence[str | Path] | None = None,
         on_step: Callable[[], None] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> "Sampler":
-        """From `config.weights` and the file of a trained encoder, or the files of one for each expert.
+        """From `config.weights` and the file of a trained encoder, or the files of one for each expert; on `config.mesh`.
 
+        Args:
+            prompts: all that will be asked for, if that is known. The text encoder, which may be as large as the
+                transformer, is then gone before that is loaded.
         Raises:
-            UserError: if a file is missing or does not fit the config.
+            UserError: if a file is missing or does not fit the config, or the config does not fit the devices.
         """
+        mesh = make_mesh(config.mesh)
+        check_mesh(config, mesh)
         memory = None
         if encoder is not None:
             config, paths = with_encoders(config, encoder)
-            loaded = tuple(map(load_encoder, paths))
+            loaded = tuple(load_encoder(path, placing(mesh, "encoder")) for path in paths)
             memory = loaded if len(loaded) > 1 else loaded[0]
-        return cls(config, load_dit(config), load_vae(config), load_umt5(config), memory, on_step)
+        text = load_umt5(config, placing(mesh, "text"))
+        if prompts is not None:
+            negative = config.sample.negative_prompt
+            known = {negative: embed(text, [negative], allow_empty=True)[0]}
+            text = known | {prompt: embed(text, [prompt])[0] for prompt in prompts}
+        dit, vae = load_dit(config, placing(mesh, "dit")), load_vae(config, placing(mesh, "vae"))
+        return cls(config, dit, vae, text, memory, on_step, mesh)
 
     def generate(
         self,
@@ -167,7 +187,7 @@ class Sampler:
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """One clip per prompt, as pixels; arguments and errors as `latents`."""
         latents = self.latents(prompts, seeds, references, strength)
-        return from_unit(np.asarray(decode(self.vae, latents)))
+        return from_unit(whole(decode(self.vae, latents), self.mesh))
 
     def latents(
         self,
@@ -191,43 +211,81 @@ class Sampler:
         rows = references if references is None or isinstance(references, tuple) else self.rows(references)
         video = config.video
         shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
-        noise = jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
-        return self._denoise(
-            self._states,
-            noise,
-            self._embed(prompts),
-            jnp.repeat(self._negative, len(prompts), axis=0),
-            rows,
-            config.sample.strength if strength is None else strength,
-        )
+        noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+        if rows is not None:
+            rows = tuple(divided(self.mesh, np.asarray(x), "batch", *[None] * 4) for x in rows)
+        with jax.set_mesh(self.mesh):
+            return self._denoise(
+                self._states,
+                divided(self.mesh, noise, "batch", *[None] * 4),
+                self._embed(prompts),
+                jnp.repeat(self._negative, len(prompts), axis=0),
+                rows,
+                config.sample.strength if strength is None else strength,
+            )
 
     def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
         """What the encoders make of each reference video, to the last bit as `bank.features` stores it."""
         return tuple(
-            jnp.stack(
-                [jnp.stack([encode_video(encoder, video) for video in videos]) for videos in references]
-            )
+            np.stack([[whole(encode_video(encoder, x), self.mesh) for x in videos] for videos in references])
             for encoder in self._encoders
         )
 
     def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
-        ids, mask = self._tokenizer(prompts, allow_empty=allow_empty)
-        return self._encode_text(self._text, jnp.asarray(ids), jnp.asarray(mask))
+        if isinstance(self._text, tuple):
+            return embed(self._text, prompts, allow_empty=allow_empty)
+        known = [prompt for prompt in self._text if allow_empty or prompt.strip()]
+        if unknown := [prompt for prompt in prompts if prompt not in known]:
+            raise UserError(
+                "the sampler was loaded for other prompts",
+                expected=f"one of {known}",
+                found=unknown[0],
+                fix="load it with this one, or without prompts",
+            )
+        return jnp.stack([self._text[prompt] for prompt in prompts])
 
-    def _denoised(self, states, noise, positive, negative, rows, strength):
-        networks = [nnx.merge(*network) for network in zip(self._networks, states, strict=True)]
-        dits, encoders = networks[: len(networks) // 2], networks[len(networks) // 2 :]
-        options = dict(memory_in_negative=self.config.sample.memory_in_negative)
+
+def make_denoise(
+    config: Config,
+    networks: Sequence[Any],
+    backend: Backend,
+    on_step: Callable[[], None] | None = None,
+) -> Callable[..., Latents]:
+    """The pure program (states, noise, positive, negative, rows, strength) -> latents.
+
+    Args:
+        networks: the transformers, then as many encoders; `states` holds their weights. `rows` holds what each
+            encoder made of the single reference videos, or once what the only one did; None is no memory.
+    """
+
+    def denoised(states, noise, positive, negative, rows, strength):
+        merged = [nnx.merge(*network) for network in zip(networks, states, strict=True)]
+        dits, encoders = merged[: len(merged) // 2], merged[len(merged) // 2 :]
+        options = dict(memory_in_negative=config.sample.memory_in_negative)
         x, memory = noise, None
         rows = [None] * len(dits) if rows is None else rows * (len(dits) // len(rows))
         for dit, encoder, videos, (sigmas, end, scale) in zip(
-            dits, encoders, rows, _schedule(self.config), strict=True
+            dits, encoders, rows, _schedule(config), strict=True
         ):
             if videos is not None:
                 memory = with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
+            dit = functools.partial(dit, backend=backend)
             velocity = guided(dit, positive, negative, memory, scale, **options)
-            x = denoise(velocity, x, sigmas, self._on_step, end)
+            x = denoise(velocity, x, sigmas, on_step, end)
         return x
+
+    return denoised
+
+
+def embed(
+    text: tuple[UMT5, Tokenizer], prompts: Sequence[str], *, allow_empty: bool = False
+) -> Float[Array, "B L E"]:
+    """Embeddings of prompts, zero past their lengths."""
+    network, tokenizer = text
+    return _encode_text(network, *tokenizer(prompts, allow_empty=allow_empty))
+
+
+_encode_text = nnx.jit(UMT5.__call__)
 
 
 def _schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
@@ -335,7 +393,7 @@ def make_clips(
     """
     if not prompt.strip():
         raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
-    start = time.perf_counter()
+    begun = time.perf_counter()
     paths = _paths(Path(out), prompt, "plain" if memory == "none" else "memory", seeds)
     about = {
         "prompt": prompt,
@@ -354,7 +412,8 @@ def make_clips(
         retrieved = retrieve(config, prompt, None if memory == "auto" else memory)
         for video, score in zip(retrieved.videos, retrieved.scores, strict=True):
             id, caption = video["id"], video["caption"]
-            print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {id}  {caption}")
+            if startup.leads():
+                print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {id}  {caption}")
             about["memory"].append({"id": id, "caption": caption, "score": score})
         references = _references(retrieved, encoder, features)
         used = [
@@ -368,19 +427,28 @@ def make_clips(
 
     def on_step():
         if next(steps) == 0:
-            progress.console.print(f"first step done after {time.perf_counter() - start:.1f} s")
+            progress.console.print(f"first step done after {time.perf_counter() - begun:.1f} s")
         progress.advance(bar)
 
-    with Progress(*columns) as progress:
-        bar = progress.add_task("loading", total=config.sample.steps * len(paths))
-        sampler = Sampler.load(config, encoder, on_step)
-        for seed, path in zip(seeds, paths, strict=True):
-            progress.update(bar, description=f"steps of seed {seed}")
-            clip = sampler.generate([prompt], [seed], references)[0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_video(path, clip, config.video.fps)
-            write_text(path.with_suffix(".json"), json.dumps(about | {"seed": seed}, indent=1) + "\n")
-            progress.console.print(str(path), highlight=False, soft_wrap=True)
+    with Progress(*columns, console=Console(quiet=not startup.leads())) as progress:
+        bar = progress.add_task("loading")
+        sampler = Sampler.load(config, encoder, on_step, [prompt])
+        progress.console.print(f"attention by {sampler.backend}")
+        if references is not None and not isinstance(references, tuple):
+            references = sampler.rows(references)  # once for all clips
+        size = batch_parts(sampler.mesh)
+        progress.update(bar, total=config.sample.steps * math.ceil(len(paths) / size))
+        for start in range(0, len(paths), size):
+            now = seeds[start : start + size]
+            progress.update(bar, description=f"steps of seed {', '.join(map(str, now))}")
+            given = references and tuple(np.repeat(x, len(now), axis=0) for x in references)
+            clips = sampler.generate([prompt] * len(now), now, given)
+            for seed, path, clip in zip(now, paths[start : start + size], clips, strict=True):
+                if startup.leads():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_video(path, clip, config.video.fps)
+                    write_text(path.with_suffix(".json"), json.dumps(about | {"seed": seed}, indent=1) + "\n")
+                progress.console.print(str(path), highlight=False, soft_wrap=True)
     return paths
 
 
@@ -394,10 +462,11 @@ def _references(
         read = f"latents of {count} videos, {found.nbytes:,} bytes in float32"
     else:
         stores = [Features.open(features, path) for path in encoders]
-        found = tuple(jnp.asarray(store.rows(retrieved.checksums)[None]) for store in stores)
+        found = tuple(store.rows(retrieved.checksums)[None] for store in stores)
         size, latents = sum(rows.nbytes for rows in found), count * stores[0].latents_bytes
         read = f"tokens of {count} videos, {size:,} bytes instead of {latents:,} of latents"
-    print(f"memory: {read}, read in {time.perf_counter() - start:.3f} s")
+    if startup.leads():
+        print(f"memory: {read}, read in {time.perf_counter() - start:.3f} s")
     return found
 
 
@@ -424,7 +493,8 @@ def main() -> None:
     if memory not in ("auto", "none"):
         memory = [name.strip() for name in memory.split(",")]
     seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
-    make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds, FEATURES.value)
+    with startup.Program():
+        make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds, FEATURES.value)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,43 @@
 """Devices as a mesh, and which axis of which array is divided over which axis of the mesh.
 
-Networks know nothing of this: they are written for whole arrays, and one jitted program runs on any mesh, a
-single device included. Batches are divided over `data` and `fsdp`, weights over `fsdp` and `tensor`.
+One jitted program runs on any mesh, a single device included. Networks are written for whole arrays and know names
+of axes only: what they `constrain` is divided by the mesh of `jax.set_mesh`, and is as it was outside of one.
+
+| divided | over |
+|---|---|
+| batches | `data`, `fsdp` |
+| tokens of a clip | `context` |
+| heads | `tensor` |
+| weights, and the state of their optimiser | `fsdp`, `context`, `tensor`; gathered block by block but over `tensor` |
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
-from ditmem_jax.config import MeshConfig
+from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# Axis of an activation -> mesh axes.
+ACTIVATIONS = {"batch": BATCH_AXES, "tokens": ("context",), "heads": ("tensor",), None: ()}
+# Axis of a weight -> mesh axes: devices that share a clip need not each hold the weights.
+WEIGHTS = {"fsdp": ("fsdp", "context"), "tensor": ("tensor",), None: ()}
 
-# Pattern in an array's dotted path -> mesh axes of its LAST axes; the first match wins. Axes before those, such
+# Pattern in an array's dotted path -> names in WEIGHTS of its LAST axes; the first match wins. Axes before those, such
 # as the leading one of stacked layers, are not divided.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"^vae\.", ()),  # small, and gathered anew for each of many chunks
     (r"\b(q|k|v|up|gate|fc1)\.kernel$", ("fsdp", "tensor")),
     (r"\b(o|down|fc2)\.kernel$", ("tensor", "fsdp")),
-    (r"\b(q|k|v|up)\.bias$", ("tensor",)),
+    (r"\b(q|k|v|up)\.(bias|scale)$", ("tensor",)),
     (r"\btoken_embedding\.embedding$", ("fsdp", None)),
     (r"\bkernel$", ("fsdp",)),
     (r"", ()),
@@ -62,15 +76,93 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % parts:
+def placing(mesh: Mesh, prefix: str) -> Callable[[str, np.ndarray], jax.Array]:
+    """What puts the weights of the network `prefix` on the mesh, each where its path tells."""
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        sharding = array_sharding(f"{prefix}.{path}", array.shape, mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return place
+
+
+def divided(mesh: Mesh, x: np.ndarray, *names: str | None) -> jax.Array:
+    """An array that every process has, on the devices as `constrain` would have it."""
+    sharding = NamedSharding(mesh, _divide(x.shape, [ACTIVATIONS[name] for name in names], mesh))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
+    """The rows of a batch that devices of this process hold, ascending."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
+def whole(arrays: Any, mesh: Mesh) -> Any:
+    """The arrays of a pytree, gathered by every process to its host. All processes must reach it."""
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    return jax.device_get(gather(arrays))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts a batch is divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with its axes divided as ACTIVATIONS says of `names`, on the mesh of `jax.set_mesh`.
+
+    Outside of a mesh it is `x`. An axis that its mesh axes do not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = _divide(x.shape, [ACTIVATIONS[name] for name in names], mesh)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _divide(
+    shape: Sequence[int], wanted: Sequence[tuple[str, ...]], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Each axis over as many of its wanted mesh axes, from the first on, as divide it."""
+    spec = []
+    for size, axes in zip(shape, wanted, strict=True):
+        axes = [axis for axis in axes if mesh.shape[axis] > 1]
+        while size % math.prod(mesh.shape[axis] for axis in axes):
+            axes.pop()
+        spec.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*spec)
+
+
+def check_mesh(config: Config, mesh: Mesh, batch_size: int | None = None) -> None:
+    """Raises UserError if a batch, the tokens of a clip or the heads do not divide over their axes of the mesh.
+
+    Args:
+        batch_size: None where a batch that does not divide is computed by all devices alike.
+    """
+    parts = batch_parts(mesh)
+    if batch_size is not None and batch_size % parts:
         raise UserError(
             "data.batch_size does not divide over the mesh",
             expected=f"a multiple of data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {parts}",
             found=batch_size,
             fix=f"use {math.ceil(batch_size / parts) * parts}",
         )
+    video, patch = config.video, config.dit.patch_size
+    grid = config.vae.latent_grid(video.frames, video.height, video.width)
+    grid = [size // p for size, p in zip(grid, patch, strict=True)]
+    for what, total, shown, axis in (
+        ("tokens of a clip", math.prod(grid), " x ".join(map(str, grid)) + " = ", "context"),
+        ("heads of the transformer", config.dit.num_heads, "", "tensor"),
+    ):
+        if total % (size := mesh.shape[axis]):
+            fits = [n for n in range(1, mesh.size + 1) if total % n == 0 and mesh.size % n == 0]
+            raise UserError(
+                f"the {what} do not divide over mesh.{axis}",
+                expected=f"a divisor of {shown}{total}",
+                found=f"{total} / {size} = {total / size:.2f}",
+                fix=f"of {mesh.size} devices, give {axis} {', '.join(map(str, fits))}",
+            )
 
 
 def array_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -80,12 +172,8 @@ def array_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardi
     correctness.
     """
     last = next(axes for pattern, axes in RULES if re.search(pattern, path))[-len(shape) :] if shape else ()
-    axes = (None,) * (len(shape) - len(last)) + last
-    divided = [
-        axis if axis and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=True)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*divided))
+    names = (None,) * (len(shape) - len(last)) + last
+    return NamedSharding(mesh, _divide(shape, [WEIGHTS[name] for name in names], mesh))
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -95,3 +183,10 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         return array_sharding(jax.tree_util.keystr(path, simple=True, separator="."), x.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def laid_out(shapes: Any, shardings: Any) -> Any:
+    """A pytree of shapes and dtypes with the sharding of each, from which programs compile without any array."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )

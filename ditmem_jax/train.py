@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 from flax import nnx, struct
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from ditmem_jax import cli, objective, runs
+from ditmem_jax import cli, objective, runs, startup
 from ditmem_jax.bank import matches
 from ditmem_jax.checkpoint import DTYPES, TrainingCheckpoints, load_dit, save_encoder
 from ditmem_jax.config import Config, OptimConfig
@@ -32,17 +34,21 @@ from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, with_expert
-from ditmem_jax.models.ditmem import Batch, Networks, encode, errors, keep_only
+from ditmem_jax.models.ditmem import Batch, Networks, attention_backend, encode, errors, keep_only
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.memory import MemoryEncoder, shuffle_videos
 from ditmem_jax.models.state import Arrays, abstract, split
 from ditmem_jax.objective import Baseline
 from ditmem_jax.sharding import (
-    array_sharding,
     batch_sharding,
-    check_batch_size,
+    check_mesh,
+    laid_out,
+    local_rows,
     make_mesh,
+    placing,
     replicated,
     tree_shardings,
+    whole,
 )
 from ditmem_jax.types import Memory
 from ditmem_jax.validate import Validator
@@ -72,11 +78,17 @@ class TrainState:
 
 
 def make_train_step(
-    config: Config, networks: Networks, optimizer: optax.GradientTransformation, *, unroll: bool = False
+    config: Config,
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    *,
+    backend: Backend = "xla",
+    unroll: bool = False,
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure step (state, frozen weights, batch) -> (state, metrics).
 
     Args:
+        backend: of attention.
         unroll: lay out the blocks of the transformer, for counting operations.
     """
     goal = config.objective
@@ -93,7 +105,8 @@ def make_train_step(
 
         def loss_and_gradients(dit: DiT):
             def errors_with(memory: Memory | None) -> jax.Array:
-                return errors(dit, memory, batch, sigma, noise, remat=config.run.remat, unroll=unroll)
+                options = dict(remat=config.run.remat, backend=backend, unroll=unroll)
+                return errors(dit, memory, batch, sigma, noise, **options)
 
             alone = errors_with(None) if goal.kind == "relative" else None
 
@@ -175,7 +188,9 @@ def _matrix_axes(params: Arrays) -> dict[str, optax.contrib.MuonDimensionNumbers
 
 def make_encoder(config: Config) -> MemoryEncoder:
     """A new encoder, from the run's seed."""
-    return MemoryEncoder(config.memory, rngs=nnx.Rngs(config.run.seed), dtype=DTYPES[config.weights.dtype])
+    return MemoryEncoder(
+        config.memory, rngs=nnx.Rngs(config.run.seed), dtype=DTYPES[config.weights.computed_in]
+    )
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -183,6 +198,24 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
     params = {path: x for path, x in arrays.items() if _role(f"encoder.{path}")[1] == "trained"}
     rest = {path: x for path, x in arrays.items() if path not in params}
     return TrainState(jnp.int32(0), params, rest, optimizer.init(params), Baseline.empty())
+
+
+def state_layout(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, in place of its arrays."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    return laid_out(shapes, tree_shardings(shapes, mesh))
+
+
+def jit_train_step(
+    config: Config, networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step, which takes the memory of the state that it is given."""
+    shardings = jax.tree.map(lambda x: x.sharding, state_layout(config, optimizer, mesh))
+    return jax.jit(
+        make_train_step(config, networks, optimizer, backend=attention_backend(config, mesh)),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
 
 
 def _role(path: str) -> tuple[str, str]:
@@ -210,84 +243,99 @@ class Setup:
             found.append(matches.read(held_out, config.data.bank, config.data.references))
         references = [each.references(config.data.references) for each in found]
         check(config, self.mesh, [videos for videos, _ in references], *filter(None, (records, held_out)))
+        self.backend = attention_backend(config, self.mesh)
         self.networks, self.backbone = load_networks(config, self.mesh)
         self.fingerprint = runs.fingerprint(self.backbone)
         with runs.claim(config, self.fingerprint) as self.folder:
-            found[0].save(self.folder / matches.FILE)
+            with startup.leader_first():
+                if startup.leads():
+                    found[0].save(self.folder / matches.FILE)
             options = dict(workers=config.data.workers, cache=config.data.cache)
             self.data = self._stream(records, *references[0], **options)
         for each in found:
             each.warn_if_stale()
+        self.optimizer = make_optimizer(config.optim, config.run.steps)
+        self.state_layout = state_layout(config, self.optimizer, self.mesh)
         self.validator = None
         if held_out:
             stream = self._stream(held_out, *references[1], epochs=1)
             batches = [self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)]
-            self.validator = Validator(
-                self.networks,
-                self.backbone,
-                batches,
-                config.run.validation_sigmas,
-                config.experts,
-                config.run.seed,
-                self.mesh,
-            )
-        self.optimizer = make_optimizer(config.optim, config.run.steps)
-        shapes = jax.eval_shape(lambda: init_state(config, self.optimizer))
-        self.shardings = tree_shardings(shapes, self.mesh)
-        self.state_layout = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            self.shardings,
-        )
-        self.step = jax.jit(
-            make_train_step(config, self.networks, self.optimizer),
-            donate_argnums=0,
-            out_shardings=(self.shardings, replicated(self.mesh)),
-        )
+            with jax.set_mesh(self.mesh):
+                self.validator = Validator(
+                    self.networks,
+                    self.backbone,
+                    (self.state_layout.params, self.state_layout.rest),
+                    batches,
+                    config.run.validation_sigmas,
+                    config.experts,
+                    config.run.seed,
+                    self.mesh,
+                    self.backend,
+                )
+        self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
+
+    def compile(self) -> Callable:
+        """The compiled step on the devices of the mesh; under `jax.set_mesh`."""
+        step = jit_train_step(self.config, self.networks, self.optimizer, self.mesh)
+        return startup.compiled(step, self.state_layout, self.backbone, self.batch_layout)
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """The arrays of a batch on the devices, divided among them."""
-        sharding = batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in ON_DEVICE}
+        sharding, size = batch_sharding(self.mesh), self.config.data.batch_size
+
+        def place(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
+
+        return {name: place(batch[name]) for name in ON_DEVICE}
 
     def initial_state(self) -> TrainState:
-        return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=self.shardings)()
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_layout)
+        return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=shardings)()
 
     def export(self, name: str, state: TrainState, step: int, gains: dict[str, float]) -> Path:
         """Writes the encoder to the run's folder."""
         extra = {"step": step, "gains": gains, "backbone": self.fingerprint}
         extra |= {"expert": self.config.experts.trains}
-        save_encoder(self.folder / name, state.params | state.rest, self.config.memory, extra)
+        arrays = whole(state.params | state.rest, self.mesh)
+        if startup.leads():
+            save_encoder(self.folder / name, arrays, self.config.memory, extra)
         return self.folder / name
 
     def _stream(
         self, records: RecordReader, bank: References, index: np.ndarray, **options: Any
     ) -> Iterator[dict[str, np.ndarray]]:
         options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=bank)
-        options |= dict(process_index=jax.process_index(), process_count=jax.process_count())
+        options |= dict(rows=local_rows(self.mesh, self.config.data.batch_size))
         return iter(training_data(records, index, self.config.data.batch_size, **options))
+
+
+def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places of the arrays of a batch whose records are stored in `dtype`."""
+    video, data = config.video, config.data
+    grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+    shapes = {
+        "latents": (grid, dtype),
+        "context": ((config.dit.text_len, config.dit.text_dim), dtype),
+        "references": ((data.references, *grid), dtype),
+        "present": ((data.references,), bool),
+    }
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
     """Structures of both networks, and the frozen weights on the mesh."""
-
-    def place(path: str, array: np.ndarray) -> jax.Array:
-        sharding = array_sharding(f"dit.{path}", array.shape, mesh)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    dit, backbone = split(load_dit(config, place, config.experts.trains))
+    dit, backbone = split(load_dit(config, placing(mesh, "dit"), config.experts.trains))
     encoder, _ = abstract(lambda: make_encoder(config))
     return Networks(dit, encoder), backbone
 
 
 def check(config: Config, mesh: Mesh, references: Sequence[References], *streams: RecordReader) -> None:
     """Raises UserError for a mesh, references or records to read batches from that this config cannot train with."""
-    check_batch_size(mesh, config.data.batch_size)
-    if mesh.shape["context"] > 1:
-        raise UserError(
-            "mesh.context divides the tokens of one clip, which training does not do",
-            expected=1, found=mesh.shape["context"], fix="give the devices to mesh.data or mesh.fsdp",
-        )  # fmt: skip
+    check_mesh(config, mesh, config.data.batch_size)
     if config.experts.boundary is not None:
         below = objective.share_below(config.objective, config.experts.boundary)
         if {"high": 1 - below, "low": below, "both": 1.0}[config.experts.trains] == 0:
@@ -329,14 +377,18 @@ def describe(backbone: Arrays, state: TrainState) -> str:
     )
 
 
-def train(config: Config) -> Path:
+def train(config: Config, *, warm: bool = False) -> Path:
     """Trains, or continues, the run in `config.run.out`; returns the file of the encoder.
 
+    Args:
+        warm: load and compile everything, which fills the compile cache, and make no step.
     Raises:
         UserError: for input that does not fit together, and at a step whose loss or gradient is not finite.
     """
+    phases = startup.Phases()
     setup, options = Setup(config), config.run
     with (
+        jax.set_mesh(setup.mesh),
         TrainingCheckpoints(setup.folder / "checkpoints", options.keep) as checkpoints,
         _termination() as terminated,
     ):
@@ -349,12 +401,24 @@ def train(config: Config) -> Path:
             state, notes = setup.initial_state(), {"gains": {}, "best": None}
         with runs.Monitor(setup.folder, start, options.steps) as monitor:
             monitor.console.print(describe(setup.backbone, state))
+            monitor.console.print(f"attention by {setup.backend}")
+            phases.end("load")
+            train_step = setup.compile()
+            phases.end("compile")
+            if warm:
+                return setup.folder
             if start == 0:
                 _validate(setup, monitor, state, 0, notes)
+                phases.end("validation")
             for step in range(start + 1, options.steps + 1):
                 batch = next(setup.data)
+                on_devices = setup.put(batch)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = setup.step(state, setup.backbone, setup.put(batch))
+                    state, metrics = train_step(state, setup.backbone, on_devices)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    phases.end("first batch")
+                    monitor.console.print(phases)
                 monitor.add(step, metrics, batch["id"])
 
                 last = step == options.steps
@@ -362,12 +426,14 @@ def train(config: Config) -> Path:
                     last or step % options.validate_every == 0,
                     last or step % options.save_every == 0,
                 )
-                if validate or save or terminated or step % options.log_every == 0:
+                ask = jax.process_count() == 1 or step % options.log_every == 0
+                stop = ask and startup.any_process(bool(terminated))
+                if validate or save or stop or step % options.log_every == 0:
                     monitor.flush()  # nothing that is not finite is saved
                 gain = _validate(setup, monitor, state, step, notes) if validate else None
-                if save or terminated:
+                if save or stop:
                     checkpoints.save(step, state, setup.data.get_state(), gain, notes)
-                if terminated and not last:
+                if stop and not last:
                     checkpoints.close()
                     monitor.console.print(f"stopped after step {step}; the same command continues")
                     sys.exit(128 + signal.SIGTERM)
@@ -403,9 +469,13 @@ def _termination() -> Iterator[list[int]]:
 
 
 def main() -> None:
-    print(f"the encoder is in {train(cli.load_config(CONFIG))}")
+    with startup.Program():
+        path = train(cli.load_config(CONFIG), warm=WARM.value)
+        if startup.leads():
+            print(f"all is compiled for the run in {path}" if WARM.value else f"the encoder is in {path}")
 
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
+    WARM = flags.DEFINE_bool("warm", False, "Compile everything, into --compile_cache, and make no step.")
     cli.run(main)

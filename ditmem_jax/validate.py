@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ditmem_jax import startup
 from ditmem_jax.config import ExpertsConfig
-from ditmem_jax.models.dit import with_expert
+from ditmem_jax.models.dit import DiT, with_expert
 from ditmem_jax.models.ditmem import Batch, Networks, encode, errors
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.sharding import replicated
 from ditmem_jax.types import Memory
@@ -23,6 +25,7 @@ class Validator:
     memory nothing ever changes, so those errors are computed once.
 
     Args:
+        encoder: layouts of what the encoder trains and of the rest of it.
         sigmas: noise levels; those of an expert that does not train are left out.
         batches: on the devices of `mesh`.
     """
@@ -31,11 +34,13 @@ class Validator:
         self,
         networks: Networks,
         backbone: Arrays,
+        encoder: tuple[Arrays, Arrays],
         batches: list[Batch],
         sigmas: tuple[float, ...],
         experts: ExpertsConfig,
         seed: int,
         mesh: Mesh,
+        backend: Backend,
     ):
         self.sigmas, self.backbone = tuple(filter(experts.trained_at, sigmas)), backbone
         self.batches = list(zip(batches, jax.random.split(jax.random.key(seed), len(batches)), strict=True))
@@ -49,7 +54,11 @@ class Validator:
                 sigma, high, key = level
                 noise = jax.random.normal(key, batch["latents"].shape)
                 sigma = jnp.full((size,), sigma)
-                return with_expert(dit, high, lambda dit: errors(dit, memory, batch, sigma, noise))
+
+                def use(dit: DiT) -> jax.Array:
+                    return errors(dit, memory, batch, sigma, noise, backend=backend)
+
+                return with_expert(dit, high, use)
 
             return jax.lax.map(at_level, (levels, high, jax.random.split(key, len(levels))))
 
@@ -58,8 +67,10 @@ class Validator:
             others = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), memory)
             return over_levels(backbone, batch, key, memory), over_levels(backbone, batch, key, others)
 
-        self._with_memory = jax.jit(with_memory, out_shardings=replicated(mesh))
+        with_memory = jax.jit(with_memory, out_shardings=replicated(mesh))
+        self._with_memory = startup.compiled(with_memory, *encoder, backbone, *self.batches[0])
         without = jax.jit(functools.partial(over_levels, memory=None), out_shardings=replicated(mesh))
+        without = startup.compiled(without, backbone, *self.batches[0])
         self._without = _gather(without(backbone, *pair) for pair in self.batches)
 
     def __call__(self, params: Arrays, rest: Arrays) -> dict[str, float]:

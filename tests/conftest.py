@@ -1,7 +1,9 @@
 """Strict numerics and eight fake devices for every test."""
 
 import os
+import tempfile
 
+os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/ditmem_jax_tests_{os.getuid()}"  # not the user's
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 

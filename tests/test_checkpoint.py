@@ -19,6 +19,7 @@ from ditmem_jax.checkpoint import (
 )
 from ditmem_jax.config import MemoryConfig
 from ditmem_jax.errors import UserError
+from ditmem_jax.models.layers import to_int8
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract, split
 from tests.tiny import make_tiny, random_arrays, replace
@@ -100,6 +101,40 @@ def test_settings_that_the_weights_do_not_mention_have_their_defaults(config, tm
 def test_weights_take_the_dtype_of_the_config(config):
     dit = load_dit(replace(config, "weights", dtype="bfloat16"))
     assert {x.dtype for x in split(dit)[1].values()} == {np.dtype(jnp.bfloat16)}
+
+
+def test_matrices_in_eight_bits(config):
+    """Half the memory of bfloat16, the same velocity to a hundredth, and gradients through it."""
+    half, eight = (split(load_dit(replace(config, "weights", dtype=dtype))) for dtype in ("bfloat16", "int8"))
+    _, arrays = eight
+    rounded = {name for name, x in arrays.items() if x.dtype == jnp.int8}
+    assert rounded == {name for name in half[1] if name.startswith("blocks") and name.endswith("kernel")}
+    assert all(arrays[name].nbytes == half[1][name].nbytes / 2 for name in rounded)
+    assert all(arrays[name].dtype == half[1][name].dtype for name in half[1].keys() - rounded)
+
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.standard_normal((2, 3, 4, 4, 4)), jnp.float32)
+    text = jnp.asarray(rng.standard_normal((2, 16, 16)), jnp.float32)
+
+    def velocity(network, latents):
+        structure, arrays = network
+        return structure.merge(arrays)(latents, jnp.array([300.0, 900.0]), text)
+
+    def gradient(network):
+        return jax.grad(lambda latents: jnp.square(velocity(network, latents)).mean())(latents)
+
+    for function, bound in ((lambda network: velocity(network, latents), 1e-2), (gradient, 3e-2)):
+        expected, found = map(function, (half, eight))
+        assert jnp.linalg.norm(found - expected) < bound * jnp.linalg.norm(expected)
+
+
+def test_eight_bits_round_to_the_nearest():
+    kernel = np.random.default_rng(0).standard_normal((2, 32, 8)).astype(np.float32)
+    kernel[1, :, 3] = 0
+    rounded, scale = to_int8(kernel)
+    assert (rounded.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (2, 8))
+    assert (np.abs(rounded * scale[:, None] - kernel).max(1) <= 0.5001 * scale).all()
+    np.testing.assert_array_equal(np.abs(rounded).max(1) == 127, np.abs(kernel).max(1) > 0)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from ditmem_jax.cli import read_config
 from ditmem_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("ditmem_jax.encode", "ditmem_jax.train", "ditmem_jax.sample", "ditmem_jax.worlds", "convert")
+COMMANDS = (
+    *("ditmem_jax.encode", "ditmem_jax.train", "ditmem_jax.sample", "ditmem_jax.aot", "ditmem_jax.worlds"),
+    "convert",
+)
 CONFIG = """
 from ml_collections import ConfigDict
 

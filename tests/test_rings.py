@@ -13,12 +13,15 @@ LIBRARY = ROOT / "ditmem_jax"
 # A home is a file or a package of the library. It imports from homes of lower rings only.
 RINGS = (
     ("types", "errors", "strict", "flow", "config", "presets", "cli"),
-    ("sharding",),
-    ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
+    ("sharding", "startup"),
+    (
+        *("data", "bank", "worlds", "objective"),
+        *("models.layers", "models.attention", "models.kernels", "models.ring", "models.state"),
+    ),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint", "bank.features"),
     ("encode", "encoder", "engines", "runs", "validate", "train", "sample"),
-    ("report", "gallery"),
+    ("report", "gallery", "aot", "roof"),
     ("bank.__main__",),  # its commands reach further than the bank
 )
 # What else it may import, from its own ring.
@@ -30,10 +33,13 @@ BESIDE = {
     "cli": {"config", "errors"},
     "bank": {"data"},
     "bank.features": {"checkpoint"},
+    "models.attention": {"models.kernels", "models.ring"},
+    "models.ring": {"models.kernels"},
     "worlds": {"data"},
     "engines": {"encoder"},
     "encode": {"encoder", "engines"},
     "train": {"runs", "validate"},
+    "aot": {"roof"},
     "validate": {"runs"},
     "gallery": {"report"},
 }

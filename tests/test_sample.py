@@ -40,7 +40,8 @@ def encoder(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampler(config, encoder):
-    return Sampler.load(config, encoder)
+    """On one device."""
+    return Sampler(config, load_dit(config), load_vae(config), load_umt5(config), load_encoder(encoder))
 
 
 def write_encoder(path, memory, seed=0, **extra):
@@ -105,6 +106,17 @@ def test_a_clip_does_not_depend_on_its_batch(sampler):
     alone = sampler.latents(prompts[1:], [6])
     np.testing.assert_allclose(both[1:], alone, atol=1e-4)
     assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, context=2, tensor=2), dict(data=1, fsdp=8)])
+def test_a_mesh_makes_what_one_device_does(config, encoder, sampler, mesh):
+    prompts, references = [PROMPT, "A ball falls on planet Cyta"], retrieve(config, PROMPT).latents[None]
+    many = Sampler.load(replace(config, "mesh", **mesh), encoder, prompts=prompts)
+    references = np.repeat(references, 2, axis=0)
+    got, want = (each.latents(prompts, [5, 6], references) for each in (many, sampler))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(UserError, match="loaded for other prompts"):
+        many.latents(["another"], [5])
 
 
 def test_clips_and_what_is_written_beside_them(config, encoder, tmp_path, capsys):

@@ -11,7 +11,15 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.state import abstract
 from ditmem_jax.presets import DIT_PRESETS
-from ditmem_jax.sharding import array_sharding, batch_sharding, check_batch_size, make_mesh, tree_shardings
+from ditmem_jax.sharding import (
+    array_sharding,
+    batch_sharding,
+    check_mesh,
+    constrain,
+    make_mesh,
+    tree_shardings,
+)
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -49,9 +57,31 @@ def test_impossible_meshes_show_their_arithmetic(config):
 def test_batch_is_divided_over_data_and_fsdp():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     assert batch_sharding(mesh).shard_shape((16, 3)) == (2, 3)
-    check_batch_size(mesh, 16)
-    with pytest.raises(UserError, match=r"data 4 x fsdp 2 = 8"):
-        check_batch_size(mesh, 12)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "message"),
+    [
+        (MeshConfig(data=4, fsdp=2), 12, r"data 4 x fsdp 2 = 8(.|\n)*use 16"),
+        (MeshConfig(data=1, context=8), 1, r"3 x 2 x 2 = 12(.|\n)*12 / 8 = 1.50(.|\n)*give context 1, 2, 4"),
+        (MeshConfig(data=1, tensor=8), 1, r"a divisor of 4(.|\n)*4 / 8 = 0.50(.|\n)*give tensor 1, 2, 4"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_its_arithmetic(mesh, batch, message):
+    config, mesh = tiny_config("nowhere"), make_mesh(mesh)
+    check_mesh(config, make_mesh(MeshConfig(data=2, context=2, tensor=2)), 16)
+    with pytest.raises(UserError, match=message):
+        check_mesh(config, mesh, batch)
+
+
+def test_constraints_are_those_of_the_mesh_around():
+    x = jnp.zeros((4, 6, 3))
+    assert constrain(x, "batch", "tokens", None) is x
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, context=2))):
+        divided = jax.jit(lambda x: constrain(x, "batch", "tokens", None))(x)
+        odd = jax.jit(lambda x: constrain(x, "batch", "tokens", None))(x[:2, :5])
+    assert divided.sharding.shard_shape(x.shape) == (1, 3, 3)
+    assert odd.sharding.shard_shape((2, 5, 3)) == (1, 5, 3)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +99,12 @@ def test_batch_is_divided_over_data_and_fsdp():
 def test_rules(path, shape, spec):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert array_sharding(path, shape, mesh).spec == spec
+
+
+def test_devices_that_share_a_clip_share_the_weights():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=2))
+    assert array_sharding("blocks.q.kernel", (2, 8, 4), mesh).shard_shape((2, 8, 4)) == (2, 2, 4)
+    assert array_sharding("blocks.q.kernel", (2, 6, 4), mesh).shard_shape((2, 6, 4)) == (2, 3, 4)
 
 
 def test_nearly_all_of_a_large_transformer_is_divided():

@@ -5,11 +5,13 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -37,15 +39,19 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT, Experts
 from ditmem_jax.models.ditmem import Networks, encode, errors
 from ditmem_jax.models.state import abstract, split
-from ditmem_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
+from ditmem_jax.objective import draw_sigma
+from ditmem_jax.sharding import batch_sharding, laid_out, make_mesh, tree_shardings
 from ditmem_jax.train import (
     Setup,
+    batch_layout,
     check,
     init_state,
+    jit_train_step,
     load_networks,
     make_encoder,
     make_optimizer,
     make_train_step,
+    state_layout,
 )
 from tests.tiny import make_bank, make_tiny, random_arrays, replace, tiny_config, with_experts
 
@@ -79,22 +85,29 @@ def first_state(config):
 
 
 @functools.lru_cache
-def run_steps(config, mesh_config=None, steps=3):
-    """Metrics of a few steps, and the state and the frozen weights after them; on one device without a mesh."""
+def stepper(config, mesh_config=None):
+    """The compiled step of state and batch, and the frozen weights; on one device without a mesh."""
     mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])
     networks, backbone = load_networks(config, mesh)
-    first = first_state(config)
-    shardings = tree_shardings(first, mesh)
-    step = jax.jit(
-        make_train_step(config, networks, make_optimizer(config.optim, 3)),
-        donate_argnums=0,
-        out_shardings=(shardings, replicated(mesh)),
-    )
-    state, metrics = jax.device_put(first, shardings), []
+    optimizer = make_optimizer(config.optim, 3)
+    step = jit_train_step(config, networks, optimizer, mesh)
+    shardings = tree_shardings(jax.eval_shape(lambda: init_state(config, optimizer)), mesh)
+
+    def take(state, batch):
+        with jax.set_mesh(mesh):
+            batch = jax.device_put(batch, batch_sharding(mesh))
+            return step(jax.device_put(state, shardings), backbone, batch)
+
+    return take, backbone
+
+
+@functools.lru_cache
+def run_steps(config, mesh_config=None, steps=3):
+    """Metrics of a few steps, and the state and the frozen weights after them."""
+    step, backbone = stepper(config, mesh_config)
+    state, metrics = first_state(config), []
     for seed in range(steps):
-        state, found = step(
-            state, backbone, jax.device_put(some_batch(config, seed=seed), batch_sharding(mesh))
-        )
+        state, found = step(state, some_batch(config, seed=seed))
         metrics.append(jax.device_get(found))
     return metrics, state, backbone
 
@@ -110,16 +123,41 @@ def released(config):
     return replace(config, "objective", kind="released", density="shifted")
 
 
-@pytest.mark.parametrize("change", [lambda config: config, released], ids=["group norm", "batch norm"])
-def test_eight_devices_compute_what_one_does(config, change):
+@pytest.mark.parametrize(
+    ("change", "mesh", "shard"),
+    [
+        (lambda config: config, MeshConfig(data=4, fsdp=2), (24, 48)),
+        (released, MeshConfig(data=4, fsdp=2), (24, 48)),
+        (lambda config: config, MeshConfig(fsdp=2, context=2, tensor=2), (12, 24)),
+    ],
+    ids=["group norm", "batch norm", "context and tensor"],
+)
+def test_eight_devices_compute_what_one_does(config, change, mesh, shard):
     one, *_ = run_steps(change(config))
-    eight, state, _ = run_steps(change(config), MeshConfig(data=4, fsdp=2))
+    eight, state, _ = run_steps(change(config), mesh)
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
         np.testing.assert_allclose(b["objective"], a["objective"], rtol=1e-5)
         np.testing.assert_allclose(b["gradient_norm"], a["gradient_norm"], rtol=1e-3)
     kernel = state.params["self_attention.q.kernel"]
-    assert kernel.addressable_shards[0].data.shape == (24, 48)  # divided over fsdp
+    assert kernel.addressable_shards[0].data.shape == shard
+
+
+def test_weights_are_gathered_block_by_block(config):
+    """Over `fsdp` and `context`, forward and backward, every gathered weight is that of one block, inside the loop."""
+    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, num_layers=5))
+    mesh, optimizer = make_mesh(MeshConfig(data=2, fsdp=2, context=2)), make_optimizer(config.optim, 3)
+    dit, shapes = abstract(lambda: DiT(config.dit, rngs=nnx.Rngs(0)))
+    networks = Networks(dit, abstract(lambda: make_encoder(config))[0])
+    backbone = laid_out(shapes, tree_shardings(shapes, mesh))
+    inputs = state_layout(config, optimizer, mesh), backbone, batch_layout(config, mesh, np.float32)
+    with jax.set_mesh(mesh):
+        text = jit_train_step(config, networks, optimizer, mesh).lower(*inputs).compile().as_text()
+    gathers = re.findall(r"= f32\[([\d,]*)\].* all-gather\(.*op_name=\"([^\"]*)\"", text)
+    for direction in ("/jvp()/", "/transpose(jvp())/"):
+        inside = [shape for shape, name in gathers if direction in name and "while/body" in name]
+        assert {"48,48", "48,96", "96,48"} <= set(inside)
+    assert not [shape for shape, _ in gathers if shape.startswith("5,")]
 
 
 def test_only_the_encoder_changes_and_all_of_it(config):
@@ -134,20 +172,35 @@ def test_only_the_encoder_changes_and_all_of_it(config):
     assert all(np.isfinite(list(found.values())).all() for found in metrics)
 
 
-@pytest.mark.parametrize("trains", ["both", "high"])
-def test_two_experts(config, tmp_path, trains):
-    """Each step moves the encoder by the expert that its noise levels fall to; only what is needed is loaded."""
-    config = with_experts(config, tmp_path / "weights", trains)
-    metrics, state, backbone = run_steps(config, steps=2)
+def test_each_step_of_two_experts_is_one_by_the_expert_of_its_noise_levels(config, tmp_path):
+    both, *single = (with_experts(config, tmp_path / "weights", trains) for trains in ("both", "high", "low"))
+    drawn = {}  # numbers of a step that draws noise levels of the high expert and of one that does not
+    for number in range(40):
+        key = jax.random.split(jax.random.fold_in(jax.random.key(config.run.seed), number), 5)[0]
+        drawn.setdefault(bool(draw_sigma(config.objective, key, 8, both.experts)[1]), number)
+    after = {}
+    for high, expert in zip((True, False), single, strict=True):
+        first = first_state(config).replace(step=np.int32(drawn[high]))
+        (state, found), (wanted, expected) = (
+            stepper(each)[0](first, some_batch(config)) for each in (both, expert)
+        )
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+        for name in first.params:
+            np.testing.assert_allclose(state.params[name], wanted.params[name], atol=1e-6, err_msg=name)
+        after[high] = state
+    moved = [not np.array_equal(after[True].params[name], after[False].params[name]) for name in first.params]
+    assert np.mean(moved) > 0.9
+
+
+def test_of_two_experts_only_the_one_that_trains_is_loaded_and_named_in_the_file(config, tmp_path):
+    config, mesh = with_experts(config, tmp_path / "weights", "high"), make_mesh(MeshConfig())
     high = safetensors.numpy.load_file(tmp_path / "weights" / "dit_high.safetensors")
-    prefix = "high." if trains == "both" else ""
-    assert len(backbone) == len(high) * (2 if trains == "both" else 1)
-    np.testing.assert_array_equal(backbone[f"{prefix}head.kernel"], high["head.kernel"])
-    assert all(np.isfinite(list(found.values())).all() for found in metrics)
-    start = first_state(config)
-    assert (
-        np.mean([not np.array_equal(state.params[name], start.params[name]) for name in start.params]) > 0.9
-    )
+    _, backbone = load_networks(config, mesh)
+    assert backbone.keys() == high.keys()
+    np.testing.assert_array_equal(backbone["head.kernel"], high["head.kernel"])
+    setup = types.SimpleNamespace(config=config, mesh=mesh, folder=tmp_path, fingerprint="abc")
+    file = Setup.export(setup, "encoder.safetensors", first_state(config), 7, {})
+    assert encoder_metadata(file)[1] == {"step": 7, "gains": {}, "backbone": "abc", "expert": "high"}
 
 
 def test_every_option_at_once(config):
@@ -429,4 +482,4 @@ def test_records_and_meshes_that_do_not_fit_are_named(config):
     with pytest.raises(UserError, match=r"library do not fit(.|\n)*latents \[5, 4, 4, 4\]"):
         check(replace(config, "video", frames=17), mesh, bank, records)
     with pytest.raises(UserError, match=r"mesh.context"):
-        check(config, make_mesh(MeshConfig(context=2)), bank, records)
+        check(config, make_mesh(MeshConfig(data=1, context=8)), bank, records)

@@ -31,8 +31,7 @@ def training_data(
     shuffle: bool = True,
     epochs: int | None = None,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " b"] | None = None,
     drop_remainder: bool = True,
     cache: bool = False,
 ) -> grain.IterDataset:
@@ -51,9 +50,10 @@ def training_data(
     Args:
         records: what to train on.
         matches: for each record, the indices of its reference videos in `bank`; -1 for none.
-        batch_size: of all processes together; each gets an equal part of every batch.
+        batch_size: of all processes together.
         bank: where references come from; `records` itself by default.
         workers: processes that read ahead; 0 reads in this one.
+        rows: of every batch those that this process reads; all of them by default.
         drop_remainder: leaves out a last batch that is not full.
         cache: keeps all records that were read in memory (of each worker).
 
@@ -61,9 +61,7 @@ def training_data(
         UserError: if records, bank, matches and sizes do not go together.
     """
     bank = records if bank is None else bank
-    _check(records, bank, matches, batch_size, epochs, process_count, drop_remainder)
-    part = batch_size // process_count
-    rows = slice(process_index * part, (process_index + 1) * part)
+    _check(records, bank, matches, batch_size, epochs, rows, drop_remainder)
     indices = grain.MapDataset.range(len(records))
     if shuffle:
         indices = indices.shuffle(seed)
@@ -84,7 +82,7 @@ def _check(
     matches: np.ndarray,
     batch_size: int,
     epochs: int | None,
-    process_count: int,
+    rows: np.ndarray | None,
     drop_remainder: bool,
 ) -> None:
     ours, theirs = records.meta, bank.meta
@@ -108,12 +106,8 @@ def _check(
         raise UserError(
             "the data does not fill one batch", expected=f"at least {batch_size} records", found=len(records)
         )
-    if batch_size % process_count or (process_count > 1 and not drop_remainder):
-        raise UserError(
-            "batches must divide among the processes",
-            expected=f"a multiple of {process_count}, the last batch dropped unless full",
-            found=f"{batch_size}, drop_remainder={drop_remainder}",
-        )
+    if rows is not None and not drop_remainder:
+        raise UserError("rows of a batch that may not be there", fix="drop_remainder=True")
 
 
 @dataclasses.dataclass
@@ -124,7 +118,7 @@ class _Load:
     bank: RecordReader | References
     matches: np.ndarray
     text_len: int
-    rows: slice
+    rows: np.ndarray | None
     cache: bool
 
     def __post_init__(self):
@@ -140,7 +134,7 @@ class _Load:
         return record
 
     def __call__(self, indices: np.ndarray) -> Batch:
-        indices = indices[self.rows]
+        indices = indices if self.rows is None else indices[self.rows]
         samples = [self.record(False, index) for index in indices]
         matches = self.matches[indices]
         size, width = len(samples), self.records.meta.text_dim

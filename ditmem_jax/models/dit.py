@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.attention import attention
+from ditmem_jax.models.attention import KEPT, attention
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.layers import (
     FeedForward,
+    Int8Linear,
     LayerNorm,
     RMSNorm,
     layer_norm,
@@ -29,23 +32,41 @@ from ditmem_jax.models.layers import (
     rotate,
     sinusoidal_embedding,
 )
+from ditmem_jax.sharding import constrain
 from ditmem_jax.types import Memory
 
 T = TypeVar("T")
-Remat = Literal["none", "products", "blocks"]
+Linear = type[nnx.Linear] | type[Int8Linear]
+Remat = Literal["none", "products", "attention", "blocks", "offload"]
+INPUT = "input of a block"
+_policies = jax.checkpoint_policies
+_ATTENTION_KEPT = _policies.save_only_these_names(KEPT)
+_PRODUCTS_KEPT = _policies.save_from_both_policies(_policies.dots_saveable, _ATTENTION_KEPT)
 REMAT: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
-    "products": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable),
+    "products": partial(jax.checkpoint, policy=_PRODUCTS_KEPT),
+    "attention": partial(jax.checkpoint, policy=_ATTENTION_KEPT),
     "blocks": jax.checkpoint,
+    "offload": partial(
+        jax.checkpoint,
+        policy=_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
 }
 
 
 class Projections(nnx.Module):
     """Query, key, value and output projections, or some of them; RMS norm over the full width of query and key."""
 
-    def __init__(self, config: DiTConfig, names: str = "qkvo", *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: DiTConfig, names: str = "qkvo", *, linear: Linear, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         for name in names:
-            setattr(self, name, nnx.Linear(config.dim, config.dim, rngs=rngs, dtype=dtype, param_dtype=dtype))
+            setattr(self, name, linear(config.dim, config.dim, rngs=rngs, dtype=dtype, param_dtype=dtype))
             if name in "qk":
                 setattr(self, f"norm_{name}", RMSNorm(config.dim, config.eps, dtype=dtype))
         self.num_heads = config.num_heads
@@ -79,14 +100,20 @@ class ImageEmbedding(nnx.Module):
 class Block(nnx.Module):
     """Self-attention over video and memory, cross-attention to text and image, feed-forward; modulated by time."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        self.self_attention = Projections(config, rngs=rngs, dtype=dtype)
-        self.cross_attention = Projections(config, rngs=rngs, dtype=dtype)
-        self.image_attention = (
-            None if config.image_dim is None else Projections(config, "kv", rngs=rngs, dtype=dtype)
-        )
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        linear: Linear = nnx.Linear,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        options = dict(linear=linear, rngs=rngs, dtype=dtype)
+        self.self_attention = Projections(config, **options)
+        self.cross_attention = Projections(config, **options)
+        self.image_attention = None if config.image_dim is None else Projections(config, "kv", **options)
         self.cross_norm = LayerNorm(config.dim, config.eps, dtype=dtype)
-        self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dim, rngs=rngs, dtype=dtype)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dim, **options)
         self.modulation = nnx.Param(
             jax.random.normal(rngs.params(), (6, config.dim), dtype) * config.dim**-0.5
         )
@@ -101,6 +128,7 @@ class Block(nnx.Module):
         angles: np.ndarray,
         memory: Memory | None,
         memory_time: Float[Array, "B 1 6 D"],
+        backend: Backend = "xla",
     ) -> Float[Array, "B S D"]:
         own = self.modulation[...].astype(jnp.float32)[None, None]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = _parts(time + own)
@@ -110,20 +138,18 @@ class Block(nnx.Module):
             query = rotate(self.self_attention.query(rows), angles)
             key, value = self.self_attention.key_value(rows)
             key = rotate(key, angles)
-            if memory is None:
-                attended = attention(query, key, value)
-            else:
-                memory_rows = layer_norm(memory.tokens.astype(x.dtype), self.eps)
-                memory_rows = _modulate(memory_rows, *_parts(memory_time + own)[:2])
-                attended = attention(
-                    query, key, value, *self.self_attention.key_value(memory_rows), memory.bias
-                )
+            memory_rows = ()
+            if memory is not None:
+                tokens = layer_norm(memory.tokens.astype(x.dtype), self.eps)
+                tokens = _modulate(tokens, *_parts(memory_time + own)[:2])
+                memory_rows = *self.self_attention.key_value(tokens), memory.bias
+            attended = attention(query, key, value, *memory_rows, backend=backend, ring=True)
             x = x + _gated(self.self_attention.out(attended), gate)
         with jax.named_scope("cross_attention"):
             query = self.cross_attention.query(self.cross_norm(x))
-            attended = attention(query, *self.cross_attention.key_value(context))
+            attended = attention(query, *self.cross_attention.key_value(context), backend=backend)
             if image is not None:  # a softmax of its own, as released
-                attended = attended + attention(query, *self.image_attention.key_value(image))
+                attended += attention(query, *self.image_attention.key_value(image), backend=backend)
             x = x + self.cross_attention.out(attended)
         with jax.named_scope("feed_forward"):
             return x + _gated(
@@ -137,10 +163,18 @@ class DiT(nnx.Module):
     Blocks are stacked along a leading axis and scanned, so that compile time does not grow with depth.
 
     Args:
+        int8: hold the matrices of the blocks, nearly all of the weights, in 8 bits (`layers.Int8Linear`).
         dtype: of weights and matrix products. Norms, angles and modulation stay float32.
     """
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        int8: bool = False,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, rngs=rngs, dtype=dtype, param_dtype=dtype)
 
@@ -153,7 +187,8 @@ class DiT(nnx.Module):
         self.image_embedding = (
             None if config.image_dim is None else ImageEmbedding(config, rngs=rngs, dtype=dtype)
         )
-        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, dtype=dtype), in_axes=0, out_axes=0)(
+        kind = Int8Linear if int8 else nnx.Linear
+        self.blocks = nnx.vmap(lambda rngs: Block(config, linear=kind, rngs=rngs, dtype=dtype))(
             rngs.split(config.num_layers)
         )
         self.head = linear(config.dim, config.out_dim * patch)
@@ -172,6 +207,7 @@ class DiT(nnx.Module):
         condition: Float[Array, "B T H W Y"] | None = None,
         image: Float[Array, "B I P"] | None = None,
         remat: Remat = "none",
+        backend: Backend = "xla",
         unroll: bool = False,
     ) -> Float[Array, "B T H W C"]:
         """Velocity of `latents` at `timestep` (1000 sigma) given text embeddings (zero past their length).
@@ -183,8 +219,10 @@ class DiT(nnx.Module):
                 the latents of the given frames.
             image: CLIP tokens of the given frame, `config.image_dim` wide.
             remat: what the backward pass finds kept. "none" computes nothing again; "products" keeps matrix
-                products only, which saves half of the memory and on CPUs even time; "blocks" keeps the
-                inputs of blocks only.
+                products only, which saves half of the memory and on CPUs even time; "attention" keeps the inputs
+                of blocks and the outputs of kernels of attention; "blocks" the inputs only; "offload" has these in
+                the memory of the host, where the device can reach that (GPUs and TPUs).
+            backend: of attention, see `models.kernels`.
             unroll: lay the blocks out instead of scanning them (for counting operations).
         Raises:
             UserError: if something is missing, not wanted, or of another size than the configuration says.
@@ -197,16 +235,25 @@ class DiT(nnx.Module):
         if condition is not None:
             latents = jnp.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x = self.patch_embedding(_patchify(latents.astype(self.dtype), config.patch_size))
-        context = self.text_embedding(context.astype(self.dtype))
+        x = constrain(x, "batch", "tokens", None)
+        context = constrain(self.text_embedding(context.astype(self.dtype)), "batch", None, None)
         image = None if image is None else self.image_embedding(image.astype(self.dtype))
         timestep = timestep.reshape(len(timestep), -1)
         time, modulation, memory_modulation = self._embed_time(timestep, tokens=x.shape[1])
 
+        modulation, memory_modulation = (
+            constrain(x, "batch", None, None, None) for x in (modulation, memory_modulation)
+        )
+        if memory is not None:
+            memory = Memory(constrain(memory.tokens, "batch", None, None), memory.bias)
+
         graph, layers = nnx.split(self.blocks)
+        others = context, image, modulation, angles
 
         def block(x, layer):
-            out = nnx.merge(graph, layer)(x, context, image, modulation, angles, memory, memory_modulation)
-            return out, None
+            x = checkpoint_name(x, INPUT)
+            x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, backend)
+            return constrain(x, "batch", "tokens", None), None
 
         x, _ = jax.lax.scan(REMAT[remat](block), x, layers, unroll=config.num_layers if unroll else 1)
 

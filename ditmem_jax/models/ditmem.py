@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from ditmem_jax.config import Config
 from ditmem_jax.flow import TRAIN_STEPS, add_noise, target
 from ditmem_jax.models.dit import DiT, Remat
+from ditmem_jax.models.kernels import Backend, resolve
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import Structure
 from ditmem_jax.types import Memory
@@ -24,6 +27,16 @@ class Networks(NamedTuple):
 
     dit: Structure
     encoder: Structure
+
+
+def attention_backend(config: Config, mesh: Mesh) -> Backend:
+    """What computes attention on the devices of `mesh`: `config.mesh.attention`, with "auto" decided.
+
+    Raises:
+        UserError: for one that these devices do not have, or that does not take these weights.
+    """
+    platform = mesh.devices.flat[0].platform
+    return resolve(config.mesh.attention, platform, config.weights.computed_in, config.dit.head_dim)
 
 
 def encode(
@@ -52,11 +65,14 @@ def velocity(
     noise: Float[Array, "B T H W C"],
     *,
     remat: Remat = "none",
+    backend: Backend = "xla",
     unroll: bool = False,
 ) -> Float[Array, "B T H W C"]:
-    """Velocity of the batch's latents at noise level `sigma`, one per sample; for `remat`, `unroll` see `DiT`."""
+    """Velocity of the batch's latents at noise level `sigma`, one per sample; for the options see `DiT`."""
     noisy = add_noise(batch["latents"].astype(jnp.float32), noise, sigma)
-    return dit(noisy, TRAIN_STEPS * sigma, batch["context"], memory, remat=remat, unroll=unroll)
+    return dit(
+        noisy, TRAIN_STEPS * sigma, batch["context"], memory, remat=remat, backend=backend, unroll=unroll
+    )
 
 
 def errors(
@@ -67,11 +83,12 @@ def errors(
     noise: Float[Array, "B T H W C"],
     *,
     remat: Remat = "none",
+    backend: Backend = "xla",
     unroll: bool = False,
 ) -> Float[Array, " B"]:
     """Mean squared error of the velocity, per sample."""
     latents = batch["latents"].astype(jnp.float32)
-    predicted = velocity(dit, memory, batch, sigma, noise, remat=remat, unroll=unroll)
+    predicted = velocity(dit, memory, batch, sigma, noise, remat=remat, backend=backend, unroll=unroll)
     return jnp.square(predicted - target(latents, noise)).mean(axis=(1, 2, 3, 4))
 
 
@@ -86,6 +103,7 @@ def predict(
     rngs: nnx.Rngs | None = None,
     keep: Bool[Array, " B"] | None = None,
     remat: Remat = "none",
+    backend: Backend = "xla",
     unroll: bool = False,
 ) -> Float[Array, "B T H W C"]:
     """Velocity with the memory of the batch's references.
@@ -97,4 +115,4 @@ def predict(
     memory = encode(encoder, batch, training=training, rngs=rngs)
     if keep is not None:
         memory = keep_only(memory, keep)
-    return velocity(dit, memory, batch, sigma, noise, remat=remat, unroll=unroll)
+    return velocity(dit, memory, batch, sigma, noise, remat=remat, backend=backend, unroll=unroll)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 
 def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
@@ -46,8 +46,49 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+class Int8Linear(nnx.Module):
+    """A frozen linear layer whose matrix is held in 8 bits, with one factor per output (see `to_int8`).
+
+    The factors multiply the product instead of the matrix, which is the same and leaves bfloat16 nothing to round:
+    it holds every 8-bit integer. By hand for that: qwix multiplies the matrix, in the precision of the factors, and
+    its layers hold a matrix and its factors in one variable, where ours have paths of their own on disk and on a mesh.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ):
+        del rngs
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
+        self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        product = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        bias = self.bias[...].astype(jnp.float32).reshape(shape)
+        return (product * self.scale[...].reshape(shape) + bias).astype(self.dtype)
+
+
+def to_int8(
+    kernel: Float[np.ndarray, "*layers D E"],
+) -> tuple[Int8[np.ndarray, "*layers D E"], Float[np.ndarray, "*layers E"]]:
+    """A matrix in 8 bits and the factor of each output, in float32: the largest weight of an output becomes 127."""
+    if kernel.ndim > 2:  # layer by layer, so that no copy of all of them exists
+        layers = [to_int8(layer) for layer in kernel]
+        return tuple(np.stack(parts) for parts in zip(*layers, strict=True))
+    kernel = np.asarray(kernel, np.float32)
+    scale = np.maximum(np.abs(kernel).max(0), np.finfo(np.float32).tiny) / np.float32(127)
+    return np.rint(kernel / scale).astype(np.int8), scale
+
+
 class FeedForward(nnx.Module):
-    """Two linear layers around a GELU, which is approximated by a tanh unless it is to be `exact`."""
+    """Two linear layers around a GELU, which is approximated by a tanh unless it is to be `exact`.
+
+    Args:
+        linear: the kind of layer.
+    """
 
     def __init__(
         self,
@@ -56,11 +97,12 @@ class FeedForward(nnx.Module):
         out: int,
         *,
         exact: bool = False,
+        linear: type[nnx.Linear] | type[Int8Linear] = nnx.Linear,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ):
-        self.up = nnx.Linear(dim, hidden, rngs=rngs, dtype=dtype, param_dtype=dtype)
-        self.down = nnx.Linear(hidden, out, rngs=rngs, dtype=dtype, param_dtype=dtype)
+        self.up = linear(dim, hidden, rngs=rngs, dtype=dtype, param_dtype=dtype)
+        self.down = linear(hidden, out, rngs=rngs, dtype=dtype, param_dtype=dtype)
         self.exact = exact
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:

@@ -15,8 +15,8 @@ class Structure(NamedTuple):
     graph: nnx.GraphDef
     state: nnx.State
 
-    def merge(self, arrays: Mapping[str, jax.Array]) -> nnx.Module:
-        """The network with these arrays, which may be traced."""
+    def merge(self, arrays: Mapping[str, Any]) -> nnx.Module:
+        """The network with these arrays, which may be traced, or shapes in their place."""
         flat = [
             (path, variable.replace(arrays[_dotted(path)]))
             for path, variable in nnx.to_flat_state(self.state)

@@ -119,7 +119,8 @@ def test_remat_and_unrolling_change_nothing(network, inputs):
         return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(inputs[3]))
 
     plain = value_and_gradient()
-    for options in ({"remat": "products"}, {"remat": "blocks"}, {"unroll": True}):
+    remats = [{"remat": remat} for remat in ("products", "attention", "blocks", "offload")]
+    for options in (*remats, {"unroll": True}):
         for got, want in zip(value_and_gradient(**options), plain, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
