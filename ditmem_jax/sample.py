@@ -45,7 +45,7 @@ from ditmem_jax.sharding import batch_parts, check_mesh, divided, make_mesh, pla
 from ditmem_jax.types import Memory
 
 Latents = Float[Array, "B T H W C"]
-Rows = tuple[Float[Array, "B R 2 M D"], ...]
+Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
 """What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
 Velocity = Callable[[Latents, Float[Array, ""]], Latents]
 """Velocity of noisy latents at a noise level sigma."""

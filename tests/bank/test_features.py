@@ -54,7 +54,7 @@ def test_clips_are_the_same_to_the_last_bit(config, bank, tmp_path, kind):
     assert (summary.made, summary.found) == (len(bank), 0)
     found = retrieve(config, PROMPT)
     sampler = Sampler.load(dataclasses.replace(config, memory=load_encoder(encoder).config), encoder)
-    stored = (jnp.asarray(Features.open(tmp_path / "tokens", encoder).rows(found.checksums)[None]),)
+    stored = (Features.open(tmp_path / "tokens", encoder).rows(found.checksums)[None],)
     fresh = sampler.rows(found.latents[None])
     np.testing.assert_array_equal(stored[0], fresh[0])
     plain, *clips = (
@@ -67,7 +67,7 @@ def test_clips_are_the_same_to_the_last_bit(config, bank, tmp_path, kind):
     whole = nnx.jit(partial(MemoryEncoder.__call__, training=False))(
         network, jnp.asarray(found.latents[None])
     )
-    mixed = network.mix(stored[0], jnp.ones((1, len(found.videos)), bool))
+    mixed = network.mix(jnp.asarray(stored[0]), jnp.ones((1, len(found.videos)), bool))
     for got, want in zip(mixed, whole, strict=True):
         assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
