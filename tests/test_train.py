@@ -186,7 +186,9 @@ def test_each_step_of_two_experts_is_one_by_the_expert_of_its_noise_levels(confi
         )
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
         for name in first.params:
-            np.testing.assert_allclose(state.params[name], wanted.params[name], atol=1e-6, err_msg=name)
+            ours, theirs = (np.asarray(x.params[name]) - first.params[name] for x in (state, wanted))
+            # Adam makes whole steps of gradients that are hardly more than rounding
+            assert np.linalg.norm(ours - theirs) <= 0.02 * np.linalg.norm(theirs), name
         after[high] = state
     moved = [not np.array_equal(after[True].params[name], after[False].params[name]) for name in first.params]
     assert np.mean(moved) > 0.9
