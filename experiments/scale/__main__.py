@@ -1,7 +1,7 @@
-"""The table of this folder: `python -m experiments.scale` compiles what results.json does not hold yet.
+"""The table of this folder: `python -m experiments.scale [MODEL]` compiles what results.json does not hold yet.
 
-Each program is compiled by a command of its own, alone, so that its compile time can be compared. All of them take
-hours on two cores; the file is written after each.
+Each program is compiled by a command of its own, so that its compile time can be compared. All of them take more than
+an hour on two cores; results.json and the table are written after each.
 """
 
 import json
@@ -63,28 +63,34 @@ def row(model: str, topology: str, mesh: str, program: str, report: dict) -> str
     return "| " + " | ".join(map(str, [*cells, round(report["compile_seconds"])])) + " |"
 
 
+def write_table(results: dict) -> None:
+    programs = [(*place, program) for place in PLACES for program in ("train", "sample")]
+    known = {each: results.get(" ".join(command(*each))) for each in programs}
+    table = "\n".join([HEADER, *(row(*each, report) for each, report in known.items() if report)])
+    readme = FOLDER / "README.md"
+    before, rest = readme.read_text().split("<!-- table -->\n", 1)
+    after = rest.split("<!-- end -->", 1)[1]
+    write_text(readme, f"{before}<!-- table -->\n{table}\n<!-- end -->{after}")
+
+
 def main() -> None:
     file = FOLDER / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    rows = [HEADER]
     for place in PLACES:
         for program in ("train", "sample"):
             arguments = command(*place, program)
             key = " ".join(arguments)
-            if key not in results:
-                done = subprocess.run(
-                    [sys.executable, "-m", "ditmem_jax.aot", *arguments, "--json"],
-                    stdout=subprocess.PIPE, text=True, check=True,
-                )  # fmt: skip
-                results[key] = json.loads(done.stdout)[0]
-                write_text(file, json.dumps(results, indent=1) + "\n")
-            rows.append(row(*place, program, results[key]))
-            print(rows[-1], flush=True)
-    readme = FOLDER / "README.md"
-    before, rest = readme.read_text().split("<!-- table -->\n", 1)
-    after = rest.split("<!-- end -->", 1)[1]
-    table = "\n".join(rows)
-    write_text(readme, f"{before}<!-- table -->\n{table}\n<!-- end -->{after}")
+            if key in results or (sys.argv[1:] and place[0] not in sys.argv[1:]):
+                continue
+            print(f"python -m ditmem_jax.aot {key}", flush=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "ditmem_jax.aot", *arguments, "--json"],
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            results[key] = json.loads(done.stdout)[0]
+            write_text(file, json.dumps(results, indent=1) + "\n")
+            write_table(results)
+    write_table(results)
 
 
 if __name__ == "__main__":
