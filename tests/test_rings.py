@@ -14,7 +14,8 @@ LIBRARY = ROOT / "ditmem_jax"
 RINGS = (
     ("types", "errors", "strict", "flow", "config", "presets", "cli"),
     ("sharding",),
-    ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.state"),
+    ("data", "bank", "worlds", "objective", "models.layers", "models.attention", "models.kernels")
+    + ("models.ring", "models.state"),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint"),
     ("encode", "runs", "validate", "train", "sample"),
@@ -28,6 +29,8 @@ BESIDE = {
     "presets": {"config"},
     "cli": {"config", "errors"},
     "bank": {"data"},
+    "models.attention": {"models.kernels", "models.ring"},
+    "models.ring": {"models.kernels"},
     "worlds": {"data"},
     "train": {"runs", "validate"},
     "validate": {"runs"},
