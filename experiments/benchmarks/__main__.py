@@ -1,0 +1,175 @@
+"""Times and memory of this library beside PyTorch's, as ratios from one run.
+
+    python -m experiments.benchmarks pytorch            # a training and a denoising step against diffusers
+    python -m experiments.benchmarks memory             # what a memory costs, here and concatenated
+    python -m experiments.benchmarks encoder            # the memory encoder alone
+    python -m experiments.benchmarks vae                # VAE encode and decode
+    python -m experiments.benchmarks growth             # with tokens, blocks and reference videos
+    python -m experiments.benchmarks pytorch --small    # sizes for a test: says nothing about speed
+
+Every measurement is a process of its own, and the two sides take turns, so that both see the machine alike. Needs the
+extra `parity`. Results go to `results.json` beside this file; those of other commands stay in it.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ditmem_jax import cli
+from ditmem_jax.data.files import write_text
+from ditmem_jax.errors import UserError
+from experiments.benchmarks.case import Case
+from experiments.benchmarks.child import arguments
+
+RESULTS = Path(__file__).with_name("results.json")
+SIDES = ("ours", "torch")
+
+
+def plans(tokens: Sequence[int], layers: int, dtype: str, small: bool) -> dict[str, list[tuple[str, Case]]]:
+    """The operations and cases of each command."""
+
+    def case(**sizes) -> Case:
+        return Case(**dict(tokens=tokens[0], layers=layers, dtype=dtype, small=small) | sizes)
+
+    return {
+        "pytorch": [(name, case(tokens=n)) for n in tokens for name in ("train", "denoise")],
+        "memory": [(name, case(tokens=n)) for n in tokens for name in ("denoise without memory", "denoise")],
+        "encoder": [("encoder", case())],
+        "vae": [(f"vae {way}", case(tokens=500)) for way in ("encode", "decode")],
+        "growth": [
+            ("train", case(**sizes))
+            for sizes in (
+                *({"tokens": n} for n in (500, 2_000, 4_000, 8_000)),
+                *({"layers": n} for n in (1, 2, 8)),
+                *({"videos": n} for n in (1, 10)),
+            )
+        ],
+    }
+
+
+def measure(side: str, operation: str, repeats: int, case: Case) -> dict:
+    """What one process found; see `child`."""
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1"}
+    done = subprocess.run(
+        arguments(side, operation, repeats, case), capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        return {"failed": reason[0]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(plan: list[tuple[str, Case]], sides: Sequence[str], rounds: int, repeats: int) -> list[dict]:
+    """One row per operation and case: medians over all rounds, and the ratio of the peer to us."""
+    rows = []
+    with Progress() as progress:
+        bar = progress.add_task("measuring", total=len(plan) * rounds * len(sides))
+        for operation, case in plan:
+            found: dict[str, list[dict]] = {side: [] for side in sides}
+            for _ in range(rounds):
+                for side in sides:
+                    progress.update(bar, description=f"{operation}, {case.tokens} tokens, {side}")
+                    found[side].append(measure(side, operation, repeats, case))
+                    progress.advance(bar)
+            rows.append(_row(operation, case, found))
+    return rows
+
+
+def _row(operation: str, case: Case, found: dict[str, list[dict]]) -> dict:
+    row = dict(operation=operation, tokens=case.tokens, layers=case.layers, videos=case.videos)
+    row |= dict(dtype=case.dtype, remat=case.remat)
+    for side, rounds in found.items():
+        if failed := [result["failed"] for result in rounds if "failed" in result]:
+            row[side] = {"failed": failed[0]}
+            continue
+        seconds = statistics.median(second for result in rounds for second in result["seconds"])
+        row[side] = {
+            "seconds": seconds,
+            "peak_gb": statistics.median(result["peak"] for result in rounds) / 1e9,
+            "first_call": statistics.median(result["first"] for result in rounds),
+        }
+        if operation in case.flops:
+            row[side]["gflops"] = case.flops[operation] / seconds / 1e9
+    return row
+
+
+def show(rows: list[dict], sides: Sequence[str]) -> Table:
+    """The rows as a table for a terminal; ratios above 1 are in our favour."""
+    table = Table(box=None, header_style="bold")
+    for name in ("operation", "tokens", "blocks", "videos"):
+        table.add_column(name, justify="left" if name == "operation" else "right")
+    for side in sides:
+        table.add_column(f"{side}\ns", justify="right")
+    table.add_column("theirs\n/ ours", justify="right")
+    for side in sides:
+        table.add_column(f"{side}\nGB", justify="right")
+    for row in rows:
+        cells = [row["operation"], f"{row['tokens']:,}", str(row["layers"]), str(row["videos"])]
+        cells += [_number(row[side], "seconds") for side in sides]
+        ratio = "-"
+        if len(sides) > 1 and all("seconds" in row[side] for side in sides):
+            ratio = f"{row[sides[1]]['seconds'] / row[sides[0]]['seconds']:.2f}"
+        table.add_row(*cells, ratio, *(_number(row[side], "peak_gb") for side in sides))
+    return table
+
+
+def _number(result: dict, name: str) -> str:
+    return f"{result[name]:.3g}" if name in result else "failed"
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    import jax
+    import torch
+
+    device = jax.devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu" and (info := Path("/proc/cpuinfo")).exists():
+        kind = next(
+            line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        )
+    return {
+        "device": kind,
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def main(command: str) -> None:
+    every = plans([int(n) for n in TOKENS.value], LAYERS.value, DTYPE.value, SMALL.value)
+    if command not in every:
+        raise UserError(f"unknown benchmark {command!r}", expected=f"one of: {', '.join(every)}")
+    peak = [] if SMALL.value else [("matmul", Case(dtype=DTYPE.value))]
+    rows = compare(peak + every[command], SIDES_FLAG.value, ROUNDS.value, REPEATS.value)
+    Console().print(show(rows, SIDES_FLAG.value))
+    for row in rows:
+        for side in SIDES_FLAG.value:
+            if "failed" in row[side]:
+                print(f"{row['operation']}, {side}: {row[side]['failed']}")
+    path = Path(OUT.value)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[command] = {"machine": machine(), "rows": rows}
+    write_text(path, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    TOKENS = flags.DEFINE_list("tokens", ["2000", "8000"], "Video tokens of the clips.")
+    LAYERS = flags.DEFINE_integer("layers", 4, "Blocks of the transformer.", lower_bound=1)
+    DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
+    ROUNDS = flags.DEFINE_integer("rounds", 3, "How often the sides take turns.", lower_bound=1)
+    REPEATS = flags.DEFINE_integer("repeats", 2, "Calls that a process times.", lower_bound=1)
+    SMALL = flags.DEFINE_bool("small", False, "Tiny networks, for a test.")
+    SIDES_FLAG = flags.DEFINE_list("sides", list(SIDES), "ours, torch, torch.compile.")
+    OUT = flags.DEFINE_string("out", str(RESULTS), "File for the results.")
+    cli.run(main, "COMMAND")

@@ -1,0 +1,71 @@
+"""One measurement in a process of its own, so that its peak memory is its own: prints one line of JSON."""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+
+from experiments.benchmarks.case import Case
+
+
+def main(side: str, operation: str, repeats: int, case: Case) -> None:
+    begun = time.perf_counter()
+    run = _preparer(side)(operation, case)
+    prepared = time.perf_counter()
+    run()
+    first = time.perf_counter()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    print(
+        json.dumps(
+            dict(
+                seconds=seconds,
+                prepare=prepared - begun,
+                first=first - prepared,
+                peak=_peak_bytes(side),
+            )
+        )
+    )
+
+
+def _preparer(side: str):
+    if side == "ours":
+        from ditmem_jax.cli import keep_freed_memory
+        from experiments.benchmarks.ours import prepare
+
+        keep_freed_memory()  # as every command does
+        return prepare
+    from experiments.benchmarks.peer import prepare
+
+    return lambda operation, case: prepare(operation, case, compiled=side == "torch.compile")
+
+
+def _peak_bytes(side: str) -> int:
+    """The most memory that was in use: of the accelerator where there is one, else of the process."""
+    if side == "ours":
+        import jax
+
+        statistics = jax.devices()[0].memory_stats()
+        if statistics:
+            return statistics["peak_bytes_in_use"]
+    else:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def arguments(side: str, operation: str, repeats: int, case: Case) -> list[str]:
+    """The command line of this program."""
+    given = dict(side=side, operation=operation, repeats=repeats, case=dataclasses.asdict(case))
+    return [sys.executable, "-m", "experiments.benchmarks.child", json.dumps(given)]
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    main(given["side"], given["operation"], given["repeats"], Case(**given["case"]))

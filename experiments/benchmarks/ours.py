@@ -1,0 +1,123 @@
+"""The operations of `case.OPERATIONS` in this library."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ditmem_jax.checkpoint import DTYPES
+from ditmem_jax.models import vae as vae_module
+from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.ditmem import Networks
+from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.state import abstract
+from ditmem_jax.models.vae import VAE
+from ditmem_jax.sample import denoise, guided
+from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
+from ditmem_jax.types import Memory
+from experiments.benchmarks.case import MATMUL, Case
+
+
+def prepare(operation: str, case: Case) -> Callable[[], None]:
+    """Everything made and compiled but for the first call; each call runs the operation once, to its end."""
+    name, _, without = operation.partition(" without ")
+    makers = {
+        "train": _train,
+        "denoise": _denoise,
+        "encoder": _encoder,
+        "vae encode": _vae,
+        "vae decode": _vae,
+        "matmul": _matmul,
+    }
+    return makers[name](case, without or operation)
+
+
+def _random(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def _weights(create: Callable[[], nnx.Module]):
+    """A structure and random arrays for it."""
+    structure, shapes = abstract(create)
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: jnp.asarray(rng.standard_normal(x.shape, np.float32) * x.shape[-1] ** -0.5, x.dtype)
+        for name, x in shapes.items()
+    }
+    return structure, arrays
+
+
+def _transformer(case: Case):
+    config = case.config()
+    return _weights(lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=DTYPES[case.dtype]))
+
+
+def _references(case: Case) -> jax.Array:
+    return _random(3, 1, case.videos, *case.references, case.config().memory.in_dim)
+
+
+def _train(case: Case, _: str) -> Callable[[], None]:
+    config = case.config()
+    structure, backbone = _transformer(case)
+    encoder, _ = abstract(lambda: make_encoder(config))
+    optimizer = make_optimizer(config.optim, 1)
+    step = jax.jit(make_train_step(config, Networks(structure, encoder), optimizer), donate_argnums=0)
+    state = jax.jit(lambda: init_state(config, optimizer))()
+    batch = {
+        "latents": _random(1, 1, *case.grid, config.vae.z_dim),
+        "context": _random(2, 1, config.dit.text_len, config.dit.text_dim, dtype=DTYPES[case.dtype]),
+        "references": _references(case),
+        "present": jnp.ones((1, case.videos), bool),
+    }
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, backbone, batch)
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def _denoise(case: Case, without: str) -> Callable[[], None]:
+    config = case.config()
+    structure, backbone = _transformer(case)
+    dtype = DTYPES[case.dtype]
+    contexts = [_random(i, 1, config.dit.text_len, config.dit.text_dim, dtype=dtype) for i in (1, 2)]
+    memory = None if without == "memory" else _encoder(case, "")()
+
+    @jax.jit
+    def step(backbone, noise, contexts, memory):
+        velocity = guided(structure.merge(backbone), *contexts, memory, config.sample.guidance)
+        return denoise(velocity, noise, np.array([0.8]), None, 0.78)
+
+    noise = _random(3, 1, *case.grid, config.vae.z_dim)
+    return lambda: jax.block_until_ready(step(backbone, noise, contexts, memory))
+
+
+def _encoder(case: Case, _: str) -> Callable[[], Memory]:
+    config, dtype = case.config(), DTYPES[case.dtype]
+    structure, arrays = _weights(lambda: MemoryEncoder(config.memory, rngs=nnx.Rngs(0), dtype=dtype))
+    arrays = {name: jnp.abs(x) if name.endswith("norm.var") else x for name, x in arrays.items()}
+    encode = jax.jit(lambda arrays, x: structure.merge(arrays)(x, training=False))
+    references = _references(case)
+    return lambda: jax.block_until_ready(encode(arrays, references))
+
+
+def _vae(case: Case, operation: str) -> Callable[[], None]:
+    config = case.config()
+    structure, arrays = _weights(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
+    vae = structure.merge(arrays)
+    if operation == "vae encode":
+        video = config.video
+        pixels = _random(1, 1, video.frames, video.height, video.width, 3)
+        return lambda: jax.block_until_ready(vae_module.encode(vae, pixels))
+    latents = _random(1, 1, *case.grid, config.vae.z_dim)
+    return lambda: jax.block_until_ready(vae_module.decode(vae, latents))
+
+
+def _matmul(case: Case, _: str) -> Callable[[], None]:
+    a, b = (_random(i, MATMUL, MATMUL, dtype=DTYPES[case.dtype]) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(product(a, b))
