@@ -1,7 +1,6 @@
 """What every command line tool shares: `--config` with overrides, `--debug`, and errors in a few lines."""
 
 import ast
-import ctypes
 import os
 import re
 import runpy
@@ -65,22 +64,7 @@ def run(main: Callable[..., None], arguments: str = "") -> None:
     )
 
 
-def keep_freed_memory() -> None:
-    """Keeps glibc from giving freed memory back to the kernel; elsewhere it does nothing.
-
-    On CPUs XLA allocates all that a step needs anew each time: hundreds of megabytes that the kernel would hand
-    out zeroed, page by page. Kept, gradients of the tiny transformer over 64 clips took 0.20 s instead of 0.27 s on
-    two cores.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
-            mallopt(option, value)
-
-
 def _guarded(main: Callable[..., None], given: list[str], names: list[str]) -> None:
-    keep_freed_memory()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # else libraries tell of all that they do
     try:

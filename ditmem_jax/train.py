@@ -60,6 +60,7 @@ ROLES = (
     (r"\.norm\.(mean|var)$", "running statistics"),
     (r"^encoder\.", "trained"),
 )
+SMALL = 2**28  # bytes of frozen weights: up to here memory goes to speed, beyond it is scarce
 ON_DEVICE = ("latents", "context", "references", "present")
 
 
@@ -245,6 +246,8 @@ class Setup:
         check(config, self.mesh, [videos for videos, _ in references], *filter(None, (records, held_out)))
         self.backend = attention_backend(config, self.mesh)
         self.networks, self.backbone = load_networks(config, self.mesh)
+        if sum(x.nbytes for x in self.backbone.values()) <= SMALL:
+            startup.keep_freed_memory()
         self.fingerprint = runs.fingerprint(self.backbone)
         with runs.claim(config, self.fingerprint) as self.folder:
             with startup.leader_first():

@@ -123,26 +123,3 @@ def test_debug_shows_the_traceback():
     assert result.returncode != 0
     assert "Traceback" in result.stderr
     assert "--config is missing" in result.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_kept():
-    program = """
-import resource
-from ditmem_jax.cli import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * (64 << 20)  # allocated, written and freed
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-returned = faults()
-keep_freed_memory()
-faults()
-print(returned, faults())
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT
-    )
-    returned, kept = map(int, result.stdout.split())
-    assert kept < returned / 4

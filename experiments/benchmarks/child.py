@@ -34,10 +34,8 @@ def main(side: str, operation: str, repeats: int, case: Case) -> None:
 
 def _preparer(side: str):
     if side == "ours":
-        from ditmem_jax.cli import keep_freed_memory
         from experiments.benchmarks.ours import prepare
 
-        keep_freed_memory()  # as every command does
         return prepare
     from experiments.benchmarks.peer import prepare
 
