@@ -506,7 +506,7 @@ if __name__ == "__main__":
     )
     PROMPT = flags.DEFINE_string("prompt", None, "What the clip shows.", required=True)
     MEMORY = flags.DEFINE_string(
-        "memory", "auto", "auto: what the bank finds for the prompt; none; or ids: ID,ID."
+        "memory", "auto", "auto: what the bank finds for the prompt; none; or ids as ID,ID."
     )
     FEATURES = flags.DEFINE_string(
         "features",

@@ -126,12 +126,12 @@ def verify() -> None:
 
 
 def match(folder: str) -> None:
-    found = matches.find(
-        RecordReader(folder), Bank.open(BANK.value, ivf_above=IVF.value), K.value, THRESHOLD.value
-    )
+    count = 5 if K.value is None else K.value
+    bank = Bank.open(BANK.value, ivf_above=IVF.value)
+    found = matches.find(RecordReader(folder), bank, count, THRESHOLD.value)
     found.save(Path(folder) / matches.FILE)
     left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
-    print(f"{K.value} references for each of {len(found.table)} records: {Path(folder) / matches.FILE}")
+    print(f"{count} references for each of {len(found.table)} records: {Path(folder) / matches.FILE}")
     print(f"kept out: {left_out}")
 
 
@@ -264,7 +264,7 @@ if __name__ == "__main__":
     EMBEDDER = flags.DEFINE_string(
         "embedder", None, "lexical, or sentence-transformers:NAME_OR_FOLDER[@REVISION]."
     )
-    K = flags.DEFINE_integer("k", 5, "How many videos.", lower_bound=1)
+    K = flags.DEFINE_integer("k", None, "How many videos; 5 by default.", lower_bound=1)
     WHERE = flags.DEFINE_string("where", None, 'Filter in SQL, such as "motion > 0.5".')
     QUERIES = flags.DEFINE_string("queries", None, "File of texts, one a line, or of vectors (.npy).")
     VERSION = flags.DEFINE_integer("version", None, "An older version of the bank.")
@@ -289,5 +289,5 @@ if __name__ == "__main__":
     HOST = flags.DEFINE_string(
         "host", "127.0.0.1", "serve: address to answer at; 0.0.0.0 lets other machines in."
     )
-    PORT = flags.DEFINE_integer("port", 7860, "serve: port to answer at; 0 takes a free one.")
+    PORT = flags.DEFINE_integer("port", 7860, "serve: port to answer at; 0 takes a free one.", 0, 65535)
     cli.run(main, "COMMAND [ARGUMENT]")

@@ -82,7 +82,10 @@ def read_rows(path: str | Path) -> pa.Table:
 
 
 def further(columns: Mapping[str, Iterable[str]], texts: Sequence[str] = ()) -> dict[str, pa.Array]:
-    """Columns of text as the bank keeps them: numbers where every value is one or absent, except for `texts`."""
+    """Columns of text as the bank keeps them: numbers where every value is one or absent, except for `texts`.
+
+    Values such as 007 are texts.
+    """
     return {
         _free(name): _numbers(pa.array(values, pa.string()), name in texts)
         for name, values in columns.items()
@@ -97,10 +100,13 @@ def _free(name: str) -> str:
 def _numbers(column: pa.Array, text: bool) -> pa.Array:
     trimmed = pc.utf8_trim_whitespace(column)
     trimmed = pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)
-    if text or trimmed.null_count == len(column):
+    if trimmed.null_count == len(column):
+        return column if text else trimmed
+    codes = pc.any(pc.match_substring_regex(trimmed, "^0[0-9]")).as_py()  # 007 is a name
+    if text or codes:
         return column
     try:
-        return trimmed.cast(pa.float64())
+        return trimmed.cast(pa.float64())  # never integers: the next table may say 8.5 where this one says 8
     except pa.ArrowInvalid:
         return column
 

@@ -92,24 +92,37 @@ class Bank:
         return load_embedder(self.table.description, self.table.words)
 
     def search(
-        self, queries: Sequence[str] | Float32[np.ndarray, "P D"], k: int, *, where: str | None = None
+        self,
+        queries: Sequence[str] | Float32[np.ndarray, "P D"],
+        k: int | None = None,
+        *,
+        where: str | None = None,
     ) -> Results:
         """The k videos nearest to each query, a text or a vector, among those that the filter `where` leaves.
 
+        Args:
+            k: how many; None is five, or all if fewer are left.
         Raises:
-            UserError: if fewer than k are left, a text has no words, or the filter does not parse.
+            UserError: if fewer than k are left or none is, a text has no words, or the filter does not parse.
         """
         vectors = self._vectors(queries)
         allowed = self._allowed(where)
         left = int(allowed.sum())
+        if not len(self):
+            raise UserError(f"the bank {self.table.uri} is empty", fix="python -m ditmem_jax.bank add")
+        if not left:
+            raise UserError(
+                "no video passes the filter",
+                expected=f"some of the {len(self)} in the bank {self.table.uri}",
+                found=where,
+            )
+        if k is None:
+            k = min(5, left)
         if not 1 <= k <= left:
             filtered = "" if where is None else f", {left} of them pass the filter"
             raise UserError(
-                f"the bank {self.table.uri} cannot give {k} videos"
-                if len(self)
-                else f"the bank {self.table.uri} is empty",
+                f"the bank {self.table.uri} cannot give {k} videos",
                 expected=f"k from 1 to {left}: the bank holds {len(self)}{filtered}",
-                found=k,
                 fix="a smaller k, or more videos in the bank",
             )
         parts = []
