@@ -16,6 +16,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from ditmem_jax.bank.embedders import make_embedder
+from ditmem_jax.bank.rows import rows_of_records
+from ditmem_jax.bank.table import Table
 from ditmem_jax.checkpoint import FORMAT, VERSION
 from ditmem_jax.config import UMT5Config, VAEConfig, VideoConfig, to_dict
 from ditmem_jax.data.records import ArrayRecordWriter, Entry, RecordReader
@@ -152,6 +155,15 @@ def test_records_hold_latents_and_trimmed_texts(folder, encoded):
     np.testing.assert_allclose(
         record.text_embedding, umt5(jnp.asarray(ids), jnp.asarray(mask))[0, :5], atol=1e-5
     )
+
+
+def test_a_bank_of_records_can_be_asked_for_durations(folder, encoded, tmp_path):
+    rows = rows_of_records([encoded[0]])
+    table = Table.create(tmp_path / "bank", make_embedder("lexical", rows["caption"].to_pylist()), rows)
+    assert table.rows("duration > 1.7")["id"].to_pylist() == ["10.mp4"]  # the next has 13 frames, at 8 fps
+    assert table.by_id(["0.mp4", "10.mp4", "0.mp4#2"]).select(["duration", "frames", "fps"]).to_pylist() == [
+        {"duration": frames / 8, "frames": frames, "fps": 8} for frames in (6, 16, 6)
+    ]
 
 
 def test_what_cannot_be_encoded_is_listed_with_the_reason(encoded):
