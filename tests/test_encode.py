@@ -228,6 +228,26 @@ def test_running_again_makes_nothing_and_added_rows_are_taken_up(folder, tmp_pat
     assert [entry.id for entry in RecordReader(tmp_path).entries] == [f"{i}.mp4" for i in range(5)]
 
 
+def test_records_that_were_lost_are_not_taken_for_found(folder, tmp_path):
+    rows = read_table(folder / "captions.csv")[:3]
+    run(folder, tmp_path, rows)
+    (tmp_path / "records-00000.array_record").unlink()
+    with pytest.raises(UserError, match=r"records-00000\.array_record is not as it was written"):
+        run(folder, tmp_path, rows)
+    shutil.rmtree(tmp_path)  # as the error says
+    assert run(folder, tmp_path, rows).made == len(RecordReader(tmp_path)) == 3
+
+
+def test_a_prompt_file_that_was_lost_is_written_anew(folder, tmp_path):
+    rows = read_table(folder / "captions.csv")[:1]
+    run(folder, tmp_path, rows)
+    (tmp_path / "prompts.safetensors").unlink()
+    with pytest.raises(UserError, match="run the encoding once more"):
+        RecordReader(tmp_path).prompt("")
+    assert run(folder, tmp_path, rows).made == 0
+    assert RecordReader(tmp_path).prompt("").shape == (1, 16)
+
+
 def test_a_mended_video_leaves_the_list_of_skipped_ones(folder, encoded, tmp_path):
     rows = [Entry(name, "ball", name) for name in ("0.mp4", "5.mp4")]
     videos = tmp_path / "videos"

@@ -190,7 +190,8 @@ class RecordWriter:
     it is empty again when a complete folder is opened, for another attempt.
 
     Raises:
-        UserError: if the folder holds something else, or records of another making. Nothing is touched then.
+        UserError: if the folder holds something else, records of another making, or a finished shard that is no
+            longer as it was written. Nothing is touched then.
     """
 
     def __init__(self, folder: str | Path, meta: Meta, shard_size: int = 64):
@@ -200,6 +201,8 @@ class RecordWriter:
         self._shards: list[dict[str, Any]] = index.get("shards", [])
         begun = self._shards and not index["complete"]
         self.skipped: dict[str, str] = index.get("skipped", {}) if begun else {}
+        for shard in self._shards:
+            _check_size(self.folder, shard)
         self.entries = [line.entry for shard in self._shards for line in _read_list(self.folder, shard)]
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "index.json").exists():
@@ -297,7 +300,7 @@ class RecordReader:
         self.meta = Meta.from_json(index["meta"])
         self._shards = index["shards"]
         for shard in self._shards:
-            self._check_size(shard)
+            _check_size(self.folder, shard)
         self._source = ArrayRecordDataSource([_Shard.of(self.folder, shard) for shard in self._shards])
 
     def __len__(self) -> int:
@@ -313,14 +316,14 @@ class RecordReader:
             raise UserError(
                 f"record {index} of {self.folder} is damaged",
                 found=str(error)[:200],
-                fix="encode the videos again",
+                fix=_anew(self.folder),
             ) from error
         if record.entry != self.entries[index]:
             raise UserError(
                 f"record {index} of {self.folder} is not the one that its list names",
                 expected=self.entries[index],
                 found=record.entry,
-                fix="encode the videos again",
+                fix=_anew(self.folder),
             )
         return record
 
@@ -356,7 +359,11 @@ class RecordReader:
         try:
             tensors, names = _from_safetensors(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}", found=error, fix="encode the videos again") from error
+            raise UserError(
+                f"cannot read {path}",
+                found=error,
+                fix="run the encoding once more; it writes that file anew",
+            ) from error
         return {names[name]: tensor for name, tensor in tensors.items()}
 
     def prompt(self, text: str) -> np.ndarray:
@@ -368,17 +375,6 @@ class RecordReader:
                 fix="run the encoding once more with this config; it continues",
             )
         return self.prompts[text]
-
-    def _check_size(self, shard: dict[str, Any]) -> None:
-        path = self.folder / f"{shard['name']}.array_record"
-        size = path.stat().st_size if path.exists() else "no such file"
-        if size != shard["bytes"]:
-            raise UserError(
-                f"{path} is not as it was written",
-                expected=f"{shard['bytes']} bytes",
-                found=size,
-                fix="copy the folder once more, or encode the videos again",
-            )
 
 
 class _Shard(NamedTuple):
@@ -421,15 +417,32 @@ def _read_index(folder: Path) -> dict[str, Any]:
             fix="python -m ditmem_jax.encode",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged", found=repr(error), fix="encode the videos again") from error
+        raise UserError(f"{path} is damaged", found=repr(error), fix=_anew(folder)) from error
     if version not in READABLE:
         raise UserError(
             f"{folder} has another format",
             expected=f"format {' or '.join(map(str, READABLE))}",
             found=f"format {version}",
-            fix="the version of ditmem_jax that made it, or encode the videos again",
+            fix="the version of ditmem_jax that made it, or another folder for records made anew",
         )
     return index
+
+
+def _check_size(folder: Path, shard: dict[str, Any]) -> None:
+    path = folder / f"{shard['name']}.array_record"
+    size = path.stat().st_size if path.exists() else "no such file"
+    if size != shard["bytes"]:
+        raise UserError(
+            f"{path} is not as it was written",
+            expected=f"{shard['bytes']} bytes",
+            found=size,
+            fix=_anew(folder),
+        )
+
+
+def _anew(folder: Path) -> str:
+    """Advice for a damaged file: a writer continues a folder and never mends it, since banks point to its rows."""
+    return f"copy the file once more from where it is whole, or delete {folder} and make its records again"
 
 
 def _read_list(folder: Path, shard: dict[str, Any]) -> list[_Line]:
@@ -438,9 +451,11 @@ def _read_list(folder: Path, shard: dict[str, Any]) -> list[_Line]:
     try:
         found = [_Line.of(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read {path}", found=error, fix="encode the videos again") from error
+        raise UserError(f"cannot read {path}", found=error, fix=_anew(folder)) from error
     if len(found) != shard["records"]:
-        raise UserError(f"{path} is damaged", expected=f"{shard['records']} lines", found=len(found))
+        raise UserError(
+            f"{path} is damaged", expected=f"{shard['records']} lines", found=len(found), fix=_anew(folder)
+        )
     return found
 
 

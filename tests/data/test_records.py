@@ -199,6 +199,24 @@ def flip(data):
     return data
 
 
+@pytest.mark.parametrize("name", ["records-00000.array_record", "records-00001.jsonl"])
+@pytest.mark.parametrize("cut", [None, 10, 700])
+@pytest.mark.parametrize("complete", [True, False])
+def test_damaged_folders_do_not_grow(tmp_path, name, cut, complete):
+    write(tmp_path, 10)
+    index = json.loads((tmp_path / "index.json").read_text()) | {"complete": complete}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    if cut is None:
+        (tmp_path / name).unlink()
+    else:
+        damage(tmp_path / name, lambda data: data[:-cut])
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is|read .*{name}") as caught:
+        RecordWriter(tmp_path, META)
+    assert f"delete {tmp_path}" in str(caught.value)
+    assert snapshot(tmp_path) == before
+
+
 def test_damaged_folders_are_named(tmp_path):
     def fresh(name):
         write(tmp_path / name, 5)
