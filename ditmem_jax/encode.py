@@ -1,8 +1,9 @@
 """`python -m ditmem_jax.encode --table captions.csv --videos DIR --out RECORDS`: videos to records.
 
 Every row of the table (CSV, parquet or JSON lines) becomes a record of VAE latents and its caption's embedding (see
-`data.records`). The videos lie in a folder, in zip or tar files, which are not unpacked, or in input records; without a
-table each takes its caption from the text file beside it (see `data.sources`):
+`data.records`), with the video's number of frames and frame rate, which a bank takes over. The videos lie in a folder,
+in zip or tar files, which are not unpacked, or in input records; without a table each takes its caption from the text
+file beside it (see `data.sources`):
 
     python -m ditmem_jax.encode --table OpenVid-1M.csv --videos 'OpenVid_part*.zip' --out records --engine ray
 
@@ -10,7 +11,7 @@ table each takes its caption from the text file beside it (see `data.sources`):
 
 Running the same command again continues an interrupted run: it makes the shards that are missing. On complete
 records it takes up rows that were added to the table, and tries the videos once more that could not be encoded. Those
-are listed with the reason in `skipped.csv` beside the records.
+are listed with the reason in `skipped.csv` beside the records. Records that were damaged meanwhile are refused.
 """
 
 import contextlib

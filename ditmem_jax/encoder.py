@@ -25,7 +25,7 @@ from ditmem_jax.data.files import write_text
 from ditmem_jax.data.records import Entry, Meta, Record, Shard, write_shard
 from ditmem_jax.data.sources import Row
 from ditmem_jax.data.tokenizer import Tokenizer
-from ditmem_jax.data.video import Frames, to_unit
+from ditmem_jax.data.video import Clip, to_unit
 from ditmem_jax.models.state import split
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, encode
@@ -65,11 +65,11 @@ class Part:
     skipped: dict[str, str]
 
 
-def write_part(rows: Sequence[Row], clips: Iterable[Frames | str], networks: Networks, job: Job) -> Part:
+def write_part(rows: Sequence[Row], clips: Iterable[Clip | str], networks: Networks, job: Job) -> Part:
     """Encodes the rows of a shard, each of which has a clip or the reason why it has none."""
     skipped: dict[str, str] = {}
 
-    def good() -> Iterator[tuple[Entry, Frames]]:
+    def good() -> Iterator[tuple[Entry, Clip]]:
         for (entry, _), clip in zip(rows, clips, strict=True):
             if isinstance(clip, str):
                 skipped[entry.id] = clip
@@ -140,13 +140,13 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, ids: Array, mask: Array) -> Ar
 
 
 def _encode_batch(
-    group: list[tuple[Entry, Frames]], size: int, vae: VAE, text: tuple[UMT5, Tokenizer]
+    group: list[tuple[Entry, Clip]], size: int, vae: VAE, text: tuple[UMT5, Tokenizer]
 ) -> Iterator[Record]:
     padded = group + group[-1:] * (size - len(group))  # one shape, one compilation
-    latents = np.asarray(encode(vae, jnp.asarray(to_unit(np.stack([clip for _, clip in padded])))))
+    latents = np.asarray(encode(vae, jnp.asarray(to_unit(np.stack([clip.frames for _, clip in padded])))))
     embeddings = embed(*text, [entry.caption for entry, _ in padded])
-    for (entry, _), x, embedding in zip(group, latents, embeddings, strict=False):
-        yield Record(**vars(entry), latents=x, text_embedding=embedding)
+    for (entry, clip), x, embedding in zip(group, latents, embeddings, strict=False):
+        yield Record(**vars(entry), latents=x, text_embedding=embedding, facts=clip.facts)
 
 
 def fingerprint(module: nnx.Module) -> str:

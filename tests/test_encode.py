@@ -16,6 +16,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from ditmem_jax.bank.embedders import make_embedder
+from ditmem_jax.bank.rows import rows_of_records
+from ditmem_jax.bank.table import Table
 from ditmem_jax.checkpoint import FORMAT, VERSION
 from ditmem_jax.config import UMT5Config, VAEConfig, VideoConfig, to_dict
 from ditmem_jax.data.records import ArrayRecordWriter, Entry, RecordReader
@@ -154,6 +157,15 @@ def test_records_hold_latents_and_trimmed_texts(folder, encoded):
     )
 
 
+def test_a_bank_of_records_can_be_asked_for_durations(folder, encoded, tmp_path):
+    rows = rows_of_records([encoded[0]])
+    table = Table.create(tmp_path / "bank", make_embedder("lexical", rows["caption"].to_pylist()), rows)
+    assert table.rows("duration > 1.7")["id"].to_pylist() == ["10.mp4"]  # the next has 13 frames, at 8 fps
+    assert table.by_id(["0.mp4", "10.mp4", "0.mp4#2"]).select(["duration", "frames", "fps"]).to_pylist() == [
+        {"duration": frames / 8, "frames": frames, "fps": 8} for frames in (6, 16, 6)
+    ]
+
+
 def test_what_cannot_be_encoded_is_listed_with_the_reason(encoded):
     out, summary = encoded
     with open(out / "skipped.csv", newline="") as file:
@@ -214,6 +226,26 @@ def test_running_again_makes_nothing_and_added_rows_are_taken_up(folder, tmp_pat
     assert snapshot(tmp_path) == before
     assert run(folder, tmp_path, rows[:5]).made == 2
     assert [entry.id for entry in RecordReader(tmp_path).entries] == [f"{i}.mp4" for i in range(5)]
+
+
+def test_records_that_were_lost_are_not_taken_for_found(folder, tmp_path):
+    rows = read_table(folder / "captions.csv")[:3]
+    run(folder, tmp_path, rows)
+    (tmp_path / "records-00000.array_record").unlink()
+    with pytest.raises(UserError, match=r"records-00000\.array_record is not as it was written"):
+        run(folder, tmp_path, rows)
+    shutil.rmtree(tmp_path)  # as the error says
+    assert run(folder, tmp_path, rows).made == len(RecordReader(tmp_path)) == 3
+
+
+def test_a_prompt_file_that_was_lost_is_written_anew(folder, tmp_path):
+    rows = read_table(folder / "captions.csv")[:1]
+    run(folder, tmp_path, rows)
+    (tmp_path / "prompts.safetensors").unlink()
+    with pytest.raises(UserError, match="run the encoding once more"):
+        RecordReader(tmp_path).prompt("")
+    assert run(folder, tmp_path, rows).made == 0
+    assert RecordReader(tmp_path).prompt("").shape == (1, 16)
 
 
 def test_a_mended_video_leaves_the_list_of_skipped_ones(folder, encoded, tmp_path):

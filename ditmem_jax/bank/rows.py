@@ -1,6 +1,7 @@
 """Rows of a bank: from folders of records, or from a table of the user's."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet
 
 from ditmem_jax.bank.table import FIXED
 from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 
 TAKEN = {
@@ -23,20 +25,35 @@ TAKEN = {
     "_rowid",
 }  # columns of a bank that no table of the user's can fill
 TEXTS = ("id", "caption", "source")
+FACTS = ("duration", "frames", "fps")
 
 
 def rows_of_records(folders: Sequence[str | Path]) -> pa.Table:
     """A row for each record of the folders; columns of `extra` become columns of numbers where all are numbers.
 
+    What `extra` does not tell of duration, frames and fps is known from the videos.
+
     Raises:
         UserError: for a folder that is not of records.
     """
     readers = [RecordReader(folder) for folder in folders]
-    columns = columns_of([entry for reader in readers for entry in reader.entries])
+    listed = [line for reader in readers for line in zip(reader.entries, reader.facts, strict=True)]
+    columns = columns_of([_complete(entry, facts) for entry, facts in listed])
     columns["records"] = [str(reader.folder.resolve()) for reader in readers for _ in range(len(reader))]
     columns["row"] = pa.array([row for reader in readers for row in range(len(reader))], pa.int32())
     columns["checksum"] = [checksum for reader in readers for checksum in reader.checksums]
     return pa.table(columns)
+
+
+def _complete(entry: Entry, facts: Facts | None) -> Entry:
+    """The entry with those facts of its video that its table does not tell."""
+    known = {name: getattr(facts, name, None) for name in FACTS}
+    missing = {
+        name: str(value)
+        for name, value in known.items()
+        if value is not None and not entry.extra.get(name, "").strip()
+    }
+    return dataclasses.replace(entry, extra=entry.extra | missing)
 
 
 def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:

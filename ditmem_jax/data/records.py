@@ -5,7 +5,8 @@ A folder of records holds
     index.json                  format, what the records have in common, what made them, the finished shards, and
                                 videos that could not be encoded, by id, with the reason
     records-00000.array_record  the records of a shard, each the bytes of one safetensors file
-    records-00000.jsonl         id, caption, source, extra columns and checksum of each, a JSON object a line
+    records-00000.jsonl         id, caption, source, extra columns, checksum and facts of the video of each, a JSON
+                                object a line
     prompts.safetensors         text embeddings that belong to no video, such as the empty prompt's
 
 Every file appears whole, and `index.json` names a shard only once the shard is on the disk. So a writer that
@@ -30,9 +31,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError, nearest
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)  # format 2 has no facts of videos
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"]}
 
@@ -49,10 +52,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Record(Entry):
-    """One encoded video: normalised VAE latents, and its caption's embedding without padding."""
+    """One encoded video: normalised VAE latents, and its caption's embedding without padding.
+
+    `facts` are of the whole video that the latents were made from, if they are known.
+    """
 
     latents: Float[np.ndarray, "T H W C"]
     text_embedding: Float[np.ndarray, "L D"]
+    facts: Facts | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def entry(self) -> Entry:
@@ -87,8 +94,9 @@ def checksum(latents: np.ndarray) -> str:
 
 
 def to_bytes(record: Record) -> bytes:
-    """The record as a safetensors file, with its entry as metadata."""
+    """The record as a safetensors file, with its entry and facts as metadata."""
     metadata = dataclasses.asdict(record.entry) | {"extra": json.dumps(record.extra)}
+    metadata |= {name: json.dumps(facts) for name, facts in _facts_to_json(record).items()}
     tensors = {"latents": record.latents, "text_embedding": record.text_embedding}
     return _to_safetensors(tensors, metadata)
 
@@ -102,9 +110,18 @@ def from_bytes(data: bytes) -> Record:
     tensors, metadata = _from_safetensors(data)
     try:
         entry = metadata | {"extra": json.loads(metadata["extra"])}
-        return Record(**entry, **tensors)
+        facts = _facts_from_json(json.loads(entry.pop("facts", "null")))
+        return Record(**entry, **tensors, facts=facts)
     except (KeyError, TypeError) as error:
         raise ValueError("a safetensors file, but not of a record") from error
+
+
+def _facts_to_json(record: Record) -> dict[str, Any]:
+    return {"facts": dataclasses.asdict(record.facts)} if record.facts else {}
+
+
+def _facts_from_json(values: dict[str, Any] | None) -> Facts | None:
+    return Facts(**values) if values else None
 
 
 def _to_safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
@@ -145,7 +162,7 @@ def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) 
         for record in (_cast(record, meta) for record in records):
             writer.write(to_bytes(record))
             line = dataclasses.asdict(record.entry) | {"checksum": checksum(record.latents)}
-            lines.append(json.dumps(line, ensure_ascii=False))
+            lines.append(json.dumps(line | _facts_to_json(record), ensure_ascii=False))
         writer.close()
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         size = temporary.stat().st_size
@@ -173,7 +190,8 @@ class RecordWriter:
     it is empty again when a complete folder is opened, for another attempt.
 
     Raises:
-        UserError: if the folder holds something else, or records of another making. Nothing is touched then.
+        UserError: if the folder holds something else, records of another making, or a finished shard that is no
+            longer as it was written. Nothing is touched then.
     """
 
     def __init__(self, folder: str | Path, meta: Meta, shard_size: int = 64):
@@ -183,7 +201,9 @@ class RecordWriter:
         self._shards: list[dict[str, Any]] = index.get("shards", [])
         begun = self._shards and not index["complete"]
         self.skipped: dict[str, str] = index.get("skipped", {}) if begun else {}
-        self.entries = [entry for shard in self._shards for entry, _ in _read_list(self.folder, shard)]
+        for shard in self._shards:
+            _check_size(self.folder, shard)
+        self.entries = [line.entry for shard in self._shards for line in _read_list(self.folder, shard)]
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "index.json").exists():
             self._write_index(complete=False)
@@ -280,7 +300,7 @@ class RecordReader:
         self.meta = Meta.from_json(index["meta"])
         self._shards = index["shards"]
         for shard in self._shards:
-            self._check_size(shard)
+            _check_size(self.folder, shard)
         self._source = ArrayRecordDataSource([_Shard.of(self.folder, shard) for shard in self._shards])
 
     def __len__(self) -> int:
@@ -296,14 +316,14 @@ class RecordReader:
             raise UserError(
                 f"record {index} of {self.folder} is damaged",
                 found=str(error)[:200],
-                fix="encode the videos again",
+                fix=_anew(self.folder),
             ) from error
         if record.entry != self.entries[index]:
             raise UserError(
                 f"record {index} of {self.folder} is not the one that its list names",
                 expected=self.entries[index],
                 found=record.entry,
-                fix="encode the videos again",
+                fix=_anew(self.folder),
             )
         return record
 
@@ -313,15 +333,20 @@ class RecordReader:
     @functools.cached_property
     def entries(self) -> list[Entry]:
         """The records without their arrays, read from the small lists beside the shards."""
-        return [entry for entry, _ in self._list]
+        return [line.entry for line in self._list]
 
     @functools.cached_property
     def checksums(self) -> list[str]:
         """Of the latents of each record, as they were written."""
-        return [checksum for _, checksum in self._list]
+        return [line.checksum for line in self._list]
 
     @functools.cached_property
-    def _list(self) -> list[tuple[Entry, str]]:
+    def facts(self) -> list[Facts | None]:
+        """Of the whole video of each record, where they are known."""
+        return [line.facts for line in self._list]
+
+    @functools.cached_property
+    def _list(self) -> list["_Line"]:
         return [line for shard in self._shards for line in _read_list(self.folder, shard)]
 
     def captions(self) -> list[str]:
@@ -334,7 +359,11 @@ class RecordReader:
         try:
             tensors, names = _from_safetensors(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}", found=error, fix="encode the videos again") from error
+            raise UserError(
+                f"cannot read {path}",
+                found=error,
+                fix="run the encoding once more; it writes that file anew",
+            ) from error
         return {names[name]: tensor for name, tensor in tensors.items()}
 
     def prompt(self, text: str) -> np.ndarray:
@@ -346,17 +375,6 @@ class RecordReader:
                 fix="run the encoding once more with this config; it continues",
             )
         return self.prompts[text]
-
-    def _check_size(self, shard: dict[str, Any]) -> None:
-        path = self.folder / f"{shard['name']}.array_record"
-        size = path.stat().st_size if path.exists() else "no such file"
-        if size != shard["bytes"]:
-            raise UserError(
-                f"{path} is not as it was written",
-                expected=f"{shard['bytes']} bytes",
-                found=size,
-                fix="copy the folder once more, or encode the videos again",
-            )
 
 
 class _Shard(NamedTuple):
@@ -372,6 +390,20 @@ class _Shard(NamedTuple):
         return cls(str(folder / f"{shard['name']}.array_record"), 0, shard["records"], shard["records"])
 
 
+class _Line(NamedTuple):
+    """What the list beside a shard says of a record."""
+
+    entry: Entry
+    checksum: str
+    facts: Facts | None
+
+    @classmethod
+    def of(cls, text: str) -> "_Line":
+        values = json.loads(text)
+        checksum, facts = values.pop("checksum"), _facts_from_json(values.pop("facts", None))
+        return cls(Entry(**values), checksum, facts)
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     try:
@@ -385,28 +417,46 @@ def _read_index(folder: Path) -> dict[str, Any]:
             fix="python -m ditmem_jax.encode",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged", found=repr(error), fix="encode the videos again") from error
-    if version != FORMAT:
+        raise UserError(f"{path} is damaged", found=repr(error), fix=_anew(folder)) from error
+    if version not in READABLE:
         raise UserError(
             f"{folder} has another format",
-            expected=f"format {FORMAT}",
+            expected=f"format {' or '.join(map(str, READABLE))}",
             found=f"format {version}",
-            fix="the version of ditmem_jax that made it, or encode the videos again",
+            fix="the version of ditmem_jax that made it, or another folder for records made anew",
         )
     return index
 
 
-def _read_list(folder: Path, shard: dict[str, Any]) -> list[tuple[Entry, str]]:
-    """Entry and checksum of each record of a shard."""
+def _check_size(folder: Path, shard: dict[str, Any]) -> None:
+    path = folder / f"{shard['name']}.array_record"
+    size = path.stat().st_size if path.exists() else "no such file"
+    if size != shard["bytes"]:
+        raise UserError(
+            f"{path} is not as it was written",
+            expected=f"{shard['bytes']} bytes",
+            found=size,
+            fix=_anew(folder),
+        )
+
+
+def _anew(folder: Path) -> str:
+    """Advice for a damaged file: a writer continues a folder and never mends it, since banks point to its rows."""
+    return f"copy the file once more from where it is whole, or delete {folder} and make its records again"
+
+
+def _read_list(folder: Path, shard: dict[str, Any]) -> list[_Line]:
+    """What is listed of each record of a shard."""
     path = folder / f"{shard['name']}.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
-        found = [(line.pop("checksum"), Entry(**line)) for line in lines]
+        found = [_Line.of(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read {path}", found=error, fix="encode the videos again") from error
+        raise UserError(f"cannot read {path}", found=error, fix=_anew(folder)) from error
     if len(found) != shard["records"]:
-        raise UserError(f"{path} is damaged", expected=f"{shard['records']} lines", found=len(found))
-    return [(entry, checksum) for checksum, entry in found]
+        raise UserError(
+            f"{path} is damaged", expected=f"{shard['records']} lines", found=len(found), fix=_anew(folder)
+        )
+    return found
 
 
 def _differences(ours: Any, theirs: Any, name: str = "") -> list[tuple[str, Any, Any]]:

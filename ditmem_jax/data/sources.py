@@ -33,7 +33,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ditmem_jax.data.files import reading, replacing
 from ditmem_jax.data.records import Entry
 from ditmem_jax.data.tokenizer import clean
-from ditmem_jax.data.video import Frames, Video, VideoBytes, VideoFile, read_clip
+from ditmem_jax.data.video import Clip, Video, VideoBytes, VideoFile, read_clip
 from ditmem_jax.errors import UserError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
@@ -289,7 +289,7 @@ class Videos:
             )
 
 
-def read_row(row: Row, options: dict[str, Any]) -> Frames | str:
+def read_row(row: Row, options: dict[str, Any]) -> Clip | str:
     """The clip of a row, as `read_clip` makes it with these options, or why there is none."""
     entry, place = row
     try:

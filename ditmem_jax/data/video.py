@@ -44,6 +44,27 @@ class Video:
     fps: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What decoding tells of a whole video: its number of frames, and their mean rate if they have times."""
+
+    frames: int
+    fps: float | None
+
+    @property
+    def duration(self) -> float | None:
+        """In seconds; the last frame counts as long as a mean one."""
+        return self.frames / self.fps if self.fps else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Some `frames` [T, H, W, 3] of a video, and the facts of all of it."""
+
+    frames: Frames
+    facts: Facts
+
+
 def read_video(path: VideoFile, minimum: int = 2) -> Video:
     """Every frame of a video file.
 
@@ -64,7 +85,7 @@ def read_clip(
     width: int,
     mode: Literal["stretch", "crop"] = "stretch",
     minimum: int = 2,
-) -> Frames:
+) -> Clip:
     """`frames` frames of a video, in a file or decoded, evenly from first to last, resized with `fit`.
 
     Holds only the resized frames, so that long videos of large frames fit in memory.
@@ -74,16 +95,20 @@ def read_clip(
     """
     if isinstance(path, Video):
         _require_length("the decoded video", len(path.frames), minimum)
-        return fit(path.frames[sample_frames(len(path.frames), frames)], height, width, mode)
-    expected = _declared_length(path)
+        picked = fit(path.frames[sample_frames(len(path.frames), frames)], height, width, mode)
+        return Clip(picked, Facts(len(path.frames), path.fps))
+    expected, rate = _declared(path)
     while True:
         wanted = sample_frames(expected, frames).tolist() if expected else []
-        kept, length = _decode_some(path, set(wanted), lambda frame: fit(frame[None], height, width, mode)[0])
+        kept, length, span = _decode_some(
+            path, set(wanted), lambda frame: fit(frame[None], height, width, mode)[0]
+        )
         if length == expected:
             break
         expected = length  # the container was wrong about its length, the decoder is right
     _require_length(path, length, minimum)
-    return np.stack([kept[index] for index in wanted])
+    picked = np.stack([kept[index] for index in wanted])
+    return Clip(picked, Facts(length, _mean_rate(length, span, rate)))
 
 
 def sample_frames(total: int, count: int) -> Int[np.ndarray, " count"]:
@@ -189,14 +214,29 @@ def _decode(path: VideoFile) -> Iterator[av.VideoFrame]:
             raise UserError(f"{path} is damaged", found=f"{error.strerror} after {count} frames") from error
 
 
-def _decode_some(path: VideoFile, wanted: set[int], use: Callable) -> tuple[dict[int, np.ndarray], int]:
-    """`use(frame)` of the wanted frames by index, and the number of frames that there are."""
-    kept, length = {}, 0
+def _decode_some(
+    path: VideoFile, wanted: set[int], use: Callable
+) -> tuple[dict[int, np.ndarray], int, float | None]:
+    """`use(frame)` of the wanted frames by index, the number of all frames, and the seconds from first to last."""
+    kept, length, first, last = {}, 0, None, None
     for index, frame in enumerate(_decode(path)):
-        length = index + 1
+        length, last = index + 1, frame.time
+        first = last if index == 0 else first
         if index in wanted:
             kept[index] = use(_upright(frame))
-    return kept, length
+    return kept, length, None if first is None or last is None else last - first
+
+
+def _mean_rate(length: int, span: float | None, declared: float | None) -> float | None:
+    """Frames per second: as the container declares it, unless the times of the frames tell otherwise.
+
+    Containers declare it exactly where it is constant, and anything where it is not; times may be rounded.
+    """
+    if not span or span < 0:
+        return declared
+    measured = (length - 1) / span
+    agree = declared and abs(declared / measured - 1) * length < 0.5  # half a frame over the whole video
+    return declared if agree else measured
 
 
 def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
@@ -208,11 +248,13 @@ def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
     return np.rot90(pixels, round(frame.rotation / 90))
 
 
-def _declared_length(path: VideoFile) -> int:
-    """The number of frames as the container tells it, or its number of packets where it does not."""
+def _declared(path: VideoFile) -> tuple[int, float | None]:
+    """Frames and frames per second as the container tells them; its number of packets where it tells no frames."""
     with _open(path) as container:
         stream = container.streams.video[0]
-        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        rate = stream.average_rate or stream.guessed_rate
+        length = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        return length, float(rate) if rate else None
 
 
 def _require_length(path: VideoFile | str, length: int, minimum: int) -> None:

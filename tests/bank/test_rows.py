@@ -1,6 +1,7 @@
 """Rows from records and from tables of users: types of columns, names that are taken, texts without loss."""
 
 import csv
+import dataclasses
 import json
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 
 from ditmem_jax.bank.rows import read_rows, rows_of_records
 from ditmem_jax.data.records import Entry, RecordReader, RecordWriter
+from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 from tests.bank.test_table import HARD
 from tests.data.test_records import META, record
@@ -31,6 +33,21 @@ def test_rows_of_records(tmp_path):
     assert rows["records"].to_pylist() == [str(tmp_path / name) for name in ("one", "two") for _ in range(3)]
     assert rows["checksum"].to_pylist()[3:] == RecordReader(tmp_path / "two").checksums
     assert rows["motion"].to_pylist() == [0.5] * 3 + [None] * 3 and rows["kind"].to_pylist()[2:4] == ["", "b"]
+
+
+def test_the_users_table_goes_before_what_videos_tell_of_themselves(tmp_path):
+    given = [
+        (Facts(81, 16.0), {}),
+        (Facts(3, None), {"fps": " ", "frames": ""}),
+        (None, {"duration": "9"}),
+        (Facts(10, 5.0), {"duration": "7.5", "fps": "60"}),
+    ]
+    with RecordWriter(tmp_path / "records", META) as writer:
+        for i, (facts, extra) in enumerate(given):
+            writer.add(dataclasses.replace(record(i), facts=facts, extra=extra))
+    rows = rows_of_records([tmp_path / "records"])
+    assert rows["duration"].to_pylist() == [81 / 16, None, 9, 7.5]
+    assert rows["frames"].to_pylist() == [81, 3, None, 10] and rows["fps"].to_pylist() == [16, None, None, 60]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])

@@ -1,5 +1,6 @@
 """Records as bytes, shards on disk, and every way in which a folder of them can be wrong."""
 
+import dataclasses
 import json
 import pickle
 
@@ -17,6 +18,7 @@ from ditmem_jax.data.records import (
     from_bytes,
     to_bytes,
 )
+from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 
 META = Meta(latents=(2, 4, 4, 3), text_dim=6, dtype="float32", made_by={"vae": "abc", "video": {"frames": 5}})
@@ -55,8 +57,10 @@ def test_bytes_round_trip(dtype):
         text_embedding=original.text_embedding.astype(dtype),
     )
     back = from_bytes(to_bytes(original))
-    assert back.latents.dtype == back.text_embedding.dtype == dtype
+    assert back.latents.dtype == back.text_embedding.dtype == dtype and back.facts is None
     assert_equal(back, original)
+    known = dataclasses.replace(original, facts=Facts(81, 29.97))
+    assert from_bytes(to_bytes(known)).facts == known.facts
 
 
 def test_bytes_of_something_else_are_refused():
@@ -86,6 +90,27 @@ def test_checksums_are_of_the_latents_alone(tmp_path):
     others = [x + 1, x.reshape(1, 3, 2, 4), x.astype(ml_dtypes.bfloat16), x.view(np.int32)]
     assert len({checksum(y) for y in [x, *others]}) == 5
     assert checksum(x) == checksum(x.copy()) == checksum(np.asfortranarray(x))
+
+
+def test_facts_of_videos_are_listed_where_they_are_known(tmp_path):
+    known = [Facts(81, 16.0), None, Facts(3, None)]
+    with RecordWriter(tmp_path, META, shard_size=2) as writer:
+        for index, facts in enumerate(known):
+            writer.add(dataclasses.replace(record(index), facts=facts))
+    reader = RecordReader(tmp_path)
+    assert reader.facts == [got.facts for got in reader] == known
+    assert reader.entries == [record(index).entry for index in range(3)]
+    assert [facts and facts.duration for facts in known] == [81 / 16, None, None]
+
+
+def test_folders_of_format_2_are_read_and_continued(tmp_path):
+    write(tmp_path, 2)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {"format": 2}))
+    assert RecordReader(tmp_path).facts == [None, None]
+    write(tmp_path, 5, start=2)
+    assert len(RecordReader(tmp_path).entries) == 5
+    assert json.loads((tmp_path / "index.json").read_text())["format"] == FORMAT
 
 
 def test_numbers_are_stored_in_the_type_of_the_folder(tmp_path):
@@ -172,6 +197,24 @@ def damage(path, change):
 def flip(data):
     data[len(data) // 100] ^= 0xFF
     return data
+
+
+@pytest.mark.parametrize("name", ["records-00000.array_record", "records-00001.jsonl"])
+@pytest.mark.parametrize("cut", [None, 10, 700])
+@pytest.mark.parametrize("complete", [True, False])
+def test_damaged_folders_do_not_grow(tmp_path, name, cut, complete):
+    write(tmp_path, 10)
+    index = json.loads((tmp_path / "index.json").read_text()) | {"complete": complete}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    if cut is None:
+        (tmp_path / name).unlink()
+    else:
+        damage(tmp_path / name, lambda data: data[:-cut])
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is|read .*{name}") as caught:
+        RecordWriter(tmp_path, META)
+    assert f"delete {tmp_path}" in str(caught.value)
+    assert snapshot(tmp_path) == before
 
 
 def test_damaged_folders_are_named(tmp_path):

@@ -1,10 +1,12 @@
 """Reading, picking, resizing and writing of video files."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
 
-from ditmem_jax.data.video import fit, read_clip, read_video, sample_frames, to_unit, write_video
+from ditmem_jax.data.video import Facts, fit, read_clip, read_video, sample_frames, to_unit, write_video
 from ditmem_jax.errors import UserError
 
 
@@ -75,14 +77,14 @@ def test_sample_frames():
 )
 def test_read_clip_picks_frames_evenly(tmp_path, name, codec):
     write_container(tmp_path / name, grey(range(20, 220, 10)), codec)  # mkv and webm do not tell their length
-    clip = read_clip(tmp_path / name, 5, 16, 32)
+    clip = read_clip(tmp_path / name, 5, 16, 32).frames
     assert clip.dtype == np.uint8
     np.testing.assert_allclose(clip.mean((1, 2, 3)), [20, 60, 110, 160, 210], atol=3)
 
 
 def test_read_clip_repeats_the_last_frame_of_a_short_video(tmp_path):
     write_video(tmp_path / "a.mp4", grey([50, 100, 150]), fps=16)
-    clip = read_clip(tmp_path / "a.mp4", 5, 16, 32)
+    clip = read_clip(tmp_path / "a.mp4", 5, 16, 32).frames
     np.testing.assert_allclose(clip.mean((1, 2, 3)), [50, 100, 150, 150, 150], atol=2)
 
 
@@ -90,8 +92,42 @@ def test_read_clip_is_read_video_sampled_and_fitted(tmp_path):
     write_video(tmp_path / "a.mp4", patches(), fps=16)
     frames = read_video(tmp_path / "a.mp4").frames[[0, 2, 4]]
     np.testing.assert_array_equal(
-        read_clip(tmp_path / "a.mp4", 3, 20, 20, "crop"), fit(frames, 20, 20, "crop")
+        read_clip(tmp_path / "a.mp4", 3, 20, 20, "crop").frames, fit(frames, 20, 20, "crop")
     )
+
+
+@pytest.mark.parametrize("fps", [8, 12.5, 30, 30000 / 1001])
+def test_read_clip_tells_facts_of_the_whole_video(tmp_path, fps):
+    write_video(tmp_path / "a.mp4", grey(range(20, 220, 10)), fps=fps)
+    facts = read_clip(tmp_path / "a.mp4", 5, 16, 32).facts
+    assert facts.frames == 20
+    assert facts.fps == pytest.approx(fps, rel=1e-6) and facts.duration == pytest.approx(20 / fps, rel=1e-6)
+    video = read_video(tmp_path / "a.mp4")
+    assert read_clip(video, 5, 16, 32).facts == facts
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4")])
+def test_the_times_of_frames_overrule_what_the_container_declares(tmp_path, name, codec):
+    def facts(times):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream(codec, rate=30)
+            stream.height, stream.width, stream.pix_fmt = 16, 32, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 1000)
+            for time, pixels in zip(times, grey(range(20, 80, 2)), strict=True):
+                frame = av.VideoFrame.from_ndarray(pixels)
+                frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return read_clip(tmp_path / name, 5, 16, 32).facts
+
+    slow = facts([*np.arange(10) / 10, *np.arange(20) + 1])
+    assert slow.frames == 30 and slow.duration == pytest.approx(20 * 30 / 29, rel=1e-3)
+    assert facts(np.arange(30) / 30).fps == pytest.approx(30, rel=2e-3)
+
+
+def test_a_single_frame_has_the_declared_rate(tmp_path):
+    write_video(tmp_path / "a.mp4", grey([10]), fps=16)
+    assert read_clip(tmp_path / "a.mp4", 5, 16, 32, minimum=1).facts == Facts(1, 16.0)
 
 
 def test_a_phone_video_is_turned_upright(tmp_path):
