@@ -34,11 +34,13 @@ RESULTS = Path(__file__).with_name("results.json")
 SIDES = ("ours", "torch")
 
 
-def plans(tokens: Sequence[int], layers: int, dtype: str, small: bool) -> dict[str, list[tuple[str, Case]]]:
+def plans(
+    tokens: Sequence[int], layers: int, dtype: str, remat: str, small: bool
+) -> dict[str, list[tuple[str, Case]]]:
     """The operations and cases of each command."""
 
     def case(**sizes) -> Case:
-        return Case(**dict(tokens=tokens[0], layers=layers, dtype=dtype, small=small) | sizes)
+        return Case(**dict(tokens=tokens[0], layers=layers, dtype=dtype, remat=remat, small=small) | sizes)
 
     return {
         "pytorch": [(name, case(tokens=n)) for n in tokens for name in ("train", "denoise")],
@@ -147,7 +149,7 @@ def machine() -> dict[str, str | int]:
 
 
 def main(command: str) -> None:
-    every = plans([int(n) for n in TOKENS.value], LAYERS.value, DTYPE.value, SMALL.value)
+    every = plans([int(n) for n in TOKENS.value], LAYERS.value, DTYPE.value, REMAT.value, SMALL.value)
     if command not in every:
         raise UserError(f"unknown benchmark {command!r}", expected=f"one of: {', '.join(every)}")
     peak = [] if SMALL.value else [("matmul", Case(dtype=DTYPE.value))]
@@ -167,6 +169,11 @@ if __name__ == "__main__":
     TOKENS = flags.DEFINE_list("tokens", ["2000", "8000"], "Video tokens of the clips.")
     LAYERS = flags.DEFINE_integer("layers", 4, "Blocks of the transformer.", lower_bound=1)
     DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
+    REMAT = flags.DEFINE_string(
+        "remat",
+        "attention",
+        "run.remat of our training step. PyTorch's keeps everything, or with 'blocks' recomputes blocks as well.",
+    )
     ROUNDS = flags.DEFINE_integer("rounds", 3, "How often the sides take turns.", lower_bound=1)
     REPEATS = flags.DEFINE_integer("repeats", 2, "Calls that a process times.", lower_bound=1)
     SMALL = flags.DEFINE_bool("small", False, "Tiny networks, for a test.")
