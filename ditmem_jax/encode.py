@@ -132,8 +132,8 @@ def _rows() -> list[Row]:
         if not VIDEOS.value:
             raise UserError("nothing to encode", expected="--table, --videos or both", fix="see --help")
         return Videos(expand(VIDEOS.value)).rows()
-    entries = read_table(TABLE.value)
-    return Videos(expand(VIDEOS.value or [str(Path(TABLE.value).parent)])).rows(entries)
+    table = read_table(TABLE.value)
+    return Videos(expand(VIDEOS.value or [str(Path(TABLE.value).parent)])).rows(table)
 
 
 def _engine(config: Config) -> Engine:

@@ -1,4 +1,4 @@
-"""Who encodes the shards of a run: this process, or the workers of a Ray cluster.
+"""Who encodes the shards of a run, or embeds the captions of a bank: this process, or the workers of a Ray cluster.
 
 An engine has `prepare(config)`, what records are to be made and the embeddings of the prompts that sampling needs, and
 `run(shards, job)`, which yields the parts of the shards in order as they are finished.
@@ -19,8 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
 from rich.progress import track
 
+from ditmem_jax.bank.embedders import Embedder, load_embedder
 from ditmem_jax.checkpoint import load_umt5, load_vae
 from ditmem_jax.config import Config
 from ditmem_jax.data.records import Meta
@@ -29,6 +32,7 @@ from ditmem_jax.encoder import Job, Networks, Part, describe, embed, write_part
 from ditmem_jax.errors import UserError
 
 Prompts = dict[str, Any]
+CAPTIONS_AT_ONCE = 4096
 
 
 class Local:
@@ -83,19 +87,32 @@ class OnRay:
         return _value(self.ray.get(task.remote(config)))
 
     def run(self, shards: Sequence[list[Row]], job: Job) -> Generator[Part, None, None]:
-        if not shards:
-            return
+        if shards:
+            parts = self._map([{"shard": shard} for shard in shards], _Worker, job)
+            for row in track(parts, "encoding shards", total=len(shards)):
+                yield _value(row["part"])
+
+    def documents(self, embedder: Embedder, captions: Sequence[str]) -> Float32[np.ndarray, "n D"]:
+        """What `embedder.documents` makes of the captions of a new bank, a model on each worker."""
+        made_by = embedder.describe(), dict(getattr(embedder, "frequency", {}))
+        starts = range(0, len(captions), CAPTIONS_AT_ONCE)
+        groups = [{"captions": captions[start : start + CAPTIONS_AT_ONCE]} for start in starts]
+        found = self._map(groups, _TextWorker, *made_by)
+        vectors = [_value(row["vectors"]) for row in track(found, "embedding", total=len(groups))]
+        return np.concatenate(vectors) if vectors else np.zeros((0, embedder.dim), np.float32)
+
+    def _map(self, items: list[dict[str, Any]], worker: type, *arguments: Any) -> Iterator[dict[str, Any]]:
+        """What the workers make of the items, in order."""
         data = self.ray.data
         context = data.DataContext.get_current()
         context.enable_progress_bars, context.execution_options.preserve_order = False, True
-        parts = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
-            _Worker,
-            fn_constructor_args=(job,),
+        made = data.from_items(items, override_num_blocks=len(items)).map(
+            worker,
+            fn_constructor_args=arguments,
             compute=data.ActorPoolStrategy(size=self.workers, max_tasks_in_flight_per_actor=1),
             **self._resources(),
         )
-        for row in track(parts.iter_rows(), "encoding shards", total=len(shards)):
-            yield _value(row["part"])
+        return made.iter_rows()
 
     def _resources(self) -> dict[str, Any]:
         """What a worker takes of a machine: no CPU, lest there be none left to read videos."""
@@ -133,6 +150,20 @@ class _Worker:
         start = functools.partial(task.remote, options=self.job.reading)
         clips = map(ray.get, _ahead(start, rows, 2 * self.job.batch))
         return write_part(rows, clips, self.networks, self.job)
+
+
+class _TextWorker:
+    """The embedder of a bank on one machine of a cluster."""
+
+    def __init__(self, description: dict[str, Any], words: dict[str, int]):
+        self._load = functools.partial(load_embedder, description, words)
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        return self._load()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"vectors": _or_error(lambda: self.embedder.documents(list(row["captions"])))}
 
 
 def _ahead(start: Callable, items: Iterable, count: int) -> Iterator:

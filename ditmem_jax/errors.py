@@ -20,6 +20,10 @@ class UserError(Exception):
                 lines.append(f"  {label + ':':<10}{value}")
         super().__init__("\n".join(lines))
 
+    def in_one_line(self) -> str:
+        """The message for a list of many."""
+        return "; ".join(" ".join(line.split()) for line in str(self).split("\n"))
+
 
 def nearest(name: str, known: Iterable[str], count: int = 5) -> str:
     """The known names as text, those closest to `name` first."""

@@ -249,7 +249,7 @@ def test_a_prompt_file_that_was_lost_is_written_anew(folder, tmp_path):
 
 
 def test_a_mended_video_leaves_the_list_of_skipped_ones(folder, encoded, tmp_path):
-    rows = [Entry(name, "ball", name) for name in ("0.mp4", "5.mp4")]
+    rows = [(Entry(name, "ball", name), name) for name in ("0.mp4", "5.mp4")]
     videos = tmp_path / "videos"
     videos.mkdir()
     (tmp_path / "tokenizer.json").symlink_to(folder / "tokenizer.json")
@@ -277,7 +277,7 @@ def test_outputs_of_another_run_are_refused_and_left_alone(folder, encoded):
     attempt("made_by.text ", text=networks(folder, seed=1)[1])
     video = dataclasses.replace(settings.video, height=32, resize="crop")
     attempt("made_by.height = 32; made_by.resize = crop", settings=dataclasses.replace(settings, video=video))
-    attempt("another table", entries=[dataclasses.replace(rows[0], caption="else"), *rows[1:]])
+    attempt("another table", entries=[(dataclasses.replace(rows[0][0], caption="else"), "0.mp4"), *rows[1:]])
     attempt("another table", entries=rows[1:])
 
 

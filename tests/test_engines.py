@@ -3,9 +3,12 @@
 import os
 import signal
 
+import numpy as np
 import psutil
 import pytest
 
+from ditmem_jax import engines
+from ditmem_jax.bank import make_embedder
 from ditmem_jax.data.sources import Videos, read_table
 from ditmem_jax.encode import encode_dataset
 from ditmem_jax.engines import Local, OnRay
@@ -69,3 +72,15 @@ def test_a_cluster_that_is_not_there_is_named():
     pytest.importorskip("ray")
     with pytest.raises(UserError, match="no Ray cluster at localhost:1"):
         OnRay("localhost:1")
+
+
+def test_a_cluster_embeds_captions_as_one_process_does(monkeypatch):
+    ray = pytest.importorskip("ray")
+    captions = [f"ball {i} falls on planet {i % 7}" for i in range(50)]
+    embedder = make_embedder("lexical", captions)
+    monkeypatch.setattr(engines, "CAPTIONS_AT_ONCE", 16)
+    try:
+        vectors = OnRay().documents(embedder, captions)
+    finally:
+        ray.shutdown()
+    np.testing.assert_array_equal(vectors, embedder.documents(captions))

@@ -38,7 +38,7 @@ from rich.table import Table as Grid
 
 from ditmem_jax import cli
 from ditmem_jax.bank import matches, released
-from ditmem_jax.bank.embedders import load_embedder, make_embedder
+from ditmem_jax.bank.embedders import Embedder, load_embedder, make_embedder
 from ditmem_jax.bank.rows import read_rows, rows_of_records
 from ditmem_jax.bank.search import IVF_ABOVE, Bank
 from ditmem_jax.bank.table import Table
@@ -52,7 +52,7 @@ def build() -> None:
     name = EMBEDDER.value or ("lexical" if vectors is None else "vectors")
     dim = None if vectors is None else vectors.shape[1]
     embedder = make_embedder(name, (text.as_py() for text in rows["caption"]), dim)
-    table = Table.create(BANK.value, embedder, rows, vectors)
+    table = Table.create(BANK.value, embedder, rows, _vectors(embedder, rows, vectors))
     print(f"{len(table)} videos: {BANK.value}, version {table.version}")
 
 
@@ -60,7 +60,7 @@ def add() -> None:
     rows, vectors = _given()
     table = Table.open(BANK.value)
     embedder = load_embedder(table.description, table.words, embeds=vectors is None)
-    table.add(rows, embedder, vectors)
+    table.add(rows, embedder, _vectors(embedder, rows, vectors))
     print(f"{len(rows)} videos added: {BANK.value}, version {table.version}")
 
 
@@ -68,7 +68,10 @@ def remove(ids: str | None = None) -> None:
     if (ids is None) == (WHERE.value is None):
         raise UserError("what is to be removed", expected="ids, as ID,ID, or --where")
     table = Table.open(BANK.value)
-    removed = table.remove(None if ids is None else ids.split(","), WHERE.value)
+    if ids is not None:
+        whole = table.rows(columns=["id"])["id"].to_pylist()
+        named = [ids] if ids in whole else ids.split(",")  # ids may hold commas
+    removed = table.remove(None if ids is None else named, WHERE.value)
     print(f"{removed} videos removed: {BANK.value}, version {table.version}")
 
 
@@ -77,7 +80,7 @@ def search(prompt: str | None = None) -> None:
     found = Bank.open(BANK.value, VERSION.value, IVF.value).search(queries, K.value, where=WHERE.value)
     shown = queries if isinstance(queries, list) else [f"query {i}" for i in range(len(queries))]
     for query, rows, scores in zip(shown, found.rows, found.scores, strict=True):
-        rows = [{"score": round(float(score), 6)} | row for score, row in zip(scores, rows, strict=True)]
+        rows = [row | {"score": round(float(score), 6)} for score, row in zip(scores, rows, strict=True)]
         if JSON.value:
             print(json.dumps({"query": query, "found": rows}, ensure_ascii=False))
         else:
@@ -185,9 +188,22 @@ def _given() -> tuple[pa.Table, np.ndarray | None]:
     return read_rows(TABLE.value), read_vectors(VECTORS.value) if VECTORS.value else None
 
 
+def _vectors(embedder: Embedder, rows: pa.Table, given: np.ndarray | None) -> np.ndarray | None:
+    """The given vectors, or those that a cluster makes if it is to; None leaves them to the table."""
+    if ENGINE.value == "local" and (ADDRESS.value or WORKERS.value):
+        raise UserError("--address and --workers are for --engine=ray", found="--engine=local")
+    if ENGINE.value == "local" or given is not None:
+        return given
+    from ditmem_jax.engines import OnRay  # with the networks of `encode`, which are slow to import
+
+    return OnRay(ADDRESS.value, WORKERS.value).documents(embedder, rows["caption"].to_pylist())
+
+
 def _queries(prompt: str | None) -> list[str] | np.ndarray:
     if (prompt is None) == (QUERIES.value is None):
-        raise UserError("what to search for", expected="a text, or --queries=FILE with one a line (or .npy)")
+        raise UserError(
+            "what to search for", expected="either a text, or --queries=FILE with one a line (or .npy)"
+        )
     if prompt is not None:
         return [prompt]
     if QUERIES.value.endswith(".npy"):
@@ -225,28 +241,34 @@ def _print(title: str, rows: list[dict[str, Any]]) -> None:
     console.print(grid)
 
 
-# What a command takes from the command line beside flags, and what it does.
-COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
-    "build": ("", build),
-    "add": ("", add),
-    "remove": ("[ID,ID]", remove),
-    "search": ("[PROMPT]", search),
-    "show": ("ID", show),
-    "stats": ("", stats),
-    "verify": ("", verify),
-    "tokens": ("", tokens),
-    "export-faiss": ("DIR", export_faiss),
-    "import-faiss": ("DIR", import_faiss),
-    "versions": ("", versions),
-    "match": ("RECORDS", match),
-    "serve": ("", serve),
+# What a command takes from the command line beside flags, its flags beside --bank, and what it does.
+COMMANDS: dict[str, tuple[str, str, Callable[..., None]]] = {
+    "build": ("", "records table vectors embedder engine address workers", build),
+    "add": ("", "records table vectors engine address workers", add),
+    "remove": ("[ID,ID]", "where", remove),
+    "search": ("[PROMPT]", "k where queries version ivf_above json", search),
+    "show": ("ID", "version", show),
+    "stats": ("", "version json", stats),
+    "verify": ("", "version deep", verify),
+    "tokens": ("", "version encoder out", tokens),
+    "export-faiss": ("DIR", "version latents", export_faiss),
+    "import-faiss": ("DIR", "latents records embedder", import_faiss),
+    "versions": ("", "json", versions),
+    "match": ("RECORDS", "k threshold ivf_above", match),
+    "serve": ("", "config set videos cache host port", serve),
 }
 
 
 def main(command: str, argument: str | None = None) -> None:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}", expected=nearest(command, COMMANDS, len(COMMANDS)))
-    takes, action = COMMANDS[command]
+    takes, names, action = COMMANDS[command]
+    ours = {name for _, names, _ in COMMANDS.values() for name in names.split()}
+    if ignored := [name for name in sorted(ours - set(names.split())) if flags.FLAGS[name].present]:
+        raise UserError(
+            f"{command} takes no --{ignored[0]}",
+            expected=", ".join(f"--{name}" for name in ["bank", *names.split()]),
+        )
     if argument is not None and not takes:
         raise UserError(f"{command} takes no {argument!r}", fix="flags start with --; see --help")
     if argument is None and takes and not takes.startswith("["):
@@ -281,6 +303,16 @@ if __name__ == "__main__":
         "ivf_above", IVF_ABOVE, "Videos beyond which search is approximate (FAISS IVF)."
     )
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
+    ENGINE = flags.DEFINE_enum(
+        "engine", "local", ["local", "ray"], "Who embeds captions: this process, or workers of a Ray cluster."
+    )
+    WORKERS = flags.DEFINE_integer(
+        "workers",
+        0,
+        "Ray workers that hold the model; 0: one an accelerator, or one a machine.",
+        lower_bound=0,
+    )
+    ADDRESS = flags.DEFINE_string("address", "", "Ray cluster; empty: all cores of this machine.")
     CONFIG = cli.define_config()
     VIDEOS = flags.DEFINE_string("videos", None, "serve: folder of the original videos.")
     CACHE = flags.DEFINE_string(

@@ -136,6 +136,11 @@ def _find(
     """For each record what is kept, and why what came before was not. Looks deeper until k are kept for each."""
     captions = [entry.caption for entry in entries]
     queries, documents = bank.embedder.queries(captions), bank.embedder.documents(captions)
+    if wordless := [entry for entry, query in zip(entries, queries, strict=True) if not query.any()]:
+        raise UserError(
+            f"the caption of {wordless[0].id!r} has nothing to search for",
+            expected="words", found=repr(wordless[0].caption), fix="encode without it, or with another caption",
+        )  # fmt: skip
     pointed = "records IS NOT NULL"
     most = len(bank.table.row_ids(pointed))
     done: dict[int, tuple[list[dict[str, Any]], list[str]]] = {}

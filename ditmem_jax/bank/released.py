@@ -60,14 +60,15 @@ def import_faiss(
     if Table.exists(uri):
         raise UserError(f"there is a bank at {uri}", fix="another --bank")
     vectors = _read_index(folder / INDEX)
-    entries = _read_entries(folder, len(vectors))
+    entries, videos = _read_entries(folder, len(vectors))
     rows = pa.table(columns_of(entries))
     if latents is not None:
         if records is None and "://" in uri:
             raise UserError("where the records go", expected="--records=DIR, since the bank is not a folder")
         records = Path(records or f"{uri.rstrip('/')}-records")
         digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
-        _write_records(records, entries, Path(latents), {"layout": "DiT-Mem", "index": digest})
+        files = [Path(latents) / _file(video) for video in videos]
+        _write_records(records, entries, files, {"layout": "DiT-Mem", "index": digest})
         rows = rows_of_records([records])
     made = make_embedder(embedder, (entry.caption for entry in entries), vectors.shape[1])
     return Table.create(uri, made, rows, vectors)
@@ -103,6 +104,7 @@ def _metadata(number: int, row: dict[str, Any]) -> dict[str, Any]:
     further = {name: value for name, value in row.items() if name not in ("id", "records", "row", "checksum")}
     known = {theirs.get(name, name): value for name, value in further.items()}
     known |= {name: known[name] or 0 for name in OURS}
+    known = {f"{name}_" if name in ("index", "video") else name: value for name, value in known.items()}
     return {"index": number, "video": row["id"]} | known
 
 
@@ -121,12 +123,13 @@ def _write_latents(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             torch.save({"latent": tensor} | about, temporary)
 
 
-def _write_records(folder: Path, entries: Sequence[Entry], latents: Path, made_by: dict[str, str]) -> None:
-    """The latents of the entries' videos as records, in order."""
-    files = [latents / _file(entry.source) for entry in entries]
+def _write_records(
+    folder: Path, entries: Sequence[Entry], files: Sequence[Path], made_by: dict[str, str]
+) -> None:
+    """The entries with the latents in the files as records, in order."""
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(
-            f"{len(missing)} of {len(entries)} videos have no latents in {latents}",
+            f"{len(missing)} of {len(entries)} videos have no latents in {files[0].parent}",
             expected=missing[0],
             fix="the latents of all videos, or a bank without records: leave out --latents",
         )
@@ -172,14 +175,14 @@ def _read_index(path: Path) -> Float32[np.ndarray, "N D"]:
         )
     vectors = index.reconstruct_n(0, index.ntotal)
     lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.abs(lengths - 1) <= UNIT).all():  # so written, NaN counts
+    if not ((np.abs(lengths - 1) <= UNIT) | (lengths == 0)).all():  # so written, NaN counts
         worst = lengths[np.argmax(np.where(np.isfinite(lengths), np.abs(lengths - 1), np.inf))]
         raise UserError(f"the vectors in {path} are not of length 1", found=f"a length of {worst}")
     return vectors
 
 
-def _read_entries(folder: Path, count: int) -> list[Entry]:
-    """The rows of the index: what id_map.json and metadata.json say, which must agree."""
+def _read_entries(folder: Path, count: int) -> tuple[list[Entry], list[str]]:
+    """The rows of the index and their videos: what id_map.json and metadata.json say, which must agree."""
     videos, metadata = (_by_row(folder / name, count) for name in (ID_MAP, METADATA))
     seen: Counter[str] = Counter()
     entries = []
@@ -199,8 +202,10 @@ def _read_entries(folder: Path, count: int) -> list[Entry]:
             )
         seen[video] += 1
         id = video if seen[video] == 1 else f"{video}#{seen[video]}"
-        entries.append(Entry(id, row["caption"], video, extra=_extra(row)))
-    return entries
+        source = row.get("source")
+        source = source if isinstance(source, str) and source else video
+        entries.append(Entry(id, row["caption"], source, extra=_extra(row)))
+    return entries, videos
 
 
 def _extra(row: dict[str, Any]) -> dict[str, str]:

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from ditmem_jax.bank.table import FIXED
+from ditmem_jax.bank.table import FIXED, cast
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 
-TAKEN = {
-    "vector",
-    "records",
-    "row",
-    "checksum",
-    "_rowid",
-}  # columns of a bank that no table of the user's can fill
+TAKEN = {"vector", "records", "row", "checksum"}  # columns that no table of the user's can fill
 TEXTS = ("id", "caption", "source")
 FACTS = ("duration", "frames", "fps")
 
@@ -58,7 +54,7 @@ def _complete(entry: Entry, facts: Facts | None) -> Entry:
 
 def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:
     """The columns of a bank that entries of records tell."""
-    names = sorted({name for entry in entries for name in entry.extra})
+    names = sorted({name for entry in entries for name in entry.extra} - set(TEXTS))
     columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
     return columns | further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
 
@@ -87,14 +83,14 @@ def read_rows(path: str | Path) -> pa.Table:
             table = pa.table({name: [row.get(name) for row in rows] for name in names})
         else:
             raise UserError(f"{path} is no table", expected="a file .parquet, .csv or .jsonl")
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, csv.Error) as error:
         raise UserError(f"cannot read the table {path}", found=error) from error
     if "id" not in table.schema.names:
         raise UserError(f"{path} lacks the column id", found=", ".join(table.schema.names) or "no rows")
     for name in ("caption", "source"):
         if name not in table.schema.names:
             table = table.append_column(name, pa.array([""] * len(table), pa.string()))
-    table = table.rename_columns([_free(name) for name in table.schema.names])
+    table = table.rename_columns(_free(table.schema.names))
     return pa.table({field.name: _plain(path, field, table[field.name]) for field in table.schema})
 
 
@@ -104,14 +100,30 @@ def further(columns: Mapping[str, Iterable[str]], texts: Sequence[str] = ()) -> 
     Values such as 007 are texts.
     """
     return {
-        _free(name): _numbers(pa.array(values, pa.string()), name in texts)
-        for name, values in columns.items()
+        free: _numbers(pa.array(values, pa.string()), name in texts)
+        for free, (name, values) in zip(_free(columns), columns.items(), strict=True)
     }
 
 
-def _free(name: str) -> str:
-    """The name itself, or one that the bank does not use; Lance has no use for dots in names."""
-    return f"{name}_" if name in TAKEN else name.replace(".", "_")
+def _free(names: Iterable[str]) -> list[str]:
+    """The names themselves, or where the bank or Lance cannot have them, names like them.
+
+    Raises:
+        UserError: if two columns come to the same name.
+    """
+
+    def free(name: str) -> str:
+        plain = re.sub(r"[.`]", "_", name) or "unnamed"
+        return f"{plain}_" if plain in TAKEN or plain.startswith("_row") else plain
+
+    names = list(names)
+    renamed = [free(name) for name in names]
+    if double := [name for name, count in Counter(renamed).items() if count > 1]:
+        alike = [name for name in names if free(name) == double[0]]
+        raise UserError(
+            f"{len(alike)} columns would be called {double[0]} in a bank", found=", ".join(map(repr, alike))
+        )
+    return renamed
 
 
 def _numbers(column: pa.Array, text: bool) -> pa.Array:
@@ -132,7 +144,7 @@ def _plain(path: Path, field: pa.Field, column: pa.ChunkedArray) -> pa.ChunkedAr
     """The column in the type that the bank gives it."""
     for fixed in FIXED:
         if fixed.name == field.name:
-            return column.cast(fixed.type)
+            return cast(column, fixed)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_floating(kind):
         return column.cast(pa.float64())

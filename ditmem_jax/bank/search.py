@@ -59,6 +59,7 @@ class Bank:
         self.row_ids = np.zeros(0, np.uint64)
         self._ids = pa.chunked_array([], pa.string())
         self._alive = np.zeros(0, bool)
+        self._followed = table.version  # what is in memory; a change that fails may move the table on
         blocks = []
         for part in table.blocks():
             self._take_up(part)
@@ -105,6 +106,8 @@ class Bank:
         Raises:
             UserError: if fewer than k are left or none is, a text has no words, or the filter does not parse.
         """
+        if not len(queries):
+            raise UserError("there is nothing to search for", expected="at least one text or vector")
         vectors = self._vectors(queries)
         allowed = self._allowed(where)
         left = int(allowed.sum())
@@ -146,13 +149,13 @@ class Bank:
 
     def refresh(self) -> None:
         """Takes up what other writers have changed."""
-        before = self.version
         self.table.refresh()
-        if self.version != before:
+        if self.version != self._followed:
             self._follow()
 
     def _follow(self) -> None:
         """Brings what is in memory to the version of the table."""
+        self._followed = self.version
         now = np.sort(self.table.row_ids())
         self._alive = np.isin(self.row_ids, now)
         new = np.setdiff1d(now, self.row_ids)

@@ -142,11 +142,14 @@ class Table:
         return [name for name in self._table.schema.names if name != "vector"]
 
     def add(self, rows: pa.Table, embedder: Embedder, vectors: np.ndarray | None = None) -> None:
-        """Adds all of the rows, in one commit. Columns new to the bank become columns of it first.
+        """Adds all of the rows, in one commit.
+
+        Columns new to the bank become columns of it first, in a commit of their own: without values, should the
+        rows then not follow.
 
         Raises:
             UserError: if the embedder is another than the bank's, or a row does not fit or has an id of another:
-                nothing is added then. Also if another writer added the same id at the same moment: all other rows
+                no row is added then. Also if another writer added the same id at the same moment: all other rows
                 are in then.
         """
         if (ours := embedder.describe()) != self.description:
@@ -257,8 +260,9 @@ class Table:
             raise UserError("a video was removed from the bank meanwhile", fix="search once more")
         return found.take(order).select(columns)
 
-    def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator[pa.Table]:
+    def blocks(self) -> Iterator[pa.Table]:
         """`_rowid`, `id` and `vector` of all rows, some at a time: a plain scan reads far ahead into memory."""
+        size = ROWS_AT_ONCE
 
         def read(start: int) -> pa.Table:
             with lance_errors(f"cannot read the bank {self.uri}"):
@@ -283,6 +287,23 @@ class Table:
             return query.where(where).to_arrow()
 
 
+def cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    """The column in the type of the field; a blank text is no number, and so absent.
+
+    Raises:
+        UserError: if a value does not fit.
+    """
+    try:
+        if pa.types.is_string(column.type) and not pa.types.is_string(field.type):
+            blank = pc.equal(pc.utf8_trim_whitespace(column), "")
+            column = pc.if_else(blank, pa.scalar(None, pa.string()), column)
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(
+            f"a value does not fit the column {field.name}", expected=str(field.type), found=error
+        ) from error
+
+
 def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows with the columns of the schema but for the vector, absent values null, numbers and texts cast.
 
@@ -298,12 +319,7 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
                 raise UserError(f"the rows lack the column {field.name}", found=", ".join(rows.schema.names))
             columns.append(pa.nulls(len(rows), field.type))
             continue
-        try:
-            column = rows[field.name].cast(field.type)
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"a value does not fit the column {field.name}", expected=str(field.type), found=error
-            ) from error
+        column = cast(rows[field.name], field)
         if column.null_count and not field.nullable:
             raise UserError(f"a row has no {field.name}", found=f"{column.null_count} of {len(rows)} rows")
         columns.append(column)

@@ -42,7 +42,7 @@ def _records(table: Table, deep: bool) -> Iterator[str]:
         try:
             yield from _folder(part, RecordReader(folder), deep)
         except UserError as error:
-            yield f"{len(part)} videos have no record any more: {' '.join(str(error).split())}"
+            yield f"{len(part)} videos have no record any more: {error.in_one_line()}"
 
 
 def _folder(part: pa.Table, reader: RecordReader, deep: bool) -> Iterator[str]:
@@ -58,4 +58,4 @@ def _folder(part: pa.Table, reader: RecordReader, deep: bool) -> Iterator[str]:
                 if checksum(reader[row["row"]].latents) != row["checksum"]:
                     yield f"{row['id']!r}: the latents of {place} are altered"
             except UserError as error:
-                yield f"{row['id']!r}: {' '.join(str(error).split())}"
+                yield f"{row['id']!r}: {error.in_one_line()}"

@@ -43,10 +43,11 @@ INPUT_RECORDS = "videos-*.array_record"
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def read_table(path: str | Path) -> list[Entry]:
-    """The rows of a table with columns `video` or `video_path`, and `caption`; other columns become `extra`.
+def read_table(path: str | Path) -> list[tuple[Entry, str]]:
+    """The rows of a table with columns `video` or `video_path`, and `caption`, and the video of each.
 
-    The id of a row is its video, with #2, #3, ... for further rows of the same video.
+    A column `source` says what each video was cut from, else it stands for itself; other columns become `extra`. The
+    id of a row is its video, with #2, #3, ... for further rows of the same video.
 
     Raises:
         UserError: if the file is no such table.
@@ -70,11 +71,12 @@ def read_table(path: str | Path) -> list[Entry]:
     counts = collections.Counter()
     entries = []
     for row in rows:
-        extra = {name: _text(value) for name, value in row.items() if name not in (video, "caption")}
-        source, caption = (_text(row.get(name)).strip() for name in (video, "caption"))
-        counts[source] += 1
-        id = source if counts[source] == 1 else f"{source}#{counts[source]}"
-        entries.append(Entry(id, caption, source, extra=extra))
+        known = (video, "caption", "source")
+        extra = {name: _text(value) for name, value in row.items() if name not in known}
+        name, caption, source = (_text(row.get(column)).strip() for column in known)
+        counts[name] += 1
+        id = name if counts[name] == 1 else f"{name}#{counts[name]}"
+        entries.append((Entry(id, caption, source or name, extra=extra), name))
     return entries
 
 
@@ -224,39 +226,42 @@ class Videos:
         for place in [*itertools.chain(*self._archives), *(place for _, place in self._records)]:
             self._by_last_part[PurePosixPath(place.name).name].append(place)
 
-    def find(self, source: str) -> Place:
-        """The place of the video that a table calls `source`: its path below a folder or in an archive.
+    def find(self, video: str) -> Place:
+        """The place of the video that a table calls `video`: its path below a folder or in an archive.
 
         In archives the path may lack parts in front, so that a table need not know how they were packed.
 
         Raises:
             UserError: if there is no such video, or more than one, or the path leaves the folder.
         """
-        name = PurePosixPath(source)
+        name = PurePosixPath(video)
         if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"the path {source} leaves the folder of the videos")
-        found: list[Place] = [
-            InFolder(str(path), str(name)) for path in self._folders if (path / name).is_file()
-        ]
+            raise UserError(f"the path {video} leaves the folder of the videos")
+        try:
+            found: list[Place] = [
+                InFolder(str(path), str(name)) for path in self._folders if (path / name).is_file()
+            ]
+        except OSError as error:
+            raise UserError(f"no video can be called {video[:80]!r}", found=error.strerror) from error
         members = self._by_last_part.get(name.name, [])
         exact = [place for place in members if place.name == str(name)]
         found += exact or [place for place in members if place.name.endswith(f"/{name}")]
         if len(found) != 1:
             raise UserError(
-                f"{len(found) or 'no'} videos are called {source}",
+                f"{len(found) or 'no'} videos are called {video}",
                 expected=f"one in {', '.join(map(str, self.places))}",
                 found=", ".join(map(str, found)) or None,
             )
         return found[0]
 
-    def rows(self, entries: Iterable[Entry] | None = None) -> list[Row]:
-        """The videos of a table's entries; without a table all that there are, captioned by text files beside them.
+    def rows(self, table: Iterable[tuple[Entry, str]] | None = None) -> list[Row]:
+        """The videos of a table (see `read_table`); without a table all that there are, captioned by text files beside them.
 
         Raises:
             UserError: without a table, if there is no video, no caption, or two videos have the same name.
         """
-        if entries is not None:
-            return [(entry, self._find(entry.source)) for entry in entries]
+        if table is not None:
+            return [(entry, self._find(video)) for entry, video in table]
         rows: list[Row] = list(self._records)
         for places in [*map(_list_folder, self._folders), *self._archives]:
             by_name = {place.name: place for place in places}
@@ -267,9 +272,9 @@ class Videos:
         self._check(rows)
         return rows
 
-    def _find(self, source: str) -> Place | UserError:
+    def _find(self, video: str) -> Place | UserError:
         try:
-            return self.find(source)
+            return self.find(video)
         except UserError as error:
             return error
 
@@ -299,7 +304,7 @@ def read_row(row: Row, options: dict[str, Any]) -> Clip | str:
             raise UserError("the caption is empty")
         return read_clip(place.open(), **options)
     except UserError as error:
-        return "; ".join(" ".join(line.split()) for line in str(error).split("\n"))
+        return error.in_one_line()
 
 
 def expand(patterns: Iterable[str]) -> list[Path]:
@@ -387,14 +392,19 @@ def _refuse_doubles(path: Path, names: list[str]) -> None:
 def _open_zip(path: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f"cannot read {path}", expected="a whole zip file", found=error) from error
 
 
 def _list_input_records(folder: Path) -> list[tuple[Entry, Place]]:
     state = folder / "videos.json"  # kept by `make tfio-shards`
-    with reading(state):
-        complete = not state.exists() or json.loads(state.read_bytes())["complete"]
+    try:
+        with reading(state):
+            complete = not state.exists() or json.loads(state.read_bytes())["complete"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{state} is damaged", found=error, fix="delete the folder, and make tfio-shards once more"
+        ) from error
     if not complete:
         raise UserError(
             f"the input records in {folder} are not complete", fix="make tfio-shards once more; it continues"

@@ -189,7 +189,8 @@ def _open(path: VideoFile) -> av.container.InputContainer:
     if isinstance(path, VideoBytes):
         path.seek(0)
     try:
-        container = av.open(path if isinstance(path, VideoBytes) else str(path))
+        source = path if isinstance(path, VideoBytes) else str(path)
+        container = av.open(source, metadata_errors="replace")  # titles in old encodings
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"cannot read {path}", expected="a video file", found=error.strerror) from error
     if not container.streams.video:

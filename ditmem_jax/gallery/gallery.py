@@ -197,7 +197,7 @@ class Gallery:
             entry = Entry(self._free_id(source), caption, source)
             with self._encoding:
                 self._networks = self._networks or (load_vae(self._config), load_umt5(self._config))
-                rows, engine = Videos([folder]).rows([entry]), Local(self._networks)
+                rows, engine = Videos([folder]).rows([(entry, entry.source)]), Local(self._networks)
                 encode_dataset(rows, folder / "records", self._config, engine, batch=1)
             self._check_making(RecordReader(folder / "records"))
             rows = rows_of_records([folder / "records"])

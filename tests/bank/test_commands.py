@@ -66,3 +66,5 @@ def test_bad_commands(tmp_path):
     assert "expected: search" in bank("serch", place, fails=True)
     assert "no bank at" in bank("search", "a ball", place, fails=True)
     assert "which videos" in bank("build", place, fails=True)
+    assert "stats takes no --where" in bank("stats", place, "--where=true", fails=True)
+    assert "65535" in bank("serve", place, "--port=99999", fails=True)

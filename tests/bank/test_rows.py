@@ -80,6 +80,10 @@ def test_ids_that_look_like_numbers_stay_texts(tmp_path):
     rows = read_rows(tmp_path / "table.csv")
     assert rows["id"].to_pylist() == ["0012", "0013"] and rows["caption"].to_pylist() == ["7", ""]
     assert rows["x"].to_pylist() == [1, None]
+    (tmp_path / "table.csv").write_text("id,caption,tag,fps,,a.b\n1,x,007,,9,2\n2,y,8,,9,2\n")
+    rows = read_rows(tmp_path / "table.csv")
+    assert rows["tag"].to_pylist() == ["007", "8"] and rows["fps"].to_pylist() == [None, None]
+    assert rows.schema.names[-3:] == ["unnamed", "a_b", "source"]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,10 @@ def test_ids_that_look_like_numbers_stay_texts(tmp_path):
         ("t.jsonl", '{"id": "a"}\n{', "cannot read"),
         ("t.jsonl", '{"id": "a", "list": [1]}', "column list"),
         ("t.jsonl", "[1]", "cannot read"),
+        ("t.csv", "id,a.b,a_b\n1,2,3\n", "2 columns would be called a_b"),
+        ("t.csv", "id,fps\n1,fast\n", "does not fit the column fps"),
+        ("t.jsonl", '{"id": "a", "duration": [1]}', "does not fit the column duration"),
+        ("t.jsonl", '{"id": "a", "n": 1180591620717411303424}', "cannot read"),
         ("t.parquet", "PAR1", "cannot read"),
         ("t.xlsx", "", "is no table"),
     ],

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
+from ditmem_jax.bank.rows import columns_of
 from ditmem_jax.data.records import ArrayRecordWriter, Entry
 from ditmem_jax.data.sources import (
     Videos,
@@ -187,8 +188,8 @@ def test_tables_of_all_kinds_say_the_same(tmp_path):
         'video,caption,motion,note\na.mp4,"he said: ""x"",\nتفاحة 🙂",0.5,\na.mp4,,2.0,n\n', encoding="utf-8"
     )
     want = [
-        Entry("a.mp4", rows[0]["caption"], "a.mp4", extra={"motion": "0.5", "note": ""}),
-        Entry("a.mp4#2", "", "a.mp4", extra={"motion": "2.0", "note": "n"}),
+        (Entry("a.mp4", rows[0]["caption"], "a.mp4", extra={"motion": "0.5", "note": ""}), "a.mp4"),
+        (Entry("a.mp4#2", "", "a.mp4", extra={"motion": "2.0", "note": "n"}), "a.mp4"),
     ]
     for suffix in ("parquet", "jsonl", "csv"):
         assert read_table(tmp_path / f"t.{suffix}") == want, suffix
@@ -234,9 +235,19 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
         '\ufeffvideo_path,caption\r\na b.mp4,"x, ""y"""\r\n\r\nc.mp4\r\n'.encode()
     )
     assert read_table(tmp_path / "t.csv") == [
-        Entry("a b.mp4", 'x, "y"', "a b.mp4"),
-        Entry("c.mp4", "", "c.mp4"),
+        (Entry("a b.mp4", 'x, "y"', "a b.mp4"), "a b.mp4"),
+        (Entry("c.mp4", "", "c.mp4"), "c.mp4"),
     ]
+
+
+def test_a_column_tells_what_a_clip_was_cut_from(tmp_path):
+    (tmp_path / "t.csv").write_text("video,caption,source,id\na.mp4,x,film,7\nb.mp4,y,,8\n")
+    (entry, video), (other, _) = read_table(tmp_path / "t.csv")
+    assert (entry.id, entry.source, video, other.source) == ("a.mp4", "film", "a.mp4", "b.mp4")
+    assert entry.extra == {"id": "7"}
+    assert columns_of([entry])["id"] == ["a.mp4"]
+    with pytest.raises(UserError, match="no video can be called"):
+        Videos([tmp_path]).find("x" * 300)
     with pytest.raises(UserError, match="No such file"):
         read_table(tmp_path / "nothing.csv")
 

@@ -227,7 +227,7 @@ def test_what_is_added_is_encoded_as_encode_does_and_played(folder):
     assert gallery.search("hops", k=1).rows == [row] and row["caption"] == "a “red” ball\nhops"
     assert gallery.clips.file(row).read_bytes() == video.read_bytes()
     entry = Entry("red zorvex.mp4", "a “red” ball\nhops", "red zorvex.mp4")
-    rows = Videos([folder / "videos"]).rows([entry])
+    rows = Videos([folder / "videos"]).rows([(entry, entry.source)])
     encode_dataset(rows, folder / "again", config(folder), Local(with_networks(folder)), batch=1)
     got, want = RecordReader(row["records"])[row["row"]], RecordReader(folder / "again")[0]
     np.testing.assert_array_equal(got.latents, want.latents)
