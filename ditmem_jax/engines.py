@@ -112,7 +112,7 @@ class OnRay:
             compute=data.ActorPoolStrategy(size=self.workers, max_tasks_in_flight_per_actor=1),
             **self._resources(),
         )
-        return made.iter_rows()
+        return iter(made.iter_rows())
 
     def _resources(self) -> dict[str, Any]:
         """What a worker takes of a machine: no CPU, lest there be none left to read videos."""

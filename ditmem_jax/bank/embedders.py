@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -28,6 +28,7 @@ OWN_CODE = "sentence_transformers."  # parts of a model that are of the library 
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
+@runtime_checkable  # the tests check types
 class Embedder(Protocol):
     """Texts to vectors of length 1 (zero for a text without words), those to be found and those that find."""
 

@@ -194,7 +194,7 @@ def other_index(index, vectors):
         (spoil_json("metadata.json", lambda rows: [*rows[1:], rows[0]]), "disagree on row 0"),
         (spoil_json("metadata.json", lambda rows: [{}, *rows[1:]]), "row 0 .* released layout"),
         (other_index(faiss.IndexFlatL2(DIM), np.eye(COUNT, DIM, dtype=np.float32)), "another kind of index"),
-        (other_index(faiss.IndexFlatIP(DIM), np.eye(COUNT, DIM, dtype=np.float32)), "not of length 1"),
+        (other_index(faiss.IndexFlatIP(DIM), 2 * np.ones((COUNT, DIM), np.float32)), "not of length 1"),
     ],
 )
 def test_files_that_do_not_fit_are_named(layout, tmp_path, spoil, message):

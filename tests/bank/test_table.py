@@ -86,7 +86,8 @@ def test_a_reader_keeps_its_version(tmp_path):
     assert ids(reader) == ["b"]
 
 
-def test_vectors_come_out_as_they_went_in(tmp_path):
+def test_vectors_come_out_as_they_went_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("ditmem_jax.bank.table.ROWS_AT_ONCE", 7)
     given = vectors(50)
     given[7] = 0
     names = [f"{i:02}" for i in range(50)]
@@ -95,7 +96,7 @@ def test_vectors_come_out_as_they_went_in(tmp_path):
     assert found["id"].to_pylist() == names
     np.testing.assert_array_equal(to_matrix(found["vector"])[:25], given[:25])
     np.testing.assert_allclose(to_matrix(found["vector"]), given, atol=1e-7)
-    blocks = list(table.blocks(7))
+    blocks = list(table.blocks())
     assert [len(block) for block in blocks] == [7] * 7 + [1]
     np.testing.assert_array_equal(to_matrix(pa.concat_tables(blocks)["vector"]), to_matrix(found["vector"]))
 

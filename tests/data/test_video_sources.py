@@ -26,6 +26,7 @@ from ditmem_jax.errors import UserError
 
 FILES = {"a.mp4": None, "a.txt": b"a ball\n", "deep/b.mp4": None, "deep/b.txt": "ein Käfer".encode()}
 ROWS = [Entry("a.mp4", "a ball", "a.mp4"), Entry("deep/b.mp4", "ein Käfer", "deep/b.mp4")]
+TABLE = [(entry, entry.source) for entry in ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_every_place_gives_the_same_videos(folder, place):
     rows = videos.rows()
     extra = {"motion": "0.5"} if place == "records" else {}
     assert [entry for entry, _ in rows] == [Entry(e.id, e.caption, e.source, extra=extra) for e in ROWS]
-    for entry, found in [*rows, *videos.rows(ROWS)]:
+    for entry, found in [*rows, *videos.rows(TABLE)]:
         got = read_row((entry, found), dict(frames=3, height=16, width=16))
         video = read_video(folder / entry.source)
         np.testing.assert_array_equal(got.frames, video.frames)
@@ -89,7 +90,7 @@ def test_archives_are_not_unpacked_and_their_folders_need_no_mention(folder):
 )
 def test_what_is_not_one_video_of_the_places_is_told_of_its_row(folder, source, message):
     videos = Videos([folder.parent / "plain.tar", folder.parent / "stored.zip"])
-    ((_, problem),) = videos.rows([Entry("x", "a ball", source)])
+    ((_, problem),) = videos.rows([(Entry("x", "a ball", source), source)])
     with pytest.raises(UserError, match=message):
         raise problem
     assert isinstance(read_row((Entry("x", "a ball", source), problem), {}), str)
@@ -130,7 +131,7 @@ def test_a_damaged_member_is_told_of_its_row(folder, tmp_path, name):
     (tmp_path / name).write_bytes(
         damaged(folder.parent / name, lambda data: flip(data, info.header_offset + 200))
     )
-    (_, row) = (Videos([tmp_path / name]).rows(ROWS))[0]
+    (_, row) = (Videos([tmp_path / name]).rows(TABLE))[0]
     assert "cannot read" in read_row((ROWS[0], row), dict(frames=3, height=16, width=16))
 
 
