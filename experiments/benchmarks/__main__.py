@@ -8,7 +8,8 @@
     python -m experiments.benchmarks pytorch --small    # sizes for a test: says nothing about speed
 
 Every measurement is a process of its own, and the two sides take turns, so that both see the machine alike. Needs the
-extra `parity`. Results go to `results.json` beside this file; those of other commands stay in it.
+extra `parity`. Results go to `results.json` beside this file, where those of other commands stay, and all of them to the
+table in its README.
 """
 
 import json
@@ -31,6 +32,7 @@ from experiments.benchmarks.case import Case
 from experiments.benchmarks.child import arguments
 
 RESULTS = Path(__file__).with_name("results.json")
+README = Path(__file__).with_name("README.md")
 SIDES = ("ours", "torch")
 
 
@@ -60,10 +62,7 @@ def plans(
 
 def measure(side: str, operation: str, repeats: int, case: Case) -> dict:
     """What one process found; see `child`."""
-    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1"}
-    done = subprocess.run(
-        arguments(side, operation, repeats, case), capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run(arguments(side, operation, repeats, case), capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
         return {"failed": reason[0]}
@@ -128,6 +127,35 @@ def _number(result: dict, name: str) -> str:
     return f"{result[name]:.3g}" if name in result else "failed"
 
 
+def write_table(results: dict) -> None:
+    """Puts all results into the README of this folder; "of peak" is the share of the matrix product's rate."""
+    lines = [
+        "| operation | tokens | blocks | videos | here, s | PyTorch, s | PyTorch / here | here, GB | PyTorch, GB "
+        "| here, of peak | PyTorch, of peak |",
+        "|---" * 11 + "|",
+    ]
+    for found in results.values():
+        product = next(row for row in found["rows"] if row["operation"] == "matmul")
+        for row in found["rows"]:
+            sides = [row.get(side, {}) for side in SIDES]
+            cells = [row["operation"], f"{row['tokens']:,}", row["layers"], row["videos"]]
+            cells += [_number(side, "seconds") for side in sides]
+            both = all("seconds" in side for side in sides)
+            cells += [f"{sides[1]['seconds'] / sides[0]['seconds']:.2f}" if both else ""]
+            cells += [_number(side, "peak_gb") for side in sides]
+            peaks = [product.get(side, {}).get("gflops") for side in SIDES]
+            pairs = zip(sides, peaks, strict=True)
+            cells += [
+                f"{side['gflops'] / peak:.0%}" if "gflops" in side and peak else "" for side, peak in pairs
+            ]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    before, rest = README.read_text().split("<!-- table -->\n", 1)
+    write_text(
+        README,
+        f"{before}<!-- table -->\n" + "\n".join(lines) + "\n<!-- end -->" + rest.split("<!-- end -->", 1)[1],
+    )
+
+
 def machine() -> dict[str, str | int]:
     """What the numbers were measured on."""
     import jax
@@ -149,6 +177,7 @@ def machine() -> dict[str, str | int]:
 
 
 def main(command: str) -> None:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for its machine in the cloud
     every = plans([int(n) for n in TOKENS.value], LAYERS.value, DTYPE.value, REMAT.value, SMALL.value)
     if command not in every:
         raise UserError(f"unknown benchmark {command!r}", expected=f"one of: {', '.join(every)}")
@@ -163,6 +192,8 @@ def main(command: str) -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     results[command] = {"machine": machine(), "rows": rows}
     write_text(path, json.dumps(results, indent=1) + "\n")
+    if path == RESULTS:
+        write_table(results)
 
 
 if __name__ == "__main__":

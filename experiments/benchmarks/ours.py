@@ -82,10 +82,10 @@ def _train(case: Case, _: str) -> Callable[[], None]:
 
 def _denoise(case: Case, without: str) -> Callable[[], None]:
     config = case.config()
+    memory = None if without == "memory" else _encoder(case, "")()
     structure, backbone = _transformer(case)
     dtype = DTYPES[case.dtype]
     contexts = [_random(i, 1, config.dit.text_len, config.dit.text_dim, dtype=dtype) for i in (1, 2)]
-    memory = None if without == "memory" else _encoder(case, "")()
 
     @jax.jit
     def step(backbone, noise, contexts, memory):
