@@ -33,7 +33,7 @@ from ditmem_jax.models.dit import Experts
 from ditmem_jax.models.ditmem import Networks, attention_backend
 from ditmem_jax.models.memory import row_counts
 from ditmem_jax.models.state import Arrays, abstract
-from ditmem_jax.sample import make_denoise
+from ditmem_jax.sampler import make_denoise
 from ditmem_jax.sharding import (
     AXES,
     batch_parts,

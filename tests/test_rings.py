@@ -20,7 +20,7 @@ RINGS = (
     ),
     ("models.dit", "models.memory", "models.vae", "models.umt5"),
     ("models.ditmem", "checkpoint", "bank.features"),
-    ("encode", "encoder", "engines", "runs", "validate", "train", "sample"),
+    ("encode", "encoder", "engines", "runs", "validate", "train", "sampler", "sample"),
     ("report", "gallery", "aot", "roof"),
     ("bank.__main__",),  # its commands reach further than the bank
 )
@@ -39,6 +39,7 @@ BESIDE = {
     "engines": {"encoder"},
     "encode": {"encoder", "engines"},
     "train": {"runs", "validate"},
+    "sample": {"sampler"},
     "aot": {"roof"},
     "validate": {"runs"},
     "gallery": {"report"},

@@ -18,7 +18,8 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
-from ditmem_jax.sample import Sampler, denoise, guided, make_clips, retrieve
+from ditmem_jax.sample import make_clips, retrieve
+from ditmem_jax.sampler import Sampler, denoise, guided
 from ditmem_jax.types import Memory
 from tests.tiny import make_tiny, random_arrays, replace, with_experts
 

@@ -14,7 +14,7 @@ from ditmem_jax.models.ditmem import Networks
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.vae import VAE
-from ditmem_jax.sample import denoise, guided
+from ditmem_jax.sampler import denoise, guided
 from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
 from ditmem_jax.types import Memory
 from experiments.benchmarks.case import MATMUL, Case

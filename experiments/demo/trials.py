@@ -13,7 +13,7 @@ from ditmem_jax.bank import Bank
 from ditmem_jax.config import Config
 from ditmem_jax.data.files import replacing
 from ditmem_jax.data.references import References
-from ditmem_jax.sample import Sampler
+from ditmem_jax.sampler import Sampler
 from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, measure, sample_clip
 from ditmem_jax.worlds.measure import LAWLESS_PX
 

@@ -21,7 +21,7 @@ from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
 from ditmem_jax.config import Config, build
 from ditmem_jax.data.video import to_unit
 from ditmem_jax.models.vae import decode, encode
-from ditmem_jax.sample import Sampler
+from ditmem_jax.sampler import Sampler
 from ditmem_jax.worlds import PHENOMENA, RANGES, caption, measure, sample_clip
 from ditmem_jax.worlds.laws import sample_world
 

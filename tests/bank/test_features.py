@@ -18,7 +18,8 @@ from ditmem_jax.config import MemoryConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
-from ditmem_jax.sample import Sampler, make_clips, retrieve
+from ditmem_jax.sample import make_clips, retrieve
+from ditmem_jax.sampler import Sampler
 from tests.tiny import make_tiny, random_arrays, replace
 
 PROMPT = "A ball falls on planet Brux"

@@ -12,7 +12,7 @@ from ditmem_jax.config import ObjectiveConfig
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.ditmem import predict
 from ditmem_jax.models.memory import MemoryEncoder
-from ditmem_jax.sample import denoise, guided
+from ditmem_jax.sampler import denoise, guided
 from tests.parity.dit import channels_first, channels_last, make_dit
 from tests.parity.golden import Check, GoldenFile
 from tests.parity.memory import compare_gradients, make_encoder, released_layout, videos

@@ -1,0 +1,327 @@
+"""The networks that make clips from prompts: a schedule, an Euler stepper and a scan, with or without memory."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from ditmem_jax import flow
+from ditmem_jax.bank.features import encode_video
+from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
+from ditmem_jax.config import Config, MeshConfig
+from ditmem_jax.data.tokenizer import Tokenizer
+from ditmem_jax.data.video import from_unit
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.dit import DiT, Experts
+from ditmem_jax.models.ditmem import attention_backend, with_strength
+from ditmem_jax.models.kernels import Backend
+from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.umt5 import UMT5
+from ditmem_jax.models.vae import VAE, decode
+from ditmem_jax.sharding import check_mesh, divided, make_mesh, placing, whole
+from ditmem_jax.types import Memory
+
+Latents = Float[Array, "B T H W C"]
+Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
+"""What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
+Velocity = Callable[[Latents, Float[Array, ""]], Latents]
+"""Velocity of noisy latents at a noise level sigma."""
+
+
+def denoise(
+    velocity: Velocity,
+    noise: Latents,
+    sigmas: Float[np.ndarray, " steps"],
+    on_step: Callable[[], None] | None = None,
+    end: float = 0.0,
+) -> Latents:
+    """Euler steps from noise at `sigmas[0]` = 1 down to clean latents at `end` = 0.
+
+    Args:
+        on_step: called on the host after every step.
+    """
+
+    def step(x, now):
+        sigma, change = now
+        x = x + change * velocity(x, sigma)
+        if on_step is not None:
+            jax.debug.callback(lambda _: on_step(), x[0, 0, 0, 0, 0])  # the value makes it wait for the step
+        return x, None
+
+    schedule = jnp.asarray(sigmas, jnp.float32), jnp.asarray(flow.euler_steps(sigmas, end), jnp.float32)
+    return jax.lax.scan(step, noise, schedule)[0]
+
+
+def guided(
+    dit: Callable[..., Latents],
+    positive: Float[Array, "B L E"],
+    negative: Float[Array, "B L E"],
+    memory: Memory | None,
+    scale: float,
+    *,
+    memory_in_negative: bool = True,
+) -> Velocity:
+    """Classifier-free guidance, negative + scale (positive - negative), with both branches in one batch.
+
+    Args:
+        dit: velocity of (latents, timestep, text embeddings, memory), such as a `DiT`.
+        positive, negative: text embeddings, zero past their lengths.
+        memory_in_negative: give the memory to both branches, as released; otherwise guidance pushes towards it.
+    """
+
+    def plain(x, sigma):
+        return dit(x, jnp.full(x.shape[:1], flow.TRAIN_STEPS * sigma), positive, memory)
+
+    def both(x, sigma):
+        time = jnp.full((2 * x.shape[0],), flow.TRAIN_STEPS * sigma)
+        toward, away = jnp.split(dit(_twice(x), time, context, memories), 2)
+        return away + scale * (toward - away)
+
+    if scale == 1:
+        return plain
+    context = jnp.concatenate([positive, negative])
+    memories = None
+    if memory is not None:
+        other = memory.bias if memory_in_negative else jnp.full_like(memory.bias, -jnp.inf)
+        memories = Memory(_twice(memory.tokens), jnp.concatenate([memory.bias, other]))
+    return both
+
+
+def _twice(x: Float[Array, "B ..."]) -> Float[Array, "C ..."]:
+    return jnp.concatenate([x, x])
+
+
+class Sampler:
+    """The networks that make clips; compiled once per number of prompts and of reference videos.
+
+    Args:
+        text: text encoder and tokeniser; or the embedding of every prompt that will be asked for.
+        encoder: None for a sampler without memory; two, for high noise and for low, where each expert has its own.
+        on_step: called after every denoising step, for a progress bar.
+        mesh: devices that share the work, by default one: they divide the clips of a batch, if their number allows,
+            the tokens of each clip, and the weights as they were placed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dit: DiT | Experts,
+        vae: VAE,
+        text: tuple[UMT5, Tokenizer] | dict[str, Array],
+        encoder: MemoryEncoder | tuple[MemoryEncoder, MemoryEncoder] | None = None,
+        on_step: Callable[[], None] | None = None,
+        mesh: Mesh | None = None,
+    ):
+        self.config, self.vae, self._text = config, vae, text
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self.backend = attention_backend(config, self.mesh)
+        self._with_memory = encoder is not None
+        dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
+        self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
+        encoders = self._encoders * (len(dits) // len(self._encoders))
+        pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
+        self._networks, self._states = zip(*pairs, strict=True)
+        self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
+        self._denoise = jax.jit(make_denoise(config, self._networks, self.backend, on_step))
+
+    @classmethod
+    def load(
+        cls,
+        config: Config,
+        encoder: str | Path | Sequence[str | Path] | None = None,
+        on_step: Callable[[], None] | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> "Sampler":
+        """From `config.weights` and the file of a trained encoder, or the files of one for each expert; on `config.mesh`.
+
+        Args:
+            prompts: all that will be asked for, if that is known. The text encoder, which may be as large as the
+                transformer, is then gone before that is loaded.
+        Raises:
+            UserError: if a file is missing or does not fit the config, or the config does not fit the devices.
+        """
+        mesh = make_mesh(config.mesh)
+        check_mesh(config, mesh)
+        memory = None
+        if encoder is not None:
+            config, paths = with_encoders(config, encoder)
+            loaded = tuple(load_encoder(path, placing(mesh, "encoder")) for path in paths)
+            memory = loaded if len(loaded) > 1 else loaded[0]
+        text = load_umt5(config, placing(mesh, "text"))
+        if prompts is not None:
+            negative = config.sample.negative_prompt
+            known = {negative: embed(text, [negative], allow_empty=True)[0]}
+            text = known | {prompt: embed(text, [prompt])[0] for prompt in prompts}
+        dit, vae = load_dit(config, placing(mesh, "dit")), load_vae(config, placing(mesh, "vae"))
+        return cls(config, dit, vae, text, memory, on_step, mesh)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        strength: float | None = None,
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
+        """One clip per prompt, as pixels; arguments and errors as `latents`."""
+        latents = self.latents(prompts, seeds, references, strength)
+        return from_unit(whole(decode(self.vae, latents), self.mesh))
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        strength: float | None = None,
+    ) -> Latents:
+        """One clip per prompt, as normalised latents.
+
+        Args:
+            seeds: of each clip's noise; a clip does not depend on the others of its batch.
+            references: latents of the reference videos of each prompt, or their `rows`; None is no memory.
+            strength: instead of `config.sample.strength`.
+        Raises:
+            UserError: for an empty prompt, or references that do not fit the encoder.
+        """
+        config = self.config
+        if references is not None and not self._with_memory:
+            raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
+        rows = references if references is None or isinstance(references, tuple) else self.rows(references)
+        video = config.video
+        shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+        noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+        if rows is not None:
+            rows = tuple(divided(self.mesh, np.asarray(x), "batch", *[None] * 4) for x in rows)
+        with jax.set_mesh(self.mesh):
+            return self._denoise(
+                self._states,
+                divided(self.mesh, noise, "batch", *[None] * 4),
+                self._embed(prompts),
+                jnp.repeat(self._negative, len(prompts), axis=0),
+                rows,
+                config.sample.strength if strength is None else strength,
+            )
+
+    def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
+        """What the encoders make of each reference video, to the last bit as `bank.features` stores it."""
+        return tuple(
+            np.stack([[whole(encode_video(encoder, x), self.mesh) for x in videos] for videos in references])
+            for encoder in self._encoders
+        )
+
+    def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
+        if isinstance(self._text, tuple):
+            return embed(self._text, prompts, allow_empty=allow_empty)
+        known = [prompt for prompt in self._text if allow_empty or prompt.strip()]
+        if unknown := [prompt for prompt in prompts if prompt not in known]:
+            raise UserError(
+                "the sampler was loaded for other prompts",
+                expected=f"one of {known}",
+                found=unknown[0],
+                fix="load it with this one, or without prompts",
+            )
+        return jnp.stack([self._text[prompt] for prompt in prompts])
+
+
+def make_denoise(
+    config: Config,
+    networks: Sequence[Any],
+    backend: Backend,
+    on_step: Callable[[], None] | None = None,
+) -> Callable[..., Latents]:
+    """The pure program (states, noise, positive, negative, rows, strength) -> latents.
+
+    Args:
+        networks: the transformers, then as many encoders; `states` holds their weights. `rows` holds what each
+            encoder made of the single reference videos, or once what the only one did; None is no memory.
+    """
+
+    def denoised(states, noise, positive, negative, rows, strength):
+        merged = [nnx.merge(*network) for network in zip(networks, states, strict=True)]
+        dits, encoders = merged[: len(merged) // 2], merged[len(merged) // 2 :]
+        options = dict(memory_in_negative=config.sample.memory_in_negative)
+        x, memory = noise, None
+        rows = [None] * len(dits) if rows is None else rows * (len(dits) // len(rows))
+        for dit, encoder, videos, (sigmas, end, scale) in zip(
+            dits, encoders, rows, _schedule(config), strict=True
+        ):
+            if videos is not None:
+                memory = with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
+            dit = functools.partial(dit, backend=backend)
+            velocity = guided(dit, positive, negative, memory, scale, **options)
+            x = denoise(velocity, x, sigmas, on_step, end)
+        return x
+
+    return denoised
+
+
+def embed(
+    text: tuple[UMT5, Tokenizer], prompts: Sequence[str], *, allow_empty: bool = False
+) -> Float[Array, "B L E"]:
+    """Embeddings of prompts, zero past their lengths."""
+    network, tokenizer = text
+    return _encode_text(network, *tokenizer(prompts, allow_empty=allow_empty))
+
+
+_encode_text = nnx.jit(UMT5.__call__)
+
+
+def _schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
+    """The noise levels of each transformer, high ones first, where they end, and the guidance there."""
+    settings, boundary = config.sample, config.experts.boundary
+    sigmas = flow.shifted_sigmas(settings.steps, settings.shift)
+    if boundary is None:
+        return [(sigmas, 0.0, settings.guidance)]
+    high, low = flow.split_schedule(sigmas, boundary)
+    guidance_high = settings.guidance if settings.guidance_high is None else settings.guidance_high
+    return [(*high, guidance_high), (*low, settings.guidance)]
+
+
+def with_encoder(config: Config, path: str | Path) -> Config:
+    """`config` with the memory that the encoder in `path` was trained with.
+
+    Raises:
+        UserError: if there is no such encoder, or it is for a transformer of another width or for other latents.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"no encoder at {path}", expected="the encoder.safetensors of a run of ditmem_jax.train"
+        )
+    memory, _ = encoder_metadata(path)
+    wanted, found = (config.dit.dim, config.vae.z_dim), (memory.dim, memory.in_dim)
+    if found != wanted:
+        raise UserError(
+            f"the encoder in {path} does not fit the networks of the config",
+            expected="width {}, {} latent channels".format(*wanted),
+            found="width {}, {} latent channels".format(*found),
+            fix="the config that it was trained with, or an encoder trained with this one",
+        )
+    return dataclasses.replace(config, memory=memory)
+
+
+def with_encoders(config: Config, files: str | Path | Sequence[str | Path]) -> tuple[Config, list[Path]]:
+    """`with_encoder` of one file or of one for each of two experts; and the files, that for high noise first.
+
+    Raises:
+        UserError: also if an expert would have no encoder, or one that was trained for the other.
+    """
+    files = [files] if isinstance(files, (str, Path)) else files
+    order, found = ("both", "high", "low"), {}
+    for path in files:
+        config = with_encoder(config, path)
+        found[encoder_metadata(path)[1].get("expert", "both")] = Path(path)
+    wanted = [("both",)] if config.experts.boundary is None else [("both",), ("high", "low")]
+    if len(found) < len(files) or (kinds := tuple(sorted(found, key=order.index))) not in wanted:
+        raise UserError(
+            "these encoders do not serve every noise level once",
+            expected=" or ".join(f"one for {' and one for '.join(names)}" for names in wanted),
+            found=", ".join(f"{path} for {kind}" for kind, path in found.items()),
+        )
+    return config, [found[kind] for kind in kinds]
