@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,17 @@ def converted(source: str | Path) -> str:
         digest.update(path.read_bytes())
     target = ROOT / "build" / "weights" / f"{source.parent.name}-{digest.hexdigest()[:12]}"
     if not target.exists():
-        convert_folder(source, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=target.parent
+        ) as own:  # processes that begin together make one each
+            made = Path(own, target.name)
+            convert_folder(source, made)
+            try:
+                made.rename(target)
+            except OSError:
+                if not target.exists():  # else another process was first
+                    raise
     return str(target)
 
 

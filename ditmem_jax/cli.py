@@ -27,6 +27,33 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     )
 
 
+def define_cluster(what: str) -> Callable[[], tuple[str, int] | None]:
+    """Defines `--engine`, `--address` and `--workers`, for a command that does `what` here or on a Ray cluster.
+
+    Returns:
+        what tells the cluster's address and the number of workers that the flags name, or None for this process.
+    """
+    engine = flags.DEFINE_enum(
+        "engine", "local", ["local", "ray"], f"Who {what}: this process, or a Ray cluster."
+    )
+    address = flags.DEFINE_string("address", "", "Ray cluster; empty: all cores of this machine.")
+    workers = flags.DEFINE_integer(
+        "workers",
+        0,
+        "Ray workers that hold the networks; 0: one an accelerator, or one a machine.",
+        lower_bound=0,
+    )
+
+    def cluster() -> tuple[str, int] | None:
+        if engine.value == "ray":
+            return address.value, workers.value
+        if address.value or workers.value:
+            raise UserError("--address and --workers are for --engine=ray", found="--engine=local")
+        return None
+
+    return cluster
+
+
 def load_config(holder: flags.FlagHolder) -> Config:
     """The strict `Config` of the file behind a `define_config` flag, with the overrides of the command line."""
     if holder.value is None:

@@ -137,10 +137,8 @@ def _rows() -> list[Row]:
 
 
 def _engine(config: Config) -> Engine:
-    if ENGINE.value == "ray":
-        return OnRay(ADDRESS.value, WORKERS.value)
-    if ADDRESS.value or WORKERS.value:
-        raise UserError("--address and --workers are for --engine=ray", found=f"--engine={ENGINE.value}")
+    if cluster := CLUSTER():
+        return OnRay(*cluster)
     return Local((load_vae(config), load_umt5(config)))
 
 
@@ -181,14 +179,5 @@ if __name__ == "__main__":
     RESIZE = flags.DEFINE_enum("resize", None, ["stretch", "crop"], "Overrides config.video.resize.")
     BATCH = flags.DEFINE_integer("batch", 4, "Clips that are encoded at once.", lower_bound=1)
     MINIMUM = flags.DEFINE_integer("min_frames", 2, "Frames that a video must have.", lower_bound=1)
-    ENGINE = flags.DEFINE_enum(
-        "engine", "local", ["local", "ray"], "This process, or workers of a Ray cluster."
-    )
-    WORKERS = flags.DEFINE_integer(
-        "workers",
-        0,
-        "Ray workers that hold the networks; 0: one an accelerator, or one a machine.",
-        lower_bound=0,
-    )
-    ADDRESS = flags.DEFINE_string("address", "", "Ray cluster; empty: all cores of this machine.")
+    CLUSTER = cli.define_cluster("encodes")
     cli.run(main)

@@ -190,13 +190,12 @@ def _given() -> tuple[pa.Table, np.ndarray | None]:
 
 def _vectors(embedder: Embedder, rows: pa.Table, given: np.ndarray | None) -> np.ndarray | None:
     """The given vectors, or those that a cluster makes if it is to; None leaves them to the table."""
-    if ENGINE.value == "local" and (ADDRESS.value or WORKERS.value):
-        raise UserError("--address and --workers are for --engine=ray", found="--engine=local")
-    if ENGINE.value == "local" or given is not None:
+    cluster = CLUSTER()
+    if cluster is None or given is not None:
         return given
     from ditmem_jax.engines import OnRay  # with the networks of `encode`, which are slow to import
 
-    return OnRay(ADDRESS.value, WORKERS.value).documents(embedder, rows["caption"].to_pylist())
+    return OnRay(*cluster).documents(embedder, rows["caption"].to_pylist())
 
 
 def _queries(prompt: str | None) -> list[str] | np.ndarray:
@@ -303,16 +302,7 @@ if __name__ == "__main__":
         "ivf_above", IVF_ABOVE, "Videos beyond which search is approximate (FAISS IVF)."
     )
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
-    ENGINE = flags.DEFINE_enum(
-        "engine", "local", ["local", "ray"], "Who embeds captions: this process, or workers of a Ray cluster."
-    )
-    WORKERS = flags.DEFINE_integer(
-        "workers",
-        0,
-        "Ray workers that hold the model; 0: one an accelerator, or one a machine.",
-        lower_bound=0,
-    )
-    ADDRESS = flags.DEFINE_string("address", "", "Ray cluster; empty: all cores of this machine.")
+    CLUSTER = cli.define_cluster("embeds captions")
     CONFIG = cli.define_config()
     VIDEOS = flags.DEFINE_string("videos", None, "serve: folder of the original videos.")
     CACHE = flags.DEFINE_string(

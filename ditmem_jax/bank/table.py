@@ -298,7 +298,7 @@ def cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
             blank = pc.equal(pc.utf8_trim_whitespace(column), "")
             column = pc.if_else(blank, pa.scalar(None, pa.string()), column)
         return column.cast(field.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:  # of a value, of a type such as lists
         raise UserError(
             f"a value does not fit the column {field.name}", expected=str(field.type), found=error
         ) from error

@@ -9,6 +9,7 @@ with the video file as the uint8 tensor `video`, and as metadata the texts id, c
 In place of the file there may be its frames, as the uint8 tensor `frames` [T, H, W, 3] and the text `fps`.
 """
 
+import abc
 import collections
 import csv
 import dataclasses
@@ -132,7 +133,7 @@ def _text(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Place(abc.ABC):
     """Where a video lies: by the name `name` in `path`. Small, for other processes to open it.
 
     Raises:
@@ -145,8 +146,8 @@ class Place:
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
 
-    def read(self) -> bytes:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def read(self) -> bytes: ...
 
     def open(self) -> VideoFile | Video:
         return VideoBytes(self.read(), str(self))
@@ -392,7 +393,11 @@ def _refuse_doubles(path: Path, names: list[str]) -> None:
 def _open_zip(path: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+    ) as error:  # the last for versions it cannot read
         raise UserError(f"cannot read {path}", expected="a whole zip file", found=error) from error
 
 

@@ -54,7 +54,7 @@ def load_torch(path: Path) -> Any:
 def import_torch(path: Path) -> Any:
     """The module, for the file at `path`."""
     try:
-        import torch
+        import torch  # the one library that reads its files safely; an extra, wanted for .pth and .pt alone
     except ImportError as error:
         raise UserError(
             f"{path} needs torch to be read or written",
@@ -65,7 +65,7 @@ def import_torch(path: Path) -> Any:
 
 def to_numpy(tensor: Any) -> np.ndarray:
     """The array of a tensor, without a copy where it lies in order."""
-    import torch
+    import torch  # which made the tensor
 
     if tensor.dtype == torch.bfloat16:  # numpy learns of it from ml_dtypes, torch does not know that
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

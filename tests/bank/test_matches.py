@@ -71,7 +71,7 @@ def test_references_are_the_records_that_were_matched(library, tmp_path):
     again = matches.Matches.load(tmp_path / "matches.parquet")
     assert again == found or again.table.equals(found.table)
     for k in (1, 2):
-        references, index = pickle.loads(pickle.dumps(again.references(k)))
+        references, index = pickle.loads(pickle.dumps(again.references(k)))  # grain's workers get them so
         assert index.shape == (len(records), k) and len(references) <= len(LIBRARY) + 1
         names = [[references[i].id for i in row] for row in index]
         assert names == [ids[:k] for ids in found.table["matches"].to_pylist()]
