@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -283,7 +284,10 @@ def _statement(error: str) -> str:
 
 
 def candidates(program: Program, config: Config, chips: int) -> Iterator[Config]:
-    """The config on every mesh of `chips` that it divides over, each with remat policies from quick to small."""
+    """The config on meshes of `fsdp` and `context`, each with remat policies from quick to small.
+
+    `context` is every power of two that divides `chips`.
+    """
     remats = ("attention", "blocks", "offload") if program == "train" else (config.run.remat,)
     for parts in (2**n for n in range(chips.bit_length())):
         if chips % parts == 0:
@@ -325,7 +329,7 @@ def parse_mesh(text: str, config: Config) -> Config:
     sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in sizes or not size.lstrip("-").isdigit():
+        if axis not in sizes or not re.fullmatch(r"-?\d+", size):
             raise UserError(
                 f"--mesh cannot be {text!r}", expected=f"axes of {', '.join(AXES)}: fsdp=4,context=2"
             )
@@ -404,6 +408,8 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     config, program, topology = cli.load_config(CONFIG), PROGRAM.value, TOPOLOGY.value
+    if MESH.value and SWEEP.value:
+        raise UserError("--sweep tries meshes of its own", found=f"--mesh={MESH.value}", fix="one of the two")
     if MESH.value:
         config = parse_mesh(MESH.value, config)
     if SWEEP.value:

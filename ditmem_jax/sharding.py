@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -27,7 +28,7 @@ from ditmem_jax.errors import UserError
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Axis of an activation -> mesh axes.
-ACTIVATIONS = {"batch": BATCH_AXES, "tokens": ("context",), "heads": ("tensor",), None: ()}
+ACTIVATIONS = {"batch": BATCH_AXES, "tokens": ("context",), None: ()}
 # Axis of a weight -> mesh axes: devices that share a clip need not each hold the weights.
 WEIGHTS = {"fsdp": ("fsdp", "context"), "tensor": ("tensor",), None: ()}
 
@@ -64,7 +65,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             fix="mesh.data=-1 takes the devices that the other axes leave",
         )
     sizes = tuple(len(devices) // given if size == -1 else size for size in sizes)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Not jax.make_mesh, which splits an axis of the torus on some chips only.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -83,7 +83,7 @@ def _tell_why_it_aborts() -> None:
 
     def abort(_: int) -> None:
         error = UserError(
-            "another process of the program has ended, or cannot be reached",
+            "this process was aborted: another process of the program has ended or cannot be reached, or see above",
             fix="see why; then start all again: the same command continues",
         )
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -203,7 +203,7 @@ def any_process(flag: bool) -> bool:
 
 
 class Phases:
-    """Seconds from the start of the process to the first step, by phase."""
+    """Seconds from when it is made to the first step, by phase."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

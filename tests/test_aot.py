@@ -14,7 +14,7 @@ import pytest
 from ditmem_jax import aot, roof
 from ditmem_jax.config import MeshConfig, to_dict
 from ditmem_jax.errors import UserError
-from ditmem_jax.sharding import AXES
+from ditmem_jax.sharding import AXES, make_mesh
 from tests.tiny import replace, tiny_config
 
 with_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
@@ -34,6 +34,15 @@ def small(folder="nowhere"):
     config = dataclasses.replace(config, dit=dit, memory=memory)
     config = replace(config, "weights", dtype="bfloat16")
     return replace(config, "run", remat="blocks")
+
+
+@with_compiler
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v6e:4x4", "fsdp=8,context=2"), ("v5p:2x4x4", "data=2,fsdp=8,context=2")]
+)
+def test_meshes_may_split_an_axis_of_the_torus(topology, mesh):
+    devices = aot.topology_devices(topology)
+    assert make_mesh(aot.parse_mesh(mesh, small()).mesh, devices).size == len(devices)
 
 
 @with_compiler

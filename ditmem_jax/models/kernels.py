@@ -39,7 +39,6 @@ PLATFORM: dict[Backend, str] = {"cudnn": "gpu", "splash": "tpu"}
 
 QUERIES = 256  # of one block: enough for matrix products at full speed, with scores that stay in the cache
 TILES = (1024, 768, 512, 384, 256, 128)  # of the splash kernels, which divide whole sequences into them
-LANES = 128
 
 
 class Kernel(NamedTuple):
