@@ -5,11 +5,11 @@
     python -m experiments.benchmarks encoder            # the memory encoder alone
     python -m experiments.benchmarks vae                # VAE encode and decode
     python -m experiments.benchmarks growth             # with tokens, blocks and reference videos
-    python -m experiments.benchmarks pytorch --small    # sizes for a test: says nothing about speed
+    python -m experiments.benchmarks pytorch --small --tokens=500 --out=small.json    # sizes for a test
 
 Every measurement is a process of its own, and the two sides take turns, so that both see the machine alike. Needs the
-extra `parity`. Results go to `results.json` beside this file, where those of other commands stay, and all of them to the
-table in its README.
+extra `parity`. Results go to `results.json` beside this file, where those of other
+commands, precisions and devices stay, and all of them to the tables in its README.
 """
 
 import json
@@ -28,12 +28,12 @@ from rich.table import Table
 from ditmem_jax import cli
 from ditmem_jax.data.files import write_text
 from ditmem_jax.errors import UserError
-from experiments.benchmarks.case import Case
+from experiments.benchmarks.case import GRIDS, Case
 from experiments.benchmarks.child import arguments
 
 RESULTS = Path(__file__).with_name("results.json")
 README = Path(__file__).with_name("README.md")
-SIDES = ("ours", "torch")
+SIDES = ("ours", "torch", "torch.compile")
 
 
 def plans(
@@ -116,10 +116,7 @@ def show(rows: list[dict], sides: Sequence[str]) -> Table:
     for row in rows:
         cells = [row["operation"], f"{row['tokens']:,}", str(row["layers"]), str(row["videos"])]
         cells += [_number(row[side], "seconds") for side in sides]
-        ratio = "-"
-        if len(sides) > 1 and all("seconds" in row[side] for side in sides):
-            ratio = f"{row[sides[1]]['seconds'] / row[sides[0]]['seconds']:.2f}"
-        table.add_row(*cells, ratio, *(_number(row[side], "peak_gb") for side in sides))
+        table.add_row(*cells, _ratio(row, sides), *(_number(row[side], "peak_gb") for side in sides))
     return table
 
 
@@ -129,31 +126,40 @@ def _number(result: dict, name: str) -> str:
 
 def write_table(results: dict) -> None:
     """Puts all results into the README of this folder; "of peak" is the share of the matrix product's rate."""
-    lines = [
-        "| operation | tokens | blocks | videos | here, s | PyTorch, s | PyTorch / here | here, GB | PyTorch, GB "
-        "| here, of peak | PyTorch, of peak |",
-        "|---" * 11 + "|",
-    ]
-    for found in results.values():
-        product = next(row for row in found["rows"] if row["operation"] == "matmul")
-        for row in found["rows"]:
-            sides = [row.get(side, {}) for side in SIDES]
+    parts = []
+    for name, found in results.items():
+        product, *_ = rows = found["rows"]
+        sides = [side for side in SIDES if side in product]
+        header = [
+            "operation",
+            "tokens",
+            "blocks",
+            "videos",
+            *(f"{side}, s" for side in sides),
+            "theirs / ours",
+        ]
+        header += [f"{side}, GB" for side in sides] + [f"{side}, of peak" for side in sides]
+        lines = [f"**{name}**\n", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        for row in rows:
             cells = [row["operation"], f"{row['tokens']:,}", row["layers"], row["videos"]]
-            cells += [_number(side, "seconds") for side in sides]
-            both = all("seconds" in side for side in sides)
-            cells += [f"{sides[1]['seconds'] / sides[0]['seconds']:.2f}" if both else ""]
-            cells += [_number(side, "peak_gb") for side in sides]
-            peaks = [product.get(side, {}).get("gflops") for side in SIDES]
-            pairs = zip(sides, peaks, strict=True)
-            cells += [
-                f"{side['gflops'] / peak:.0%}" if "gflops" in side and peak else "" for side, peak in pairs
-            ]
+            cells += [_number(row[side], "seconds") for side in sides] + [_ratio(row, sides)]
+            cells += [_number(row[side], "peak_gb") for side in sides]
+            cells += [_share(row[side], product[side]) for side in sides]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+        parts.append("\n".join(lines))
     before, rest = README.read_text().split("<!-- table -->\n", 1)
-    write_text(
-        README,
-        f"{before}<!-- table -->\n" + "\n".join(lines) + "\n<!-- end -->" + rest.split("<!-- end -->", 1)[1],
-    )
+    after = rest.split("<!-- end -->", 1)[1]
+    write_text(README, f"{before}<!-- table -->\n" + "\n\n".join(parts) + f"\n<!-- end -->{after}")
+
+
+def _ratio(row: dict, sides: Sequence[str]) -> str:
+    if len(sides) < 2 or any("seconds" not in row[side] for side in sides):
+        return "-"
+    return f"{row[sides[1]]['seconds'] / row[sides[0]]['seconds']:.2f}"
+
+
+def _share(result: dict, product: dict) -> str:
+    return f"{result['gflops'] / product['gflops']:.0%}" if "gflops" in result and "gflops" in product else ""
 
 
 def machine() -> dict[str, str | int]:
@@ -178,19 +184,30 @@ def machine() -> dict[str, str | int]:
 
 def main(command: str) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for its machine in the cloud
-    every = plans([int(n) for n in TOKENS.value], LAYERS.value, DTYPE.value, REMAT.value, SMALL.value)
+    sides, known = SIDES_FLAG.value, {str(tokens): tokens for tokens in GRIDS}
+    for name, given, possible in (("sides", sides, SIDES), ("tokens", TOKENS.value, known)):
+        if wrong := [each for each in given if each not in possible]:
+            raise UserError(f"--{name} cannot be {wrong[0]!r}", expected=f"some of {', '.join(possible)}")
+    if SMALL.value and OUT.value is None:
+        raise UserError(
+            "--small says nothing about speed", fix="--out=FILE, not into the results that are kept"
+        )
+    every = plans(
+        [known[tokens] for tokens in TOKENS.value], LAYERS.value, DTYPE.value, REMAT.value, SMALL.value
+    )
     if command not in every:
         raise UserError(f"unknown benchmark {command!r}", expected=f"one of: {', '.join(every)}")
     peak = [] if SMALL.value else [("matmul", Case(dtype=DTYPE.value))]
-    rows = compare(peak + every[command], SIDES_FLAG.value, ROUNDS.value, REPEATS.value)
-    Console().print(show(rows, SIDES_FLAG.value))
+    rows = compare(peak + every[command], sides, ROUNDS.value, REPEATS.value)
+    Console().print(show(rows, sides))
     for row in rows:
-        for side in SIDES_FLAG.value:
+        for side in sides:
             if "failed" in row[side]:
                 print(f"{row['operation']}, {side}: {row[side]['failed']}")
-    path = Path(OUT.value)
+    path = RESULTS if OUT.value is None else Path(OUT.value)
     results = json.loads(path.read_text()) if path.exists() else {}
-    results[command] = {"machine": machine(), "rows": rows}
+    found = {"machine": machine(), "rows": rows}
+    results[f"{command}, {DTYPE.value}, remat {REMAT.value}, {found['machine']['device']}"] = found
     write_text(path, json.dumps(results, indent=1) + "\n")
     if path == RESULTS:
         write_table(results)
@@ -208,6 +225,6 @@ if __name__ == "__main__":
     ROUNDS = flags.DEFINE_integer("rounds", 3, "How often the sides take turns.", lower_bound=1)
     REPEATS = flags.DEFINE_integer("repeats", 2, "Calls that a process times.", lower_bound=1)
     SMALL = flags.DEFINE_bool("small", False, "Tiny networks, for a test.")
-    SIDES_FLAG = flags.DEFINE_list("sides", list(SIDES), "ours, torch, torch.compile.")
-    OUT = flags.DEFINE_string("out", str(RESULTS), "File for the results.")
+    SIDES_FLAG = flags.DEFINE_list("sides", list(SIDES[:2]), "ours, torch, torch.compile.")
+    OUT = flags.DEFINE_string("out", None, "File for the results, instead of those that are kept.")
     cli.run(main, "COMMAND")

@@ -1,6 +1,7 @@
 """The operations of `case.OPERATIONS` in this library."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,16 @@ import numpy as np
 from flax import nnx
 
 from ditmem_jax.checkpoint import DTYPES
+from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.models import vae as vae_module
 from ditmem_jax.models.dit import DiT
-from ditmem_jax.models.ditmem import Networks
+from ditmem_jax.models.ditmem import Networks, attention_backend
+from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.vae import VAE
 from ditmem_jax.sampler import denoise, guided
+from ditmem_jax.sharding import make_mesh
 from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
 from ditmem_jax.types import Memory
 from experiments.benchmarks.case import MATMUL, Case
@@ -54,6 +58,11 @@ def _transformer(case: Case):
     return _weights(lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=DTYPES[case.dtype]))
 
 
+def _backend(config: Config) -> Backend:
+    """That of training and sampling on one such device."""
+    return attention_backend(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
 def _references(case: Case) -> jax.Array:
     return _random(3, 1, case.videos, *case.references, case.config().memory.in_dim)
 
@@ -63,7 +72,8 @@ def _train(case: Case, _: str) -> Callable[[], None]:
     structure, backbone = _transformer(case)
     encoder, _ = abstract(lambda: make_encoder(config))
     optimizer = make_optimizer(config.optim, 1)
-    step = jax.jit(make_train_step(config, Networks(structure, encoder), optimizer), donate_argnums=0)
+    train_step = make_train_step(config, Networks(structure, encoder), optimizer, backend=_backend(config))
+    step = jax.jit(train_step, donate_argnums=0)
     state = jax.jit(lambda: init_state(config, optimizer))()
     batch = {
         "latents": _random(1, 1, *case.grid, config.vae.z_dim),
@@ -89,7 +99,8 @@ def _denoise(case: Case, without: str) -> Callable[[], None]:
 
     @jax.jit
     def step(backbone, noise, contexts, memory):
-        velocity = guided(structure.merge(backbone), *contexts, memory, config.sample.guidance)
+        dit = partial(structure.merge(backbone), backend=_backend(config))
+        velocity = guided(dit, *contexts, memory, config.sample.guidance)
         return denoise(velocity, noise, np.array([0.8]), None, 0.78)
 
     noise = _random(3, 1, *case.grid, config.vae.z_dim)
