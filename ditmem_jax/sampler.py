@@ -69,7 +69,9 @@ def guided(
     *,
     memory_in_negative: bool = True,
 ) -> Velocity:
-    """Classifier-free guidance, negative + scale (positive - negative), with both branches in one batch.
+    """Classifier-free guidance, negative + scale (positive - negative), one branch after the other.
+
+    At the lengths of video two branches at once are no faster, and take twice the memory.
 
     Args:
         dit: velocity of (latents, timestep, text embeddings, memory), such as a `DiT`.
@@ -77,26 +79,21 @@ def guided(
         memory_in_negative: give the memory to both branches, as released; otherwise guidance pushes towards it.
     """
 
-    def plain(x, sigma):
-        return dit(x, jnp.full(x.shape[:1], flow.TRAIN_STEPS * sigma), positive, memory)
+    def plain(x, sigma, branch=(positive, memory)):
+        return dit(x, jnp.full(x.shape[:1], flow.TRAIN_STEPS * sigma), *branch)
 
     def both(x, sigma):
-        time = jnp.full((2 * x.shape[0],), flow.TRAIN_STEPS * sigma)
-        toward, away = jnp.split(dit(_twice(x), time, context, memories), 2)
+        toward, away = jax.lax.map(lambda branch: plain(x, sigma, branch), branches)
         return away + scale * (toward - away)
 
     if scale == 1:
         return plain
-    context = jnp.concatenate([positive, negative])
     memories = None
     if memory is not None:
         other = memory.bias if memory_in_negative else jnp.full_like(memory.bias, -jnp.inf)
-        memories = Memory(_twice(memory.tokens), jnp.concatenate([memory.bias, other]))
+        memories = Memory(jnp.stack([memory.tokens] * 2), jnp.stack([memory.bias, other]))
+    branches = jnp.stack([positive, negative]), memories
     return both
-
-
-def _twice(x: Float[Array, "B ..."]) -> Float[Array, "C ..."]:
-    return jnp.concatenate([x, x])
 
 
 class Sampler:
