@@ -259,28 +259,33 @@ class Setup:
             each.warn_if_stale()
         self.optimizer = make_optimizer(config.optim, config.run.steps)
         self.state_layout = state_layout(config, self.optimizer, self.mesh)
-        self.validator = None
+        self.held_out: list[Batch] = []
         if held_out:
             stream = self._stream(held_out, *references[1], epochs=1)
-            batches = [self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)]
-            with jax.set_mesh(self.mesh):
-                self.validator = Validator(
-                    self.networks,
-                    self.backbone,
-                    (self.state_layout.params, self.state_layout.rest),
-                    batches,
-                    config.run.validation_sigmas,
-                    config.experts,
-                    config.run.seed,
-                    self.mesh,
-                    self.backend,
-                )
+            self.held_out = [
+                self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)
+            ]
         self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
 
-    def compile(self) -> Callable:
-        """The compiled step on the devices of the mesh; under `jax.set_mesh`."""
-        step = jit_train_step(self.config, self.networks, self.optimizer, self.mesh)
-        return startup.compiled(step, self.state_layout, self.backbone, self.batch_layout)
+    def compile(self) -> tuple[Callable, Validator | None]:
+        """The compiled step, and what validates if there is anything to do it with; under `jax.set_mesh`."""
+        config, layout = self.config, self.state_layout
+        step = jit_train_step(config, self.networks, self.optimizer, self.mesh)
+        step = startup.compiled(step, layout, self.backbone, self.batch_layout)
+        validator = None
+        if self.held_out:
+            validator = Validator(
+                self.networks,
+                self.backbone,
+                (layout.params, layout.rest),
+                self.held_out,
+                config.run.validation_sigmas,
+                config.experts,
+                config.run.seed,
+                self.mesh,
+                self.backend,
+            )
+        return step, validator
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """The arrays of a batch on the devices, divided among them."""
@@ -406,12 +411,12 @@ def train(config: Config, *, warm: bool = False) -> Path:
             monitor.console.print(describe(setup.backbone, state))
             monitor.console.print(f"attention by {setup.backend}")
             phases.end("load")
-            train_step = setup.compile()
+            train_step, validator = setup.compile()
             phases.end("compile")
             if warm:
                 return setup.folder
             if start == 0:
-                _validate(setup, monitor, state, 0, notes)
+                _validate(setup, validator, monitor, state, 0, notes)
                 phases.end("validation")
             for step in range(start + 1, options.steps + 1):
                 batch = next(setup.data)
@@ -433,7 +438,7 @@ def train(config: Config, *, warm: bool = False) -> Path:
                 stop = ask and startup.any_process(bool(terminated))
                 if validate or save or stop or step % options.log_every == 0:
                     monitor.flush()  # nothing that is not finite is saved
-                gain = _validate(setup, monitor, state, step, notes) if validate else None
+                gain = _validate(setup, validator, monitor, state, step, notes) if validate else None
                 if save or stop:
                     checkpoints.save(step, state, setup.data.get_state(), gain, notes)
                 if stop and not last:
@@ -446,12 +451,17 @@ def train(config: Config, *, warm: bool = False) -> Path:
 
 
 def _validate(
-    setup: Setup, monitor: runs.Monitor, state: TrainState, step: int, notes: dict[str, Any]
+    setup: Setup,
+    validator: Validator | None,
+    monitor: runs.Monitor,
+    state: TrainState,
+    step: int,
+    notes: dict[str, Any],
 ) -> float | None:
     """Notes the gains at this step and keeps the encoder if they are the best so far; returns the mean gain."""
-    if setup.validator is None:
+    if validator is None:
         return None
-    notes["gains"] = setup.validator(state.params, state.rest)
+    notes["gains"] = validator(state.params, state.rest)
     monitor.validated(step, notes["gains"])
     gain = notes["gains"]["gain"]
     if notes["best"] is None or gain > notes["best"]:

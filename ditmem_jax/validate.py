@@ -70,13 +70,16 @@ class Validator:
         with_memory = jax.jit(with_memory, out_shardings=replicated(mesh))
         self._with_memory = startup.compiled(with_memory, *encoder, backbone, *self.batches[0])
         without = jax.jit(functools.partial(over_levels, memory=None), out_shardings=replicated(mesh))
-        without = startup.compiled(without, backbone, *self.batches[0])
-        self._without = _gather(without(backbone, *pair) for pair in self.batches)
+        self._without = startup.compiled(without, backbone, *self.batches[0])
+
+    @functools.cached_property
+    def _errors_without(self) -> np.ndarray:
+        return _gather(self._without(self.backbone, *pair) for pair in self.batches)
 
     def __call__(self, params: Arrays, rest: Arrays) -> dict[str, float]:
         """Gains by name: "gain" over all samples and levels, "gain_wrong" with another's memory, "gain_0.2", ..."""
         pairs = [self._with_memory(params, rest, self.backbone, *pair) for pair in self.batches]
-        right, wrong = (1 - _gather(found) / self._without for found in zip(*pairs, strict=True))
+        right, wrong = (1 - _gather(found) / self._errors_without for found in zip(*pairs, strict=True))
         gains = {"gain": right, "gain_wrong": wrong}
         gains |= {f"gain_{sigma:g}": level for sigma, level in zip(self.sigmas, right, strict=True)}
         return {name: float(values.mean()) for name, values in gains.items()}
