@@ -30,11 +30,11 @@ from ditmem_jax import cli, roof
 from ditmem_jax.checkpoint import new_dit
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.errors import UserError, nearest
-from ditmem_jax.models.dit import Experts
 from ditmem_jax.models.ditmem import Networks, attention_backend
 from ditmem_jax.models.memory import row_counts
 from ditmem_jax.models.state import Arrays, abstract
-from ditmem_jax.sampler import make_denoise
+from ditmem_jax.models.vae import VAE
+from ditmem_jax.sampler import make_step
 from ditmem_jax.sharding import (
     AXES,
     batch_parts,
@@ -57,7 +57,7 @@ ENVIRONMENT = {
 }
 Program = Literal["train", "sample"]
 Kinds = dict[str, Any]
-"""Arguments of a program by kind, each a pytree of shapes with shardings."""
+"""What lies in memory by kind, each a pytree of shapes with shardings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Report:
     weights: str
     hbm: int
     memory: dict[str, int]
+    beside: dict[str, int]  # what stays in memory and is no argument of the program
     fits: bool = True
     statement: str = ""  # of the compiler, where it does not fit
     host: int = 0
@@ -86,6 +87,10 @@ class Report:
     compile_seconds: float = 0.0
 
     @property
+    def total(self) -> int:
+        return sum(self.memory.values()) + sum(self.beside.values())
+
+    @property
     def roof(self) -> tuple[str, float]:
         """The slowest of compute, HBM and interconnect, and its seconds."""
         return max(self.roofs.items(), key=lambda item: item[1], default=("", math.inf))
@@ -94,8 +99,8 @@ class Report:
 # --- programs from shapes ---------------------------------------------------------------------------------------
 
 
-def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, int]:
-    """The jitted step, its arguments, these by kind, and the steps that one call makes."""
+def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
+    """The jitted step, its arguments, these by kind, and what stays in memory beside them."""
     optimizer = make_optimizer(config.optim, config.run.steps)
     dit, backbone = _network(lambda: new_dit(config, config.experts.trains), "dit", mesh)
     encoder, _ = abstract(lambda: make_encoder(config))
@@ -108,38 +113,37 @@ def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, int]:
         "optimiser": state.optimizer,
         "batch": (batch, state.step, state.baseline),
     }
-    return step, (state, backbone, batch), kinds, 1
+    return step, (state, backbone, batch), kinds, {}
 
 
-def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, int]:
-    """As `training`, for denoising with guidance and memory, one encoder for all."""
-    dit = nnx.eval_shape(lambda: new_dit(config))
-    transformers = [dit.high, dit.low] if isinstance(dit, Experts) else [dit]
-    modules = transformers + [nnx.eval_shape(lambda: make_encoder(config))] * len(transformers)
-    names = ["dit"] * len(transformers) + ["encoder"] * len(transformers)
-    graphs, states = zip(
-        *(_laid_state(module, name, mesh) for module, name in zip(modules, names, strict=True)), strict=True
-    )
+def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
+    """As `training`, for a step of denoising with guidance and memory; of two experts, for that of high noise."""
+    structure, arrays = _network(lambda: new_dit(config, "high"), "dit", mesh)
+    encoder, encoder_arrays = _network(lambda: make_encoder(config), "encoder", mesh)
+    _, vae = _network(lambda: VAE(config.vae, rngs=nnx.Rngs(0)), "vae", mesh)
+
     video, size = config.video, config.data.batch_size
     grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
-
-    text = (size, config.dit.text_len, config.dit.text_dim)
     rows = (size, config.data.references, 2, len(row_counts(config.memory)), config.memory.dim)
-    each, every = batch_sharding(mesh), replicated(mesh)
-    noise, positive, negative, videos, strength = (
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-        for shape, sharding in (
-            ((size, *grid), each),
-            (text, every),
-            (text, every),
-            (rows, each),
-            ((), every),
-        )
+    memory = jax.eval_shape(
+        lambda arrays, rows: encoder.merge(arrays).mix(rows, jnp.ones(rows.shape[:2], bool)),
+        encoder_arrays,
+        jax.ShapeDtypeStruct(rows, jnp.float32),
     )
-    inputs = noise, positive, negative, (videos,), strength
-    program = jax.jit(make_denoise(config, graphs, attention_backend(config, mesh)))
-    kinds = {"transformer": states[: len(transformers)], "encoder": states[-1], "batch": inputs}
-    return program, (states, *inputs), kinds, config.sample.steps
+    each, every = batch_sharding(mesh), replicated(mesh)
+    noise = jax.ShapeDtypeStruct((size, *grid), jnp.float32, sharding=each)
+    text = jax.ShapeDtypeStruct((size, config.dit.text_len, config.dit.text_dim), jnp.float32, sharding=every)
+    level = jax.ShapeDtypeStruct((), jnp.float32, sharding=every)
+    memory = laid_out(memory, jax.tree.map(lambda _: each, memory))
+    inputs = noise, level, level, text, text, memory
+
+    graph, weights = nnx.split(structure.merge(arrays))
+    step = make_step(config, graph, attention_backend(config, mesh), config.sample.guidance)
+    program = jax.jit(step, out_shardings=each)
+    beside = {"memory encoder": encoder_arrays, "VAE": vae}
+    if config.experts.boundary is not None:
+        beside["other expert"] = weights
+    return program, (weights, *inputs), {"transformer": weights, "batch": inputs}, beside
 
 
 PROGRAMS: dict[Program, Callable] = {"train": training, "sample": sampling}
@@ -150,11 +154,6 @@ def _network(create: Callable[[], nnx.Module], prefix: str, mesh: Mesh) -> tuple
     named = {f"{prefix}.{path}": x for path, x in shapes.items()}
     placed = laid_out(named, tree_shardings(named, mesh))
     return structure, {path: placed[f"{prefix}.{path}"] for path in shapes}
-
-
-def _laid_state(module: nnx.Module, prefix: str, mesh: Mesh) -> tuple[Any, nnx.State]:
-    structure, arrays = _network(lambda: module, prefix, mesh)
-    return nnx.split(structure.merge(arrays))
 
 
 # --- one report -------------------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def examine(program: Program, config: Config, topology: str) -> Report:
     chip = roof.CHIPS[devices[0].device_kind]
     mesh = make_mesh(config.mesh, devices)
     check_mesh(config, mesh, config.data.batch_size)
-    jitted, arguments, kinds, steps = PROGRAMS[program](config, mesh)
+    jitted, arguments, kinds, beside = PROGRAMS[program](config, mesh)
     tokens = math.prod(
         size // patch
         for size, patch in zip(
@@ -189,6 +188,7 @@ def examine(program: Program, config: Config, topology: str) -> Report:
         weights=config.weights.dtype,
         hbm=chip.hbm,
         memory={kind: _bytes(tree) for kind, tree in kinds.items()},
+        beside={kind: _bytes(tree) for kind, tree in beside.items()},
     )
     start = time.perf_counter()
     try:
@@ -202,13 +202,11 @@ def examine(program: Program, config: Config, topology: str) -> Report:
             report, fits=False, statement=_statement(str(error)), compile_seconds=seconds
         )
     seconds = time.perf_counter() - start
-    return _measured(
-        dataclasses.replace(report, compile_seconds=seconds), compiled, kinds, config, chip, steps
-    )
+    return _measured(dataclasses.replace(report, compile_seconds=seconds), compiled, kinds, config, chip)
 
 
 def _measured(
-    report: Report, compiled: jax.stages.Compiled, kinds: Kinds, config: Config, chip: roof.Chip, steps: int
+    report: Report, compiled: jax.stages.Compiled, kinds: Kinds, config: Config, chip: roof.Chip
 ) -> Report:
     """The report with what the compiler and its program tell."""
     stated, program = compiled.memory_analysis(), roof.Program(compiled.as_text())
@@ -230,16 +228,19 @@ def _measured(
         "HBM": cost.hbm_bytes / chip.hbm_bytes,
         "interconnect": sent / chip.link_bytes,
     }
+    total = sum(memory.values()) + sum(report.beside.values())
     return dataclasses.replace(
         report,
         memory=memory,
+        fits=total <= report.hbm,
+        statement=f"{total / roof.GIB:.2f} GiB with {', '.join(report.beside)}" if total > report.hbm else "",
         host=stated.host_temp_size_in_bytes + stated.host_argument_size_in_bytes,
-        operations=cost.operations / steps,
-        kernels=cost.kernels / steps,
-        hbm_bytes=cost.hbm_bytes / steps,
-        collective_bytes=sent / steps,
-        collectives=tuple((*what, size / steps) for what, size in cost.collectives.most_common(5)),
-        roofs={name: seconds / steps for name, seconds in roofs.items()},
+        operations=cost.operations,
+        kernels=cost.kernels,
+        hbm_bytes=cost.hbm_bytes,
+        collective_bytes=sent,
+        collectives=tuple((*what, size) for what, size in cost.collectives.most_common(5)),
+        roofs=roofs,
         uncounted=dict(program.uncounted),
     )
 
@@ -348,10 +349,13 @@ def as_table(report: Report) -> Table:
         table.add_row("does not fit", report.statement or f"{report.hbm / roof.GIB:.0f} GiB of HBM")
         table.add_row("compile time", f"{report.compile_seconds:.0f} s")
         return table
-    total = sum(report.memory.values())
-    table.add_row("fits", f"{total / roof.GIB:.2f} of {report.hbm / roof.GIB:.0f} GiB of each chip's HBM")
+    table.add_row(
+        "fits", f"{report.total / roof.GIB:.2f} of {report.hbm / roof.GIB:.0f} GiB of each chip's HBM"
+    )
     for kind, size in report.memory.items():
         table.add_row(f"  {kind}", f"{size / roof.GIB:.2f} GiB")
+    for kind, size in report.beside.items():
+        table.add_row(f"  {kind}, beside", f"{size / roof.GIB:.2f} GiB")
     if report.host:
         table.add_row("  on the host, per chip", f"{report.host / roof.GIB:.2f} GiB")
     table.add_section()
@@ -378,7 +382,7 @@ def as_rows(reports: list[Report]) -> Table:
     for column in ("mesh", "remat", "batch", "GiB", "at best, s/sample", "by"):
         table.add_column(column)
     for report in reports:
-        size = f"{sum(report.memory.values()) / roof.GIB:.1f}" if report.fits else "does not fit"
+        size = f"{report.total / roof.GIB:.1f}" if report.fits else "does not fit"
         name, seconds = report.roof
         best = f"{seconds / report.batch:.3f}" if report.fits else ""
         table.add_row(_mesh(report), report.remat, str(report.batch), size, best, name)
@@ -399,7 +403,7 @@ def _mesh(report: Report) -> str:
 def as_json(report: Report) -> dict[str, Any]:
     name, seconds = report.roof
     best = {"limit": name, "seconds": seconds} if report.fits else None
-    total = sum(report.memory.values()) if report.fits else None
+    total = report.total if report.fits else None
     return dataclasses.asdict(report) | {"total_memory": total, "at_best": best}
 
 

@@ -6,9 +6,7 @@ python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -70,6 +68,8 @@ def make_clips(
     memory: Literal["auto", "none"] | Sequence[str] = "auto",
     seeds: Sequence[int] = (0,),
     features: str | Path | None = None,
+    *,
+    warm: bool = False,
 ) -> list[Path]:
     """Makes one clip of `prompt` per seed, and beside each a JSON file about its making, under a progress bar.
 
@@ -78,13 +78,14 @@ def make_clips(
         encoder: file of a trained memory encoder, or one for each of two experts; needed unless `memory` is "none".
         memory: "auto" takes the videos that the bank finds for the prompt; or ids of videos.
         features: store of `bank.features` to take what the encoder makes of them from, instead of their latents.
+        warm: load and compile everything, which fills the compile cache, and make no clip.
     Raises:
         UserError: for an empty prompt, a missing or unfit file, a bank that cannot give the videos, or features
             of another encoder or without one of the videos.
     """
     if not prompt.strip():
         raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
-    begun = time.perf_counter()
+    phases = startup.Phases()
     paths = _paths(Path(out), prompt, "plain" if memory == "none" else "memory", seeds)
     about = {
         "prompt": prompt,
@@ -114,27 +115,40 @@ def make_clips(
     about["config"] = to_dict(config)
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    steps = itertools.count()
 
     def on_step():
-        if next(steps) == 0:
-            progress.console.print(f"first step done after {time.perf_counter() - begun:.1f} s")
+        if "first step" not in phases.seconds:
+            phases.end("first step")
+            progress.console.print(phases)
         progress.advance(bar)
 
     with Progress(*columns, console=Console(quiet=not startup.leads())) as progress:
-        bar = progress.add_task("loading")
+        bar = progress.add_task("loading", total=None)
         sampler = Sampler.load(config, encoder, on_step, [prompt])
         progress.console.print(f"attention by {sampler.backend}")
         if references is not None and not isinstance(references, tuple):
             references = sampler.rows(references)  # once for all clips
+        phases.end("load")
+
+        def given(count: int) -> Rows | None:
+            return references and tuple(np.repeat(x, count, axis=0) for x in references)
+
         size = batch_parts(sampler.mesh)
-        progress.update(bar, total=config.sample.steps * math.ceil(len(paths) / size))
-        for start in range(0, len(paths), size):
-            now = seeds[start : start + size]
+        batches = [slice(start, start + size) for start in range(0, len(paths), size)]
+        progress.update(bar, description="compiling")
+        for now in {len(seeds[batch]): seeds[batch] for batch in batches}.values():
+            sampler.compile([prompt] * len(now), given(len(now)))
+            if warm:
+                sampler.pixels(sampler.noise(now))
+        phases.end("compile")
+        if warm:
+            return []
+        progress.update(bar, total=config.sample.steps * len(batches))
+        for batch in batches:
+            now = seeds[batch]
             progress.update(bar, description=f"steps of seed {', '.join(map(str, now))}")
-            given = references and tuple(np.repeat(x, len(now), axis=0) for x in references)
-            clips = sampler.generate([prompt] * len(now), now, given)
-            for seed, path, clip in zip(now, paths[start : start + size], clips, strict=True):
+            clips = sampler.generate([prompt] * len(now), now, given(len(now)))
+            for seed, path, clip in zip(now, paths[batch], clips, strict=True):
                 if startup.leads():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_video(path, clip, config.video.fps)
@@ -185,7 +199,10 @@ def main() -> None:
         memory = [name.strip() for name in memory.split(",")]
     seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
     with startup.Program():
-        make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds, FEATURES.value)
+        options = dict(features=FEATURES.value, warm=WARM.value)
+        make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds, **options)
+        if WARM.value and startup.leads():
+            print("all is compiled")
 
 
 if __name__ == "__main__":
@@ -211,5 +228,6 @@ if __name__ == "__main__":
     STRENGTH = flags.DEFINE_float(
         "strength", None, "Weight of the memory, instead of sample.strength; 0 is none."
     )
+    WARM = flags.DEFINE_bool("warm", False, "Compile everything, into --compile_cache, and make no clip.")
     OUT = flags.DEFINE_string("out", "samples", "Folder for the clips, or one clip.mp4.")
     cli.run(main)

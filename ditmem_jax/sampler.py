@@ -1,4 +1,8 @@
-"""The networks that make clips from prompts: a schedule, an Euler stepper and a scan, with or without memory."""
+"""The networks that make clips from prompts, with or without memory.
+
+One step is one compiled program, and a loop on the host takes the steps: their number costs no compilation, and
+the compiler's cache keeps the program, as it would not if that called back to tell its progress.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from ditmem_jax import flow
+from ditmem_jax import flow, startup
 from ditmem_jax.bank.features import encode_video
 from ditmem_jax.checkpoint import encoder_metadata, load_dit, load_encoder, load_umt5, load_vae
 from ditmem_jax.config import Config, MeshConfig
@@ -34,30 +38,34 @@ Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
 """What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
 Velocity = Callable[[Latents, Float[Array, ""]], Latents]
 """Velocity of noisy latents at a noise level sigma."""
+Step = Callable[[Latents, Float[Array, ""], Float[Array, ""]], Latents]
+"""Latents at a noise level sigma, and the change of sigma -> latents at the level that follows."""
 
 
 def denoise(
-    velocity: Velocity,
+    step: Step,
     noise: Latents,
     sigmas: Float[np.ndarray, " steps"],
     on_step: Callable[[], None] | None = None,
     end: float = 0.0,
 ) -> Latents:
-    """Euler steps from noise at `sigmas[0]` = 1 down to clean latents at `end` = 0.
+    """From noise at `sigmas[0]` = 1 down to clean latents at `end` = 0.
 
     Args:
-        on_step: called on the host after every step.
+        on_step: called after every step, when that is computed.
     """
-
-    def step(x, now):
-        sigma, change = now
-        x = x + change * velocity(x, sigma)
+    x = noise
+    for sigma, change in zip(np.float32(sigmas), np.float32(flow.euler_steps(sigmas, end)), strict=True):
+        x = step(x, sigma, change)
         if on_step is not None:
-            jax.debug.callback(lambda _: on_step(), x[0, 0, 0, 0, 0])  # the value makes it wait for the step
-        return x, None
+            jax.block_until_ready(x)
+            on_step()
+    return x
 
-    schedule = jnp.asarray(sigmas, jnp.float32), jnp.asarray(flow.euler_steps(sigmas, end), jnp.float32)
-    return jax.lax.scan(step, noise, schedule)[0]
+
+def euler(velocity: Velocity) -> Step:
+    """The straight step along the velocity."""
+    return lambda x, sigma, change: x + change * velocity(x, sigma)
 
 
 def guided(
@@ -97,7 +105,7 @@ def guided(
 
 
 class Sampler:
-    """The networks that make clips; compiled once per number of prompts and of reference videos.
+    """The networks that make clips; a step is compiled once per number of prompts and of memory rows.
 
     Args:
         text: text encoder and tokeniser; or the embedding of every prompt that will be asked for.
@@ -120,14 +128,12 @@ class Sampler:
         self.config, self.vae, self._text = config, vae, text
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
         self.backend = attention_backend(config, self.mesh)
-        self._with_memory = encoder is not None
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
-        encoders = self._encoders * (len(dits) // len(self._encoders))
-        pairs = [nnx.split(network) for network in (*dits, *encoders)]  # the same encoder twice is held once
-        self._networks, self._states = zip(*pairs, strict=True)
+        self._stages = list(zip(map(nnx.split, dits), _schedule(config), strict=True))
         self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
-        self._denoise = jax.jit(make_denoise(config, self._networks, self.backend, on_step))
+        self._on_step = on_step
+        self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     @classmethod
     def load(
@@ -168,7 +174,10 @@ class Sampler:
         strength: float | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """One clip per prompt, as pixels; arguments and errors as `latents`."""
-        latents = self.latents(prompts, seeds, references, strength)
+        return self.pixels(self.latents(prompts, seeds, references, strength))
+
+    def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B frames height width 3"]:
+        """The clips that these latents are of."""
         return from_unit(whole(decode(self.vae, latents), self.mesh))
 
     def latents(
@@ -187,27 +196,58 @@ class Sampler:
         Raises:
             UserError: for an empty prompt, or references that do not fit the encoder.
         """
-        config = self.config
-        if references is not None and not self._with_memory:
-            raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
-        rows = references if references is None or isinstance(references, tuple) else self.rows(references)
-        video = config.video
-        shape = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
-        noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
-        if rows is not None:
-            rows = tuple(divided(self.mesh, np.asarray(x), "batch", *[None] * 4) for x in rows)
+        x, steps = self.noise(seeds), self.compile(prompts, references, strength)
         with jax.set_mesh(self.mesh):
-            return self._denoise(
-                self._states,
-                divided(self.mesh, noise, "batch", *[None] * 4),
-                self._embed(prompts),
-                jnp.repeat(self._negative, len(prompts), axis=0),
-                rows,
-                config.sample.strength if strength is None else strength,
-            )
+            for step, (_, (sigmas, end, _)) in zip(steps, self._stages, strict=True):
+                x = denoise(step, x, sigmas, self._on_step, end)
+        return x
+
+    def noise(self, seeds: Sequence[int]) -> Latents:
+        """What the clips of these seeds begin with."""
+        video, vae = self.config.video, self.config.vae
+        shape = (*vae.latent_grid(video.frames, video.height, video.width), vae.z_dim)
+        noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+        return divided(self.mesh, noise, "batch", *[None] * 4)
+
+    def compile(
+        self,
+        prompts: Sequence[str],
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        strength: float | None = None,
+    ) -> list[Step]:
+        """The steps of each transformer that make clips; arguments and errors as `latents`."""
+        strength = self.config.sample.strength if strength is None else strength
+        memories = [None] * len(self._stages)
+        with jax.set_mesh(self.mesh):
+            if references is not None:
+                rows = references if isinstance(references, tuple) else self.rows(references)
+                rows = [divided(self.mesh, np.asarray(x), "batch", *[None] * 4) for x in rows]
+                mixed = [_mix(*pair, strength) for pair in zip(self._encoders, rows, strict=True)]
+                memories = mixed * (len(self._stages) // len(mixed))
+            positive = self._embed(prompts)
+            texts = positive, jnp.repeat(self._negative, len(prompts), axis=0)
+            return [self._step(stage, *texts, memory) for stage, memory in enumerate(memories)]
+
+    def _step(self, stage: int, *given: Any) -> Step:
+        """The compiled step of a stage with the texts and the memory that it takes."""
+        (graph, weights), (_, _, scale) = self._stages[stage]
+        key = stage, *map(jnp.shape, jax.tree.leaves(given))
+        if key not in self._programs:
+            x = self.noise([0] * len(given[0]))
+            step = jax.jit(make_step(self.config, graph, self.backend, scale), out_shardings=x.sharding)
+            levels = np.float32(1), np.float32(-1)
+            self._programs[key] = startup.compiled(step, weights, x, *levels, *given)
+        program = self._programs[key]
+        return lambda x, sigma, change: program(weights, x, sigma, change, *given)
 
     def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
-        """What the encoders make of each reference video, to the last bit as `bank.features` stores it."""
+        """What the encoders make of each reference video, to the last bit as `bank.features` stores it.
+
+        Raises:
+            UserError: without an encoder.
+        """
+        if None in self._encoders:
+            raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
         return tuple(
             np.stack([[whole(encode_video(encoder, x), self.mesh) for x in videos] for videos in references])
             for encoder in self._encoders
@@ -227,36 +267,26 @@ class Sampler:
         return jnp.stack([self._text[prompt] for prompt in prompts])
 
 
-def make_denoise(
-    config: Config,
-    networks: Sequence[Any],
-    backend: Backend,
-    on_step: Callable[[], None] | None = None,
-) -> Callable[..., Latents]:
-    """The pure program (states, noise, positive, negative, rows, strength) -> latents.
+def make_step(config: Config, graph: Any, backend: Backend, scale: float) -> Callable[..., Latents]:
+    """The pure program (weights, latents, sigma, its change, positive, negative, memory or None) -> latents.
 
     Args:
-        networks: the transformers, then as many encoders; `states` holds their weights. `rows` holds what each
-            encoder made of the single reference videos, or once what the only one did; None is no memory.
+        graph: of the transformer, as `nnx.split` gives it.
+        scale: of guidance.
     """
 
-    def denoised(states, noise, positive, negative, rows, strength):
-        merged = [nnx.merge(*network) for network in zip(networks, states, strict=True)]
-        dits, encoders = merged[: len(merged) // 2], merged[len(merged) // 2 :]
+    def step(weights, x, sigma, change, positive, negative, memory):
+        dit = functools.partial(nnx.merge(graph, weights), backend=backend)
         options = dict(memory_in_negative=config.sample.memory_in_negative)
-        x, memory = noise, None
-        rows = [None] * len(dits) if rows is None else rows * (len(dits) // len(rows))
-        for dit, encoder, videos, (sigmas, end, scale) in zip(
-            dits, encoders, rows, _schedule(config), strict=True
-        ):
-            if videos is not None:
-                memory = with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
-            dit = functools.partial(dit, backend=backend)
-            velocity = guided(dit, positive, negative, memory, scale, **options)
-            x = denoise(velocity, x, sigmas, on_step, end)
-        return x
+        return euler(guided(dit, positive, negative, memory, scale, **options))(x, sigma, change)
 
-    return denoised
+    return step
+
+
+@nnx.jit
+def _mix(encoder: MemoryEncoder, videos: Float[Array, "B R 2 M D"], strength: float | Array) -> Memory:
+    """The memory of every prompt, from the rows of its videos."""
+    return with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
 
 
 def embed(

@@ -19,7 +19,7 @@ from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.sample import make_clips, retrieve
-from ditmem_jax.sampler import Sampler, denoise, guided
+from ditmem_jax.sampler import Sampler, denoise, euler, guided
 from ditmem_jax.types import Memory
 from tests.tiny import make_tiny, random_arrays, replace, with_experts
 
@@ -53,8 +53,7 @@ def write_encoder(path, memory, seed=0, **extra):
 def test_denoise_takes_euler_steps():
     noise = jnp.full((1, 1, 1, 1, 1), 8.0)
     steps = []
-    out = denoise(lambda x, sigma: x * sigma, noise, np.array([1.0, 0.5]), lambda: steps.append(1))
-    jax.effects_barrier()
+    out = denoise(euler(lambda x, sigma: x * sigma), noise, np.array([1.0, 0.5]), lambda: steps.append(1))
     # 8 - 0.5 * (8 * 1) = 4, then 4 - 0.5 * (4 * 0.5) = 3
     np.testing.assert_array_equal(out, np.full(noise.shape, 3.0))
     assert len(steps) == 2
@@ -63,7 +62,7 @@ def test_denoise_takes_euler_steps():
 def test_denoise_is_exact_for_straight_paths():
     key = jax.random.split(jax.random.key(0))
     clean, noise = (jax.random.normal(k, (2, 1, 2, 2, 3)) for k in key)
-    out = denoise(lambda x, sigma: noise - clean, noise, flow.shifted_sigmas(7, 5.0))
+    out = denoise(euler(lambda x, sigma: noise - clean), noise, flow.shifted_sigmas(7, 5.0))
     np.testing.assert_allclose(out, clean, atol=1e-5)
 
 
@@ -174,7 +173,7 @@ def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
         part = Sampler(single, dit, load_vae(config), text, encoder)
         positive, negative = part._embed([PROMPT]), part._negative
         memory = encoder(jnp.asarray(references), training=False)
-        return denoise(guided(dit, positive, negative, memory, scale), noise, sigmas, end=end)
+        return denoise(euler(guided(dit, positive, negative, memory, scale)), noise, sigmas, end=end)
 
     noise = jax.random.normal(jax.random.key(0), got.shape[1:])[None]
     sigmas = flow.shifted_sigmas(3, 5.0)  # 1, 0.909 and 0.714: two for high noise

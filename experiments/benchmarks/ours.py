@@ -17,7 +17,7 @@ from ditmem_jax.models.kernels import Backend
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.vae import VAE
-from ditmem_jax.sampler import denoise, guided
+from ditmem_jax.sampler import euler, guided
 from ditmem_jax.sharding import make_mesh
 from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
 from ditmem_jax.types import Memory
@@ -101,7 +101,7 @@ def _denoise(case: Case, without: str) -> Callable[[], None]:
     def step(backbone, noise, contexts, memory):
         dit = partial(structure.merge(backbone), backend=_backend(config))
         velocity = guided(dit, *contexts, memory, config.sample.guidance)
-        return denoise(velocity, noise, np.array([0.8]), None, 0.78)
+        return euler(velocity)(noise, jnp.float32(0.8), -0.02)
 
     noise = _random(3, 1, *case.grid, config.vae.z_dim)
     return lambda: jax.block_until_ready(step(backbone, noise, contexts, memory))

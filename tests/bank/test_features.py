@@ -92,7 +92,7 @@ def test_the_command_line_way(config, encoder, store, tmp_path, capsys, monkeypa
     (tokens,) = make_clips(config, PROMPT, tmp_path / "tokens.mp4", encoder, features=store)
     assert tokens.read_bytes() == latents.read_bytes()
     for text, size in ((printed, "1,536 bytes"), (capsys.readouterr().out, "768 bytes instead of 1,536")):
-        assert size in text and "first step done after" in text
+        assert size in text and "first step after" in text
 
 
 def test_a_killed_run_continues(bank, encoder, tmp_path, monkeypatch):

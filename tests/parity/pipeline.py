@@ -12,7 +12,7 @@ from ditmem_jax.config import ObjectiveConfig
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.ditmem import predict
 from ditmem_jax.models.memory import MemoryEncoder
-from ditmem_jax.sampler import denoise, guided
+from ditmem_jax.sampler import denoise, euler, guided
 from tests.parity.dit import channels_first, channels_last, make_dit
 from tests.parity.golden import Check, GoldenFile
 from tests.parity.memory import compare_gradients, make_encoder, released_layout, videos
@@ -74,7 +74,7 @@ def check_sampling(golden: GoldenFile) -> list[Check]:
     @jax.jit
     def sample(state, noise, memory):
         velocity = guided(nnx.merge(graph, state), positive, negative, memory, float(meta["cfg_scale"]))
-        return denoise(velocity, noise, sigmas)
+        return denoise(euler(velocity), noise, sigmas)
 
     memory = nnx.jit(lambda encoder, x: encoder(x, training=False))(encoder, references)
     checks = [Check("tokens", np.asarray(released_layout(memory, encoder.config)), tensors["tokens"])]
