@@ -12,10 +12,10 @@ import jax
 import pytest
 
 from ditmem_jax import aot, roof
-from ditmem_jax.config import MeshConfig, to_dict
+from ditmem_jax.config import MeshConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.sharding import AXES, make_mesh
-from tests.tiny import replace, tiny_config
+from tests.tiny import replace, tiny_config, write_config
 
 with_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 TOPOLOGY = "v5e:2x2"
@@ -120,12 +120,7 @@ def test_a_sweep_takes_the_quickest_policy_that_fits_and_the_quickest_mesh(monke
 
 @with_compiler
 def test_the_command_prints_a_table_or_json(tmp_path):
-    file = tmp_path / "small.py"
-    values = json.dumps(to_dict(small()))
-    file.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict(json.loads({values!r}))\n"
-    )
+    file = write_config(tmp_path / "small.py", small())
 
     def run(*flags):
         command = [

@@ -1,7 +1,6 @@
 """Two processes over jax.distributed: the losses of one, checkpoints for any mesh, and what becomes of the other when one is killed."""
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -15,9 +14,8 @@ import numpy as np
 import pytest
 
 from ditmem_jax.checkpoint import load_encoder
-from ditmem_jax.config import to_dict
 from ditmem_jax.models.state import split
-from tests.tiny import make_tiny, replace
+from tests.tiny import make_tiny, replace, write_config
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVED = 24, 12
@@ -30,10 +28,7 @@ def folder(tmp_path_factory):
     config = replace(make_tiny(folder / "tiny"), "data", validation="", batch_size=4)
     config = replace(config, "run", steps=STEPS, log_every=1, save_every=SAVED, keep=STEPS)
     config = replace(config, "optim", learning_rate=1e-4)
-    (folder / "tiny.py").write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict(json.loads({json.dumps(to_dict(config))!r}))\n"
-    )
+    write_config(folder / "tiny.py", config)
     assert finish(start(folder, "whole", [4], "data=2", "fsdp=2"))[0].startswith("frozen 80,416")
     return folder
 

@@ -33,7 +33,7 @@ from ditmem_jax.models.state import abstract, split
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE, encode
 from experiments.tiny_wan.tokenizer import train_tokenizer
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, write_config
 
 ROOT = Path(__file__).parents[1]
 COUNT = 11
@@ -308,10 +308,7 @@ def write_weights(folder):
 def command(folder, out, *flags):
     """`python -m ditmem_jax.encode` as a user runs it, with weights and a config file in `folder`."""
     settings = write_weights(folder)
-    (folder / "config.py").write_text(
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({to_dict(settings)!r}, convert_dict=True)\n"
-    )
+    write_config(folder / "config.py", settings)
     arguments = [
         f"--table={folder}/captions.csv",
         f"--videos={folder}/videos",

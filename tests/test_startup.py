@@ -1,10 +1,13 @@
 """What happens before the first step, in one process; for many see test_distributed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.tiny import make_tiny, replace, write_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,3 +33,35 @@ print(returned, faults())
     )
     returned, kept = map(int, result.stdout.split())
     assert kept < returned / 4
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "programs"),
+    [
+        ("train", [], ("jit_train_step", "jit_with_memory", "jit_over_levels")),
+        ("sample", ["--prompt=A ball falls", "--memory=none"], ("jit_step", "jit__decode_chunk")),
+    ],
+)
+def test_what_is_warm_is_not_compiled_again(command, flags, programs, tmp_path):
+    config = replace(make_tiny(tmp_path / "tiny"), "run", steps=1, out=str(tmp_path / "run"))
+    file, cache = write_config(tmp_path / "config.py", config), tmp_path / "cache"
+    flags = [f"--config={file}", f"--compile_cache={cache}", *flags]
+    flags += [f"--out={tmp_path}"] if command == "sample" else []
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def run(*more):
+        """What is printed, and the large programs in the cache afterwards."""
+        done = subprocess.run(
+            [sys.executable, "-m", f"ditmem_jax.{command}", *flags, *more],
+            cwd=ROOT, env=environment, text=True, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        kept = {path.name for path in cache.iterdir() if path.name.startswith(programs)}
+        return done.stdout, {name for name in kept if name.endswith("-cache")}
+
+    printed, warm = run("--warm")
+    assert "all is compiled" in printed and not list(tmp_path.glob("*.mp4"))
+    assert {name.split("-")[0] for name in warm} == set(programs)
+    printed, kept = run()
+    assert kept == warm and "first step after" in printed

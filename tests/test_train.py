@@ -32,7 +32,6 @@ from ditmem_jax.config import (
     MeshConfig,
     ObjectiveConfig,
     OptimConfig,
-    to_dict,
 )
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
@@ -53,7 +52,7 @@ from ditmem_jax.train import (
     make_train_step,
     state_layout,
 )
-from tests.tiny import make_bank, make_tiny, random_arrays, replace, tiny_config, with_experts
+from tests.tiny import make_bank, make_tiny, random_arrays, replace, tiny_config, with_experts, write_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -294,11 +293,7 @@ class Runner:
 
     def start(self, out, **values):
         config = replace(self.config, "run", out=str(self.folder / out), **values)
-        file = self.folder / f"{out}.py"
-        file.write_text(
-            "import json\nfrom ml_collections import ConfigDict\n"
-            f"def get_config():\n    return ConfigDict(json.loads({json.dumps(to_dict(config))!r}))\n"
-        )
+        file = write_config(self.folder / f"{out}.py", config)
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),

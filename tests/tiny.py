@@ -179,3 +179,12 @@ def write_records(folder: str | Path, config: Config, count: int, seed: int = 0)
 def replace(config: Config, part: str, **values) -> Config:
     """`config` with some values of one part replaced."""
     return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
+
+
+def write_config(path: Path, config: Config) -> Path:
+    """A config file for the command line, in which the values of `config` are written out."""
+    path.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict(json.loads({json.dumps(to_dict(config))!r}))\n"
+    )
+    return path
