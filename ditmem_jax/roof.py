@@ -235,13 +235,12 @@ class Program:
     def _sent(self, kind: str, instruction: Instruction) -> tuple[tuple[str, str], float]:
         """What a collective is, and the bytes that a chip sends in it."""
         arrays, count = _arrays(instruction.shape), _group(instruction.rest)
-        largest = max(arrays, key=_size)
-        # What starts one names its operands beside its result.
-        size = float(_size(largest) if instruction.opcode.endswith("-start") else sum(map(_size, arrays)))
+        largest, size = max(arrays, key=_size), float(sum(map(_size, arrays)))
+        if instruction.opcode.endswith("-start") and kind != "all-reduce":
+            # What starts the others names its operands beside its results.
+            size -= sum(_full(self.shapes[name]) for name in instruction.operands)
         share = (count - 1) / count
-        factors = {"all-reduce": 2 * share, "collective-permute": 1.0}
-        if kind == "reduce-scatter" and not instruction.opcode.endswith("-start"):
-            factors[kind] = count - 1.0  # of its result, which is a part of what it reads
+        factors = {"all-reduce": 2 * share, "collective-permute": 1.0, "reduce-scatter": count - 1.0}
         label = f"{largest[0]}[{','.join(map(str, largest[1]))}]"
         return (kind, label), factors.get(kind, share) * size
 

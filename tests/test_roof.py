@@ -80,3 +80,21 @@ def test_a_kernel_is_counted_by_its_shapes():
     assert cost.hbm_bytes == (2 * rows + 2 * keys + 3 * 2 * keys) + 2 * rows
     assert list(program.uncounted) == ["other.1"]
     assert np.isfinite(cost.hbm_bytes)
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        # What starts names its operands and its results, of as many arrays as it combines.
+        ("((f32[8], f32[2]), (f32[32], f32[8])) all-gather-start(%a, %b)", 4 * 40 * 3 / 4),
+        ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)", 4 * (8 + 2)),
+        ("(f32[8], f32[2]) all-reduce-start(%a, %b)", 4 * 10 * 2 * 3 / 4),
+        ("(f32[8], f32[2]) all-reduce(%a, %b)", 4 * 10 * 2 * 3 / 4),
+        ("f32[2] reduce-scatter(%a)", 4 * 2 * 3),
+    ],
+)
+def test_what_a_chip_sends(line, sent):
+    lines = ["  %a = f32[8] parameter(0)", "  %b = f32[2] parameter(1)"]
+    lines.append(f"  ROOT %c = {line}, replica_groups={{{{0,1,2,3}}}}")
+    text = "\n".join(["ENTRY %main (a: f32[8], b: f32[2]) -> f32[] {", *lines, "}"])
+    assert Program(text).cost().collectives.total() == pytest.approx(sent)
