@@ -48,15 +48,14 @@ def converted(source: str | Path) -> str:
     target = ROOT / "build" / "weights" / f"{source.parent.name}-{digest.hexdigest()[:12]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=target.parent
-        ) as own:  # processes that begin together make one each
+        # Processes that begin together make one each, and the first one's stays.
+        with tempfile.TemporaryDirectory(dir=target.parent) as own:
             made = Path(own, target.name)
             convert_folder(source, made)
             try:
                 made.rename(target)
             except OSError:
-                if not target.exists():  # else another process was first
+                if not target.exists():
                     raise
     return str(target)
 

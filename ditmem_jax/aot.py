@@ -1,4 +1,4 @@
-"""Compiles the real training step or sampling program for TPUs that are not there, and tells whether it fits and
+"""Compiles the real step of training or sampling for TPUs that are not there, and tells whether it fits and
 how fast it can be: `python -m ditmem_jax.aot --config configs/wan_14b.py --topology v5p:2x2x1 --mesh fsdp=4`.
 
 The TPU compiler (extra `tpu`) runs on any x86-64 Linux. Nothing is loaded: shapes, dtypes and shardings stand for all
@@ -34,7 +34,7 @@ from ditmem_jax.models.ditmem import Networks, attention_backend
 from ditmem_jax.models.memory import row_counts
 from ditmem_jax.models.state import Arrays, abstract
 from ditmem_jax.models.vae import VAE
-from ditmem_jax.sampler import make_step
+from ditmem_jax.sampler import make_step, schedule
 from ditmem_jax.sharding import (
     AXES,
     batch_parts,
@@ -117,7 +117,10 @@ def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
 
 
 def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
-    """As `training`, for a step of denoising with guidance and memory; of two experts, for that of high noise."""
+    """As `training`, for a step of denoising with guidance and memory.
+
+    Of two experts it is that of the first step, with one encoder for both. Decoding, which follows, is not part of it.
+    """
     structure, arrays = _network(lambda: new_dit(config, "high"), "dit", mesh)
     encoder, encoder_arrays = _network(lambda: make_encoder(config), "encoder", mesh)
     _, vae = _network(lambda: VAE(config.vae, rngs=nnx.Rngs(0)), "vae", mesh)
@@ -138,7 +141,8 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
     inputs = noise, level, level, text, text, memory
 
     graph, weights = nnx.split(structure.merge(arrays))
-    step = make_step(config, graph, attention_backend(config, mesh), config.sample.guidance)
+    _, _, scale = schedule(config)[0]
+    step = make_step(config, graph, attention_backend(config, mesh), scale)
     program = jax.jit(step, out_shardings=each)
     beside = {"memory encoder": encoder_arrays, "VAE": vae}
     if config.experts.boundary is not None:
@@ -233,7 +237,7 @@ def _measured(
         report,
         memory=memory,
         fits=total <= report.hbm,
-        statement=f"{total / roof.GIB:.2f} GiB with {', '.join(report.beside)}" if total > report.hbm else "",
+        statement="" if total <= report.hbm else _sum(total, report),
         host=stated.host_temp_size_in_bytes + stated.host_argument_size_in_bytes,
         operations=cost.operations,
         kernels=cost.kernels,
@@ -274,6 +278,13 @@ def _signature(x: jax.ShapeDtypeStruct) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape on one chip as compiled programs write them."""
     short = {"bfloat16": "bf16", "float32": "f32", "int8": "s8"}
     return short.get(x.dtype.name, x.dtype.name), x.sharding.shard_shape(x.shape)
+
+
+def _sum(total: int, report: Report) -> str:
+    """What a program that fits by itself does not fit beside."""
+    return " and ".join(
+        [f"{total / roof.GIB:.2f} of {report.hbm / roof.GIB:.2f} GiB with the program", *report.beside]
+    )
 
 
 def _statement(error: str) -> str:
@@ -346,11 +357,11 @@ def as_table(report: Report) -> Table:
     name, seconds = report.roof
     table = Table(title=_title(report), title_justify="left", show_header=False, min_width=70)
     if not report.fits:
-        table.add_row("does not fit", report.statement or f"{report.hbm / roof.GIB:.0f} GiB of HBM")
+        table.add_row("does not fit", report.statement or f"{report.hbm / roof.GIB:.2f} GiB of HBM")
         table.add_row("compile time", f"{report.compile_seconds:.0f} s")
         return table
     table.add_row(
-        "fits", f"{report.total / roof.GIB:.2f} of {report.hbm / roof.GIB:.0f} GiB of each chip's HBM"
+        "fits", f"{report.total / roof.GIB:.2f} of {report.hbm / roof.GIB:.2f} GiB of each chip's HBM"
     )
     for kind, size in report.memory.items():
         table.add_row(f"  {kind}", f"{size / roof.GIB:.2f} GiB")

@@ -82,7 +82,8 @@ def run(main: Callable[..., None], arguments: str = "") -> None:
         arguments: names of what `main` takes from the command line beside flags, such as "SOURCE [DEST]"; those in
             brackets may be left out.
     """
-    for name in ("debug", "config", "coordinator", "processes", "process", "compile_cache"):
+    shared = ("debug", "config", "coordinator", "processes", "process", "compile_cache")
+    for name in (*shared, "engine", "address", "workers"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # listed by --help
     app.run(

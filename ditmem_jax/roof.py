@@ -31,15 +31,14 @@ class Chip:
     operations: float
     hbm_bytes: float
     link_bytes: float
-    hbm: int  # bytes
+    hbm: int  # bytes that the compiler gives to programs, which is less than the chip has
 
 
 # By the kind that JAX calls it: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 1228e9, 300e9, 32 * GIB),
-    "TPU v5 lite": Chip("v5e", 197e12, 819e9, 200e9, 16 * GIB),
-    "TPU v5": Chip("v5p", 459e12, 2765e9, 600e9, 95 * GIB),
-    "TPU v6 lite": Chip("v6e", 918e12, 1640e9, 400e9, 32 * GIB),
+    "TPU v5 lite": Chip("v5e", 197e12, 819e9, 200e9, int(15.75 * GIB)),
+    "TPU v5": Chip("v5p", 459e12, 2765e9, 600e9, int(95.74 * GIB)),
+    "TPU v6 lite": Chip("v6e", 918e12, 1640e9, 400e9, int(31.25 * GIB)),
 }
 
 

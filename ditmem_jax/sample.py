@@ -137,7 +137,7 @@ def make_clips(
         batches = [slice(start, start + size) for start in range(0, len(paths), size)]
         progress.update(bar, description="compiling")
         for now in {len(seeds[batch]): seeds[batch] for batch in batches}.values():
-            sampler.compile([prompt] * len(now), given(len(now)))
+            sampler.steps([prompt] * len(now), given(len(now)))
             if warm:
                 sampler.pixels(sampler.noise(now))
         phases.end("compile")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
 from ditmem_jax import flow, startup
@@ -38,7 +39,7 @@ Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
 """What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
 Velocity = Callable[[Latents, Float[Array, ""]], Latents]
 """Velocity of noisy latents at a noise level sigma."""
-Step = Callable[[Latents, Float[Array, ""], Float[Array, ""]], Latents]
+Step = Callable[[Latents, ArrayLike, ArrayLike], Latents]
 """Latents at a noise level sigma, and the change of sigma -> latents at the level that follows."""
 
 
@@ -79,7 +80,8 @@ def guided(
 ) -> Velocity:
     """Classifier-free guidance, negative + scale (positive - negative), one branch after the other.
 
-    At the lengths of video two branches at once are no faster, and take twice the memory.
+    Both at once would take twice the memory for activations. The price of one by one is that weights are read and
+    gathered twice a step, which is little beside the products at the lengths of video.
 
     Args:
         dit: velocity of (latents, timestep, text embeddings, memory), such as a `DiT`.
@@ -87,15 +89,15 @@ def guided(
         memory_in_negative: give the memory to both branches, as released; otherwise guidance pushes towards it.
     """
 
-    def plain(x, sigma, branch=(positive, memory)):
-        return dit(x, jnp.full(x.shape[:1], flow.TRAIN_STEPS * sigma), *branch)
+    def branch(x, sigma, context, memory):
+        return dit(x, jnp.full(x.shape[:1], flow.TRAIN_STEPS * sigma), context, memory)
 
     def both(x, sigma):
-        toward, away = jax.lax.map(lambda branch: plain(x, sigma, branch), branches)
+        toward, away = jax.lax.map(lambda given: branch(x, sigma, *given), branches)
         return away + scale * (toward - away)
 
     if scale == 1:
-        return plain
+        return lambda x, sigma: branch(x, sigma, positive, memory)
     memories = None
     if memory is not None:
         other = memory.bias if memory_in_negative else jnp.full_like(memory.bias, -jnp.inf)
@@ -130,7 +132,7 @@ class Sampler:
         self.backend = attention_backend(config, self.mesh)
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
-        self._stages = list(zip(map(nnx.split, dits), _schedule(config), strict=True))
+        self._stages = list(zip(map(nnx.split, dits), schedule(config), strict=True))
         self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
         self._on_step = on_step
         self._programs: dict[tuple, jax.stages.Compiled] = {}
@@ -176,7 +178,7 @@ class Sampler:
         """One clip per prompt, as pixels; arguments and errors as `latents`."""
         return self.pixels(self.latents(prompts, seeds, references, strength))
 
-    def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B frames height width 3"]:
+    def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B F H8 W8 3"]:
         """The clips that these latents are of."""
         return from_unit(whole(decode(self.vae, latents), self.mesh))
 
@@ -196,9 +198,9 @@ class Sampler:
         Raises:
             UserError: for an empty prompt, or references that do not fit the encoder.
         """
-        x, steps = self.noise(seeds), self.compile(prompts, references, strength)
+        steps, x = self.steps(prompts, references, strength), self.noise(seeds)
         with jax.set_mesh(self.mesh):
-            for step, (_, (sigmas, end, _)) in zip(steps, self._stages, strict=True):
+            for step, sigmas, end in steps:
                 x = denoise(step, x, sigmas, self._on_step, end)
         return x
 
@@ -209,24 +211,40 @@ class Sampler:
         noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
         return divided(self.mesh, noise, "batch", *[None] * 4)
 
-    def compile(
+    def steps(
         self,
         prompts: Sequence[str],
         references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
-    ) -> list[Step]:
-        """The steps of each transformer that make clips; arguments and errors as `latents`."""
+    ) -> list[tuple[Step, Float[np.ndarray, " steps"], float]]:
+        """What `latents` goes through: of each transformer its compiled step, its noise levels and where they end.
+
+        Arguments and errors as `latents`.
+        """
         strength = self.config.sample.strength if strength is None else strength
         memories = [None] * len(self._stages)
+        if references is not None:
+            rows = references if isinstance(references, tuple) else self.rows(references)
+            if None in self._encoders or len(rows) != len(self._encoders):
+                raise UserError(
+                    "the rows do not fit the sampler",
+                    expected=f"those of {sum(x is not None for x in self._encoders)} encoders",
+                    found=f"of {len(rows)}",
+                )
+            rows = [divided(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
         with jax.set_mesh(self.mesh):
             if references is not None:
-                rows = references if isinstance(references, tuple) else self.rows(references)
-                rows = [divided(self.mesh, np.asarray(x), "batch", *[None] * 4) for x in rows]
                 mixed = [_mix(*pair, strength) for pair in zip(self._encoders, rows, strict=True)]
                 memories = mixed * (len(self._stages) // len(mixed))
             positive = self._embed(prompts)
             texts = positive, jnp.repeat(self._negative, len(prompts), axis=0)
-            return [self._step(stage, *texts, memory) for stage, memory in enumerate(memories)]
+            return [
+                (self._step(stage, *texts, memory), sigmas, end)
+                for stage, (memory, (_, (sigmas, end, _))) in enumerate(
+                    zip(memories, self._stages, strict=True)
+                )
+                if len(sigmas)
+            ]
 
     def _step(self, stage: int, *given: Any) -> Step:
         """The compiled step of a stage with the texts and the memory that it takes."""
@@ -300,7 +318,7 @@ def embed(
 _encode_text = nnx.jit(UMT5.__call__)
 
 
-def _schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
+def schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
     """The noise levels of each transformer, high ones first, where they end, and the guidance there."""
     settings, boundary = config.sample, config.experts.boundary
     sigmas = flow.shifted_sigmas(settings.steps, settings.shift)

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from ditmem_jax import aot, roof
-from ditmem_jax.config import MeshConfig
+from ditmem_jax.config import ExpertsConfig, MeshConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.sharding import AXES, make_mesh
 from tests.tiny import replace, tiny_config, write_config
@@ -77,6 +77,17 @@ def test_what_does_not_fit_is_told_with_the_numbers(monkeypatch):
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, ffn_dim=2**21, num_layers=40))
     report = aot.examine("sample", config, TOPOLOGY)
     assert not report.fits and "15.75G" in report.statement
+
+
+@with_compiler
+def test_what_fits_alone_may_not_fit_beside_the_rest(monkeypatch):
+    config = dataclasses.replace(small(), experts=ExpertsConfig(boundary=0.875))
+    report = aot.examine("sample", config, TOPOLOGY)
+    assert report.fits and set(report.beside) == {"memory encoder", "VAE", "other expert"}
+    chip = roof.CHIPS["TPU v5 lite"]
+    monkeypatch.setitem(roof.CHIPS, "TPU v5 lite", dataclasses.replace(chip, hbm=report.total - 1))
+    report = aot.examine("sample", config, TOPOLOGY)
+    assert not report.fits and "with the program and memory encoder and VAE" in report.statement
 
 
 @with_compiler

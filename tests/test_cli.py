@@ -45,6 +45,7 @@ def test_help_has_an_example(module):
     result = run(module, "--help")
     assert f"python -m {module} --" in result.stdout
     assert "debug" in result.stdout
+    assert ("--engine" in result.stdout) == (module in ("ditmem_jax.bank", "ditmem_jax.encode"))
     assert "Traceback" not in result.stderr
 
 

@@ -181,6 +181,35 @@ def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
     np.testing.assert_allclose(got, denoised("low", 2.0, middle, sigmas[2:], 0.0), atol=1e-4)
 
 
+def test_clips_in_batches_from_two_experts_with_one_memory(two, encoder, tmp_path):
+    """Three clips on devices that take two at once: the third is alone; each as where they take one at once."""
+    config, _ = two
+
+    def clips(name, **mesh):
+        config_on = replace(config, "mesh", context=2, **mesh)
+        return make_clips(config_on, PROMPT, tmp_path / name, encoder, seeds=[0, 1, 2])
+
+    paths, one = clips("two", data=2, tensor=2), clips("one", data=1, tensor=4)
+    for path, other in zip(paths, one, strict=True):
+        got, want = (read_video(each).frames.astype(int) for each in (path, other))
+        assert np.abs(got - want).mean() < 0.1  # what the codec makes of rounding
+    assert len({path.read_bytes() for path in paths}) == 3
+
+
+def test_rows_are_those_of_the_encoders(sampler, config):
+    rows = sampler.rows(retrieve(config, PROMPT).latents[None])
+    bare = Sampler(config, load_dit(config), load_vae(config), load_umt5(config))
+    for each, given in ((sampler, rows * 2), (bare, rows)):
+        with pytest.raises(UserError, match="the rows do not fit the sampler"):
+            each.latents([PROMPT], [0], given)
+
+
+def test_an_expert_without_a_step_is_not_compiled(two):
+    config, files = two
+    single = Sampler.load(replace(config, "sample", steps=1), [files["high"], files["low"]])
+    assert len(single.steps([PROMPT])) == 1
+
+
 def test_encoders_that_do_not_serve_every_noise_level_once(config, encoder, two):
     experts, files = two
     for settings, given in (

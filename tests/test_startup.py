@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_sample import write_encoder
 from tests.tiny import make_tiny, replace, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -39,14 +40,16 @@ print(returned, faults())
     ("command", "flags", "programs"),
     [
         ("train", [], ("jit_train_step", "jit_with_memory", "jit_over_levels")),
-        ("sample", ["--prompt=A ball falls", "--memory=none"], ("jit_step", "jit__decode_chunk")),
+        ("sample", ["--prompt=A ball falls"], ("jit_step", "jit__mix", "jit__decode_chunk")),
     ],
 )
 def test_what_is_warm_is_not_compiled_again(command, flags, programs, tmp_path):
     config = replace(make_tiny(tmp_path / "tiny"), "run", steps=1, out=str(tmp_path / "run"))
     file, cache = write_config(tmp_path / "config.py", config), tmp_path / "cache"
     flags = [f"--config={file}", f"--compile_cache={cache}", *flags]
-    flags += [f"--out={tmp_path}"] if command == "sample" else []
+    if command == "sample":
+        write_encoder(tmp_path / "encoder.safetensors", config.memory)
+        flags += [f"--encoder={tmp_path / 'encoder.safetensors'}", f"--out={tmp_path}"]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 

@@ -393,11 +393,7 @@ def _refuse_doubles(path: Path, names: list[str]) -> None:
 def _open_zip(path: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-    ) as error:  # the last for versions it cannot read
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:  # the last for unknown versions
         raise UserError(f"cannot read {path}", expected="a whole zip file", found=error) from error
 
 

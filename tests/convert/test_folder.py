@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +72,19 @@ def test_converted_is_made_once_and_again_when_weights_change(copy, monkeypatch,
     tensors["head.head.bias"] += 1
     safetensors.numpy.save_file(tensors, path)
     assert converted("original") != first
+
+
+def test_of_two_processes_that_convert_at_once_the_first_one_counts(copy, monkeypatch, tmp_path):
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+
+    def slow(source, target):
+        convert_folder(source, target)
+        monkeypatch.setattr(folders, "convert_folder", convert_folder)
+        converted("original")  # the other one
+
+    monkeypatch.setattr(folders, "convert_folder", slow)
+    made = Path(converted("original"))
+    assert (made / "config.json").is_file() and list(made.parent.iterdir()) == [made]
 
 
 def split_in_two(folder):
