@@ -56,7 +56,7 @@ def row(model: str, topology: str, mesh: str, program: str, report: dict) -> str
     cells = [model, topology, mesh.replace(",", " "), program, report["batch"]]
     if report["fits"]:
         best = report["at_best"]
-        used = f"{report['total_memory'] / 2**30:.1f} of {report['hbm'] / 2**30:.0f}"
+        used = f"{report['total_memory'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f}"
         cells += [used, f"{best['seconds']:.2f}", best["limit"]]
     else:
         cells += ["does not fit", "", ""]
