@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,17 @@ def guided(
     return both
 
 
+class _Stage(NamedTuple):
+    """A transformer, and its part of the schedule."""
+
+    graph: Any
+    weights: Any
+    sigmas: Float[np.ndarray, " steps"]
+    end: float
+    scale: float
+    programs: dict[tuple, jax.stages.Compiled]
+
+
 class Sampler:
     """The networks that make clips; a step is compiled once per number of prompts and of memory rows.
 
@@ -132,10 +143,10 @@ class Sampler:
         self.backend = attention_backend(config, self.mesh)
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
-        self._stages = list(zip(map(nnx.split, dits), schedule(config), strict=True))
+        parts = zip(dits, schedule(config), strict=True)
+        self._stages = [_Stage(*nnx.split(network), *part, {}) for network, part in parts]
         self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
         self._on_step = on_step
-        self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     @classmethod
     def load(
@@ -239,24 +250,22 @@ class Sampler:
             positive = self._embed(prompts)
             texts = positive, jnp.repeat(self._negative, len(prompts), axis=0)
             return [
-                (self._step(stage, *texts, memory), sigmas, end)
-                for stage, (memory, (_, (sigmas, end, _))) in enumerate(
-                    zip(memories, self._stages, strict=True)
-                )
-                if len(sigmas)
+                (self._step(stage, *texts, memory), stage.sigmas, stage.end)
+                for stage, memory in zip(self._stages, memories, strict=True)
+                if len(stage.sigmas)
             ]
 
-    def _step(self, stage: int, *given: Any) -> Step:
+    def _step(self, stage: _Stage, *given: Any) -> Step:
         """The compiled step of a stage with the texts and the memory that it takes."""
-        (graph, weights), (_, _, scale) = self._stages[stage]
-        key = stage, *map(jnp.shape, jax.tree.leaves(given))
-        if key not in self._programs:
+        sizes = tuple(jnp.shape(x) for x in jax.tree.leaves(given))
+        if sizes not in stage.programs:
             x = self.noise([0] * len(given[0]))
-            step = jax.jit(make_step(self.config, graph, self.backend, scale), out_shardings=x.sharding)
+            step = make_step(self.config, stage.graph, self.backend, stage.scale)
+            step = jax.jit(step, out_shardings=x.sharding)
             levels = np.float32(1), np.float32(-1)
-            self._programs[key] = startup.compiled(step, weights, x, *levels, *given)
-        program = self._programs[key]
-        return lambda x, sigma, change: program(weights, x, sigma, change, *given)
+            stage.programs[sizes] = startup.compiled(step, stage.weights, x, *levels, *given)
+        program = stage.programs[sizes]
+        return lambda x, sigma, change: program(stage.weights, x, sigma, change, *given)
 
     def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
         """What the encoders make of each reference video, to the last bit as `bank.features` stores it.

@@ -9,7 +9,7 @@
 
 Every measurement is a process of its own, and the two sides take turns, so that both see the machine alike. Needs the
 extra `parity`. Results go to `results.json` beside this file, where those of other
-commands, precisions and devices stay, and all of them to the tables in its README.
+commands, precisions, remat policies and devices stay, and all of them to the tables in its README.
 """
 
 import json
