@@ -34,7 +34,14 @@ def folder(tmp_path_factory):
 
 
 def start(folder, out, devices, *mesh, **options):
-    """A process of `ditmem_jax.train` for each number of `devices`, together one program."""
+    """`ditmem_jax.train` on processes with these numbers of devices."""
+    flags = [f"--config.run.out={folder / out}"]
+    flags += [f"--config.run.{name}={value}" for name, value in options.items()]
+    return launch(folder, "train", out, devices, *mesh, flags=flags)
+
+
+def launch(folder, module, out, devices, *mesh, flags):
+    """A process of a command for each number of `devices`, together one program."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -43,9 +50,8 @@ def start(folder, out, devices, *mesh, **options):
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "ditmem_jax.train", f"--config={folder / 'tiny.py'}"]
-    command += [f"--config.run.out={folder / out}", *(f"--config.mesh.{axis}" for axis in mesh)]
-    command += [f"--config.run.{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", f"ditmem_jax.{module}", f"--config={folder / 'tiny.py'}", *flags]
+    command += [f"--config.mesh.{axis}" for axis in mesh]
     command += [f"--processes={len(devices)}", f"--coordinator=localhost:{port}"]
     processes = []
     for number, count in enumerate(devices):
@@ -112,3 +118,20 @@ def test_one_device_continues_what_four_began(folder):
     run = continued(folder, "one")
     finish(start(folder, "one", [1]))
     assert_same_run(run, folder / "whole")
+
+
+def test_two_processes_make_the_clips_of_one(folder):
+    """Three clips by two at once, so that the last is alone; each is written by one process only."""
+    flags = [
+        "--prompt=a ball falls",
+        f"--encoder={folder / 'whole' / 'encoder.safetensors'}",
+        "--count=3",
+        "--config.sample.steps=2",
+    ]
+    clips = []
+    for out, devices in (("one_process", [4]), ("two_processes", [2, 2])):
+        given = [*flags, f"--out={folder / out}"]
+        told, *others = finish(launch(folder, "sample", out, devices, "data=2", "context=2", flags=given))
+        assert "first step after" in told and not any(others)
+        clips.append([path.read_bytes() for path in sorted((folder / out).glob("*.mp4"))])
+    assert len(set(clips[0])) == 3 and clips[0] == clips[1]
