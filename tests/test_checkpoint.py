@@ -104,7 +104,7 @@ def test_weights_take_the_dtype_of_the_config(config):
 
 
 def test_matrices_in_eight_bits(config):
-    """Half the memory of bfloat16, the same velocity to a hundredth, and gradients through it."""
+    """Half the memory of bfloat16, the velocity of two blocks to a hundredth, and gradients through it."""
     half, eight = (split(load_dit(replace(config, "weights", dtype=dtype))) for dtype in ("bfloat16", "int8"))
     _, arrays = eight
     rounded = {name for name, x in arrays.items() if x.dtype == jnp.int8}
