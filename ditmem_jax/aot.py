@@ -232,12 +232,12 @@ def _measured(
         "HBM": cost.hbm_bytes / chip.hbm_bytes,
         "interconnect": sent / chip.link_bytes,
     }
-    total = sum(memory.values()) + sum(report.beside.values())
+    report = dataclasses.replace(report, memory=memory)
+    fits = report.total <= report.hbm
     return dataclasses.replace(
         report,
-        memory=memory,
-        fits=total <= report.hbm,
-        statement="" if total <= report.hbm else _sum(total, report),
+        fits=fits,
+        statement="" if fits else _excess(report),
         host=stated.host_temp_size_in_bytes + stated.host_argument_size_in_bytes,
         operations=cost.operations,
         kernels=cost.kernels,
@@ -280,11 +280,10 @@ def _signature(x: jax.ShapeDtypeStruct) -> tuple[str, tuple[int, ...]]:
     return short.get(x.dtype.name, x.dtype.name), x.sharding.shard_shape(x.shape)
 
 
-def _sum(total: int, report: Report) -> str:
+def _excess(report: Report) -> str:
     """What a program that fits by itself does not fit beside."""
-    return " and ".join(
-        [f"{total / roof.GIB:.2f} of {report.hbm / roof.GIB:.2f} GiB with the program", *report.beside]
-    )
+    used = f"{report.total / roof.GIB:.2f} of {report.hbm / roof.GIB:.2f} GiB with the program"
+    return " and ".join([used, *report.beside])
 
 
 def _statement(error: str) -> str:
