@@ -14,10 +14,10 @@ commands, precisions, remat policies and devices stay, and all of them to the ta
 
 import json
 import os
-import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -69,9 +69,10 @@ def measure(side: str, operation: str, repeats: int, case: Case) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(plan: list[tuple[str, Case]], sides: Sequence[str], rounds: int, repeats: int) -> list[dict]:
-    """One row per operation and case: medians over all rounds, and the ratio of the peer to us."""
-    rows = []
+def compare(
+    plan: list[tuple[str, Case]], sides: Sequence[str], rounds: int, repeats: int
+) -> Iterator[tuple[dict, dict]]:
+    """One row per operation and case, of medians over all rounds; and what it was measured on."""
     with Progress() as progress:
         bar = progress.add_task("measuring", total=len(plan) * rounds * len(sides))
         for operation, case in plan:
@@ -81,8 +82,8 @@ def compare(plan: list[tuple[str, Case]], sides: Sequence[str], rounds: int, rep
                     progress.update(bar, description=f"{operation}, {case.tokens} tokens, {side}")
                     found[side].append(measure(side, operation, repeats, case))
                     progress.advance(bar)
-            rows.append(_row(operation, case, found))
-    return rows
+            machines = (result.get("machine", {}) for results in found.values() for result in results)
+            yield _row(operation, case, found), dict(ChainMap(*machines))
 
 
 def _row(operation: str, case: Case, found: dict[str, list[dict]]) -> dict:
@@ -162,26 +163,6 @@ def _share(result: dict, product: dict) -> str:
     return f"{result['gflops'] / product['gflops']:.0%}" if "gflops" in result and "gflops" in product else ""
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    import jax
-    import torch
-
-    device = jax.devices()[0]
-    kind = device.device_kind
-    if device.platform == "cpu" and (info := Path("/proc/cpuinfo")).exists():
-        kind = next(
-            line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        )
-    return {
-        "device": kind,
-        "cores": os.cpu_count() or 0,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-    }
-
-
 def main(command: str) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for its machine in the cloud
     sides, known = SIDES_FLAG.value, {str(tokens): tokens for tokens in GRIDS}
@@ -198,17 +179,19 @@ def main(command: str) -> None:
     if command not in every:
         raise UserError(f"unknown benchmark {command!r}", expected=f"one of: {', '.join(every)}")
     peak = [] if SMALL.value else [("matmul", Case(dtype=DTYPE.value))]
-    rows = compare(peak + every[command], sides, ROUNDS.value, REPEATS.value)
+    path = RESULTS if OUT.value is None else Path(OUT.value)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    rows = []
+    for row, machine in compare(peak + every[command], sides, ROUNDS.value, REPEATS.value):
+        rows.append(row)
+        name = f"{command}, {DTYPE.value}, remat {REMAT.value}, {machine.get('device', 'no device')}"
+        results[name] = {"machine": machine, "rows": rows}
+        write_text(path, json.dumps(results, indent=1) + "\n")
     Console().print(show(rows, sides))
     for row in rows:
         for side in sides:
             if "failed" in row[side]:
                 print(f"{row['operation']}, {side}: {row[side]['failed']}")
-    path = RESULTS if OUT.value is None else Path(OUT.value)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    found = {"machine": machine(), "rows": rows}
-    results[f"{command}, {DTYPE.value}, remat {REMAT.value}, {found['machine']['device']}"] = found
-    write_text(path, json.dumps(results, indent=1) + "\n")
     if path == RESULTS:
         write_table(results)
 

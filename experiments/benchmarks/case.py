@@ -17,7 +17,8 @@ from ditmem_jax.presets import DIT_PRESETS
 OPERATIONS = ("train", "denoise", "denoise without memory", "encoder", "vae encode", "vae decode", "matmul")
 # Latent grids (T, H, W) by how many tokens they make.
 GRIDS = {500: (5, 20, 20), 2_000: (5, 40, 40), 4_000: (5, 40, 80), 8_000: (5, 80, 80), 32_760: (21, 60, 104)}
-MATMUL = 4_096  # sides of the square matrices whose product is the measured peak
+# Sides of the square matrices whose product is the measured peak: where bfloat16 is fast, small ones end too soon.
+MATMUL = {"float32": 4_096, "bfloat16": 16_384}
 REFERENCES = (21, 60, 104)  # latent grid of reference videos: 81 frames of 480 x 832
 
 
@@ -58,27 +59,30 @@ class Case:
         )
 
     @property
+    def matmul(self) -> int:
+        return MATMUL[self.dtype]
+
+    @property
     def flops(self) -> dict[str, float]:
         """Multiplications and additions of the matrix products that an operation cannot do without.
 
-        A frozen transformer's backward pass computes gradients of activations only, as many as the forward pass.
+        A frozen transformer's backward pass computes gradients of activations only: as many operations as forward, but
+        twice in self-attention, where query, key and value all have one.
         """
         config, rows = self.config(), 2 * self.videos
         dit, length = config.dit, self.tokens
         square = dit.dim**2
-        block = (
-            2 * length * (6 * square + 2 * dit.dim * dit.ffn_dim)
-        )  # q, k, v, o; q, o of text; feed-forward
-        block += 2 * dit.text_len * 2 * square + 4 * length * dit.text_len * dit.dim
-        block += 4 * length * (length + rows) * dit.dim + 4 * rows * square
-        forward = self.layers * block
+        rest = 2 * length * (6 * square + 2 * dit.dim * dit.ffn_dim)  # q, k, v, o; q, o of text; feed-forward
+        rest += 2 * dit.text_len * 2 * square + 4 * length * dit.text_len * dit.dim + 4 * rows * square
+        scores = 4 * length * (length + rows) * dit.dim
+        forward = self.layers * (rest + scores)
         encoder = _encoder_flops(config.memory) * self.videos
         return {
-            "train": 2 * forward + 3 * encoder,
+            "train": self.layers * (2 * rest + 3 * scores) + 3 * encoder,
             "denoise": 2 * forward,  # with and without the prompt
             "denoise without memory": 2 * forward,
             "encoder": encoder,
-            "matmul": 2 * MATMUL**3,
+            "matmul": 2 * self.matmul**3,
         }
 
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
+import platform
 import resource
 import sys
 import time
+from pathlib import Path
 
 from experiments.benchmarks.case import Case
 
@@ -27,6 +30,7 @@ def main(side: str, operation: str, repeats: int, case: Case) -> None:
                 prepare=prepared - begun,
                 first=first - prepared,
                 peak=_peak_bytes(side),
+                machine=_machine(side),
             )
         )
     )
@@ -56,6 +60,26 @@ def _peak_bytes(side: str) -> int:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _machine(side: str) -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    if side == "ours":
+        import jax
+
+        accelerator = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else None
+        library = {"jax": jax.__version__}
+    else:
+        import torch
+
+        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        library = {"torch": torch.__version__}
+    device = accelerator or platform.processor() or platform.machine()
+    if not accelerator and (info := Path("/proc/cpuinfo")).exists():
+        device = next(
+            line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        )
+    return dict(device=device, cores=os.cpu_count() or 0, python=platform.python_version()) | library
 
 
 def arguments(side: str, operation: str, repeats: int, case: Case) -> list[str]:

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from ditmem_jax.checkpoint import DTYPES
@@ -21,7 +20,7 @@ from ditmem_jax.sampler import euler, guided
 from ditmem_jax.sharding import make_mesh
 from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
 from ditmem_jax.types import Memory
-from experiments.benchmarks.case import MATMUL, Case
+from experiments.benchmarks.case import Case
 
 
 def prepare(operation: str, case: Case) -> Callable[[], None]:
@@ -45,10 +44,9 @@ def _random(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
 def _weights(create: Callable[[], nnx.Module]):
     """A structure and random arrays for it."""
     structure, shapes = abstract(create)
-    rng = np.random.default_rng(0)
     arrays = {
-        name: jnp.asarray(rng.standard_normal(x.shape, np.float32) * x.shape[-1] ** -0.5, x.dtype)
-        for name, x in shapes.items()
+        name: _random(seed, *x.shape, dtype=x.dtype) * x.shape[-1] ** -0.5
+        for seed, (name, x) in enumerate(shapes.items())
     }
     return structure, arrays
 
@@ -129,6 +127,6 @@ def _vae(case: Case, operation: str) -> Callable[[], None]:
 
 
 def _matmul(case: Case, _: str) -> Callable[[], None]:
-    a, b = (_random(i, MATMUL, MATMUL, dtype=DTYPES[case.dtype]) for i in range(2))
+    a, b = (_random(i, case.matmul, case.matmul, dtype=DTYPES[case.dtype]) for i in range(2))
     product = jax.jit(jnp.matmul)
     return lambda: jax.block_until_ready(product(a, b))

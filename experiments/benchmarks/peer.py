@@ -5,16 +5,16 @@ self-attention as rows beside the video's: they query, too, and what they find i
 released ones, so that one set of weights serves both sides.
 """
 
-import types
 from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 from torch.nn import functional as F
 
 from ditmem_jax.config import DiTConfig, MemoryConfig
-from experiments.benchmarks.case import MATMUL, Case
+from experiments.benchmarks.case import Case
 
 
 class Filter(nn.Module):
@@ -92,8 +92,31 @@ class Encoder(nn.Module):
         return torch.cat([self.self_attention(band) for band in rows], dim=1)
 
 
+class Block(WanTransformerBlock):
+    """diffusers' block, in whose self-attention the rows of a memory [B, M, D] stand beside the video's."""
+
+    memory: torch.Tensor | None = None
+
+    def forward(self, x, context, time, rotary) -> torch.Tensor:
+        parts = (self.scale_shift_table + time.float()).chunk(6, dim=1)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
+        rows, length = x, x.shape[1]
+        if self.memory is not None:
+            rows = torch.cat([x, self.memory.to(x.dtype)], dim=1)
+            turns = zip(rotary, (1.0, 0.0), strict=True)  # cos and sin of no rotation
+            rotary = [
+                F.pad(part, (0, 0, 0, 0, 0, rows.shape[1] - length), value=value) for part, value in turns
+            ]
+        rows = (self.norm1(rows.float()) * (1 + scale) + shift).type_as(x)
+        attended = self.attn1(rows, None, None, rotary)[:, :length]
+        x = (x.float() + attended * gate).type_as(x)
+        x = x + self.attn2(self.norm2(x.float()).type_as(x), context, None, None)
+        rows = (self.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
+        return (x.float() + self.ffn(rows).float() * ffn_gate).type_as(x)
+
+
 class Transformer(nn.Module):
-    """diffusers' transformer, frozen, whose self-attentions take memory rows beside the video's."""
+    """diffusers' transformer, frozen, with such blocks."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -108,31 +131,14 @@ class Transformer(nn.Module):
             ffn_dim=config.ffn_dim,
             num_layers=config.num_layers,
         ).requires_grad_(False)
-        self.memory: torch.Tensor | None = None
         for block in self.dit.blocks:
-            block.forward = types.MethodType(self._block, block)
+            block.__class__ = Block
 
     def forward(self, latents, timestep, context, memory=None) -> torch.Tensor:
         """Velocity; shapes as diffusers has them, memory rows [B, M, D]."""
-        self.memory = memory
+        for block in self.dit.blocks:
+            block.memory = memory
         return self.dit(latents, timestep, context, return_dict=False)[0]
-
-    def _block(self, block, x, context, time, rotary) -> torch.Tensor:
-        parts = (block.scale_shift_table + time.float()).chunk(6, dim=1)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
-        rows, length = x, x.shape[1]
-        if self.memory is not None:
-            rows = torch.cat([x, self.memory.to(x.dtype)], dim=1)
-            turns = zip(rotary, (1.0, 0.0), strict=True)  # cos and sin of no rotation
-            rotary = [
-                F.pad(part, (0, 0, 0, 0, 0, rows.shape[1] - length), value=value) for part, value in turns
-            ]
-        rows = (block.norm1(rows.float()) * (1 + scale) + shift).type_as(x)
-        attended = block.attn1(rows, None, None, rotary)[:, :length]
-        x = (x.float() + attended * gate).type_as(x)
-        x = x + block.attn2(block.norm2(x.float()).type_as(x), context, None, None)
-        rows = (block.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
-        return (x.float() + block.ffn(rows).float() * ffn_gate).type_as(x)
 
 
 # --- operations -------------------------------------------------------------------------------------------------
@@ -144,9 +150,13 @@ def prepare(operation: str, case: Case, compiled: bool = False) -> Callable[[], 
     torch.manual_seed(0)
     config, dtype = case.config(), getattr(torch, case.dtype)
 
-    def made(module: nn.Module) -> nn.Module:
-        module = module.to(device, dtype)
-        return torch.compile(module) if compiled else module
+    def made(kind: Callable[..., nn.Module], *args) -> nn.Module:
+        with torch.device(device):
+            module = kind(*args).to(dtype)
+        if compiled:  # block by block, as diffusers advises
+            for part in module.dit.blocks if isinstance(module, Transformer) else [module]:
+                part.compile()
+        return module
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -158,22 +168,22 @@ def prepare(operation: str, case: Case, compiled: bool = False) -> Callable[[], 
 
     z_dim, dit = config.vae.z_dim, config.dit
     if operation == "matmul":
-        a, b = random(MATMUL, MATMUL), random(MATMUL, MATMUL)
+        a, b = (random(case.matmul, case.matmul) for _ in range(2))
         return lambda: finish(a @ b)
     if operation.startswith("vae"):
-        vae = made(AutoencoderKLWan().requires_grad_(False).eval())
+        vae = made(AutoencoderKLWan).requires_grad_(False).eval()
         if operation == "vae encode":
             pixels = random(1, 3, config.video.frames, config.video.height, config.video.width)
             return lambda: finish(vae.encode(pixels).latent_dist.mode())
         latents = random(1, z_dim, *case.grid)
         return lambda: finish(vae.decode(latents).sample)
 
-    encoder = made(Encoder(config.memory))
+    encoder = made(Encoder, config.memory)
     references = random(1, case.videos, z_dim, *case.references)
     if operation == "encoder":
         encoder.eval().requires_grad_(False)
         return lambda: finish(encoder(references))
-    transformer = made(Transformer(dit))
+    transformer = made(Transformer, dit)
     latents = random(1, z_dim, *case.grid)
     if operation == "train":
         context = random(1, dit.text_len, dit.text_dim)
@@ -193,16 +203,15 @@ def prepare(operation: str, case: Case, compiled: bool = False) -> Callable[[], 
 
         return step
 
-    contexts, memory = random(2, dit.text_len, dit.text_dim), None
-    if operation == "denoise":
-        with torch.no_grad():
-            memory = encoder.eval()(references).repeat(2, 1, 1)
+    contexts, memory = [random(1, dit.text_len, dit.text_dim) for _ in range(2)], None
+    with torch.no_grad():
+        if operation == "denoise":
+            memory = encoder.eval()(references)
+        timestep = torch.full((1,), 800.0, device=device)
 
     @torch.no_grad()
     def denoise():
-        both = latents.repeat(2, 1, 1, 1, 1)
-        timestep = torch.full((2,), 800.0, device=device)
-        toward, away = transformer(both, timestep, contexts, memory).chunk(2)
+        toward, away = (transformer(latents, timestep, context, memory) for context in contexts)
         return finish(latents - 0.02 * (away + config.sample.guidance * (toward - away)))
 
     return denoise

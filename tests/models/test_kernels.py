@@ -1,5 +1,6 @@
 """The kernels of attention against all scores at once: outputs, gradients, memory, and tokens on a ring of devices."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from ditmem_jax.models.attention import _at_once, attention
 from ditmem_jax.sharding import make_mesh
 
 B, N, K = 2, 2, 8
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU and JAX_PLATFORMS=cuda")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 BIASES = {
     "learned": [[0.3, -1.0, 2.0], [1.0, 0.0, -3.0]],
@@ -73,11 +75,17 @@ def assert_close(found, wanted, dtype="float32"):
         np.testing.assert_allclose(x.astype(jnp.float32) / scale, y / scale, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("backend", ["xla", "splash"])
-def test_outputs_and_gradients(backend, bias, dtype):
-    inputs = rows(9, 6, BIASES[bias], dtype)
+@pytest.mark.parametrize(
+    "backend, dtype, tokens, keys",
+    [
+        *itertools.product(["xla", "splash"], TOLERANCE, [9], [6]),
+        pytest.param("cudnn", "bfloat16", 9, 6, marks=on_gpu),
+        pytest.param("cudnn", "bfloat16", 520, 300, marks=on_gpu),
+    ],
+)
+def test_outputs_and_gradients(backend, dtype, tokens, keys, bias):
+    inputs = rows(tokens, keys, BIASES[bias], dtype)
     found = with_gradients(partial(run, backend=backend), *inputs)
     assert found[0].dtype == jnp.dtype(dtype)
     assert_close(found, expected(*inputs), dtype)
