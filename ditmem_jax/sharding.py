@@ -36,9 +36,9 @@ WEIGHTS = {"fsdp": ("fsdp", "context"), "tensor": ("tensor",), None: ()}
 # as the leading one of stacked layers, are not divided.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"^vae\.", ()),  # small, and gathered anew for each of many chunks
-    (r"\b(q|k|v|up|gate|fc1)\.kernel$", ("fsdp", "tensor")),
-    (r"\b(o|down|fc2)\.kernel$", ("tensor", "fsdp")),
-    (r"\b(q|k|v|up)\.(bias|scale)$", ("tensor",)),
+    (r"\b(q|k|v|up|gate|fc1)\.(kernel|scale)$", ("fsdp", "tensor")),
+    (r"\b(o|down|fc2)\.(kernel|scale)$", ("tensor", "fsdp")),
+    (r"\b(q|k|v|up)\.bias$", ("tensor",)),
     (r"\btoken_embedding\.embedding$", ("fsdp", None)),
     (r"\bkernel$", ("fsdp",)),
     (r"", ()),

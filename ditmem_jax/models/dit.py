@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float32
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
@@ -121,7 +121,7 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float32[Array, "B S D"],
         context: Float[Array, "B L D"],
         image: Float[Array, "B I D"] | None,
         time: Float[Array, "B G 6 D"],
@@ -129,7 +129,7 @@ class Block(nnx.Module):
         memory: Memory | None,
         memory_time: Float[Array, "B 1 6 D"],
         backend: Backend = "xla",
-    ) -> Float[Array, "B S D"]:
+    ) -> Float32[Array, "B S D"]:
         own = self.modulation[...].astype(jnp.float32)[None, None]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = _parts(time + own)
 
@@ -150,11 +150,10 @@ class Block(nnx.Module):
             attended = attention(query, *self.cross_attention.key_value(context), backend=backend)
             if image is not None:  # a softmax of its own, as released
                 attended += attention(query, *self.image_attention.key_value(image), backend=backend)
-            x = x + self.cross_attention.out(attended)
+            x = x + self.cross_attention.out(attended).astype(x.dtype)
         with jax.named_scope("feed_forward"):
-            return x + _gated(
-                self.feed_forward(_modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)), ffn_gate
-            )
+            rows = _modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)
+            return x + _gated(self.feed_forward(rows), ffn_gate)
 
 
 class DiT(nnx.Module):
@@ -164,7 +163,7 @@ class DiT(nnx.Module):
 
     Args:
         int8: hold the matrices of the blocks, nearly all of the weights, in 8 bits (`layers.Int8Linear`).
-        dtype: of weights and matrix products. Norms, angles and modulation stay float32.
+        dtype: of weights and matrix products. Norms, angles, modulation and the sum of blocks stay float32.
     """
 
     def __init__(
@@ -235,7 +234,8 @@ class DiT(nnx.Module):
         if condition is not None:
             latents = jnp.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
         x = self.patch_embedding(_patchify(latents.astype(self.dtype), config.patch_size))
-        x = constrain(x, "batch", "tokens", None)
+        # The sum that blocks add to stays float32, as in Wan's own code: in bfloat16 three roundings a block pile up.
+        x = constrain(x.astype(jnp.float32), "batch", "tokens", None)
         context = constrain(self.text_embedding(context.astype(self.dtype)), "batch", None, None)
         image = None if image is None else self.image_embedding(image.astype(self.dtype))
         timestep = timestep.reshape(len(timestep), -1)
@@ -331,8 +331,8 @@ def _modulate(x: Float[Array, "B S D"], shift: Float[Array, "B G D"], scale: Flo
     return (runs * (1 + scale[:, :, None]) + shift[:, :, None]).reshape(x.shape).astype(x.dtype)
 
 
-def _gated(x: Float[Array, "B S D"], gate: Float[Array, "B G D"]):
-    return (_runs(x, gate.shape[1]) * gate[:, :, None]).reshape(x.shape).astype(x.dtype)
+def _gated(x: Float[Array, "B S D"], gate: Float[Array, "B G D"]) -> Float32[Array, "B S D"]:
+    return (_runs(x, gate.shape[1]) * gate[:, :, None]).reshape(x.shape)
 
 
 def _runs(x: Float[Array, "B S D"], count: int) -> Float[Array, "B G R D"]:

@@ -4,6 +4,8 @@ Norms, angles and modulation are computed in float32 whatever the dtype of the w
 which is too few for a position of 32,760 or a variance.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         shape = (1,) * (x.ndim - 1) + (-1,)
-        return layer_norm(x, self.eps) * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)
+        scale, bias = (p[...].astype(x.dtype).reshape(shape) for p in (self.scale, self.bias))
+        return layer_norm(x, self.eps) * scale + bias
 
 
 class RMSNorm(nnx.Module):
@@ -46,12 +49,14 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-class Int8Linear(nnx.Module):
-    """A frozen linear layer whose matrix is held in 8 bits, with one factor per output (see `to_int8`).
+GROUP = 64  # inputs that share a factor in 8 bits: the largest of fewer weights is nearer to the others
 
-    The factors multiply the product instead of the matrix, which is the same and leaves bfloat16 nothing to round:
-    it holds every 8-bit integer. By hand for that: qwix multiplies the matrix, in the precision of the factors, and
-    its layers hold a matrix and its factors in one variable, where ours have paths of their own on disk and on a mesh.
+
+class Int8Linear(nnx.Module):
+    """A frozen linear layer whose matrix is held in 8 bits, with a factor per output and group of inputs.
+
+    For the product it becomes one of `dtype`. By hand for that: qwix holds a matrix and its factors in one variable,
+    where ours have paths of their own on disk and on a mesh. See `to_int8`.
     """
 
     def __init__(
@@ -59,28 +64,32 @@ class Int8Linear(nnx.Module):
     ):
         del rngs
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
-        self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32))
+        self.scale = nnx.Param(jnp.ones((inputs // _group(inputs), outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        product = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        bias = self.bias[...].astype(jnp.float32).reshape(shape)
-        return (product * self.scale[...].reshape(shape) + bias).astype(self.dtype)
+        scale = jnp.repeat(self.scale[...], _group(x.shape[-1]), axis=0)
+        kernel = (self.kernel[...].astype(jnp.float32) * scale).astype(self.dtype)
+        bias = self.bias[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return x.astype(self.dtype) @ kernel + bias
+
+
+def _group(inputs: int) -> int:
+    """The largest power of two up to GROUP that divides them."""
+    return math.gcd(inputs, GROUP)
 
 
 def to_int8(
     kernel: Float[np.ndarray, "*layers D E"],
-) -> tuple[Int8[np.ndarray, "*layers D E"], Float[np.ndarray, "*layers E"]]:
-    """A matrix in 8 bits and the factor of each output, in float32: the largest weight of an output becomes 127."""
+) -> tuple[Int8[np.ndarray, "*layers D E"], Float[np.ndarray, "*layers G E"]]:
+    """A matrix in 8 bits and its factors, in float32: the largest weight of a group and output becomes 127."""
     if kernel.ndim > 2:  # layer by layer, so that no copy of all of them exists
         layers = [to_int8(layer) for layer in kernel]
         return tuple(np.stack(parts) for parts in zip(*layers, strict=True))
-    kernel = np.asarray(kernel, np.float32)
-    scale = np.maximum(np.abs(kernel).max(0), np.finfo(np.float32).tiny) / np.float32(127)
-    return np.rint(kernel / scale).astype(np.int8), scale
+    groups = np.asarray(kernel, np.float32).reshape(-1, _group(len(kernel)), kernel.shape[1])
+    scale = np.maximum(np.abs(groups).max(1), np.finfo(np.float32).tiny) / np.float32(127)
+    return np.rint(groups / scale[:, None]).astype(np.int8).reshape(kernel.shape), scale
 
 
 class FeedForward(nnx.Module):
