@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
@@ -174,9 +175,29 @@ def array_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardi
     An axis that its mesh axis does not divide stays whole: that costs memory on some small array, never
     correctness.
     """
-    last = next(axes for pattern, axes in RULES if re.search(pattern, path))[-len(shape) :] if shape else ()
-    names = (None,) * (len(shape) - len(last)) + last
-    return NamedSharding(mesh, _divide(shape, [WEIGHTS[name] for name in names], mesh))
+    return NamedSharding(
+        mesh, _divide(shape, [WEIGHTS[name] for name in _weight_axes(path, len(shape))], mesh)
+    )
+
+
+def _weight_axes(path: str, axes: int) -> tuple[str | None, ...]:
+    """Names in WEIGHTS of the axes of the array at dotted `path`."""
+    last = next(names for pattern, names in RULES if re.search(pattern, path))[-axes:] if axes else ()
+    return (None,) * (axes - len(last)) + last
+
+
+def gathered(layer: nnx.State) -> nnx.State:
+    """The weights of one layer, divided over `tensor` only, on the mesh of `jax.set_mesh`; else as they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return layer
+
+    def leaf(path, x):
+        path = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        wanted = [WEIGHTS[name] if name == "tensor" else () for name in _weight_axes(path, x.ndim)]
+        return jax.lax.with_sharding_constraint(x, _divide(x.shape, wanted, mesh))
+
+    return jax.tree_util.tree_map_with_path(leaf, layer)
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -32,7 +32,7 @@ from ditmem_jax.models.layers import (
     rotate,
     sinusoidal_embedding,
 )
-from ditmem_jax.sharding import constrain
+from ditmem_jax.sharding import constrain, gathered
 from ditmem_jax.types import Memory
 
 T = TypeVar("T")
@@ -194,7 +194,7 @@ class DiT(nnx.Module):
         self.head_modulation = nnx.Param(
             jax.random.normal(rngs.params(), (2, config.dim), dtype) * config.dim**-0.5
         )
-        self.dtype = dtype
+        self.int8, self.dtype = int8, dtype
 
     def __call__(
         self,
@@ -252,6 +252,8 @@ class DiT(nnx.Module):
 
         def block(x, layer):
             x = checkpoint_name(x, INPUT)
+            if self.int8:  # while they are in 8 bits: XLA would send them as what they become
+                layer = gathered(layer)
             x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, backend)
             return constrain(x, "batch", "tokens", None), None
 

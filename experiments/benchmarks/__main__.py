@@ -105,20 +105,27 @@ def _row(operation: str, case: Case, found: dict[str, list[dict]]) -> dict:
 
 
 def show(rows: list[dict], sides: Sequence[str]) -> Table:
-    """The rows as a table for a terminal; ratios above 1 are in our favour."""
+    """The rows as a table for a terminal; ratios above 1 are in favour of the first side."""
     table = Table(box=None, header_style="bold")
     for name in ("operation", "tokens", "blocks", "videos"):
         table.add_column(name, justify="left" if name == "operation" else "right")
     for side in sides:
         table.add_column(f"{side}\ns", justify="right")
-    table.add_column("theirs\n/ ours", justify="right")
+    for peer in sides[1:]:
+        table.add_column(f"{peer}\n/ {sides[0]}", justify="right")
     for side in sides:
         table.add_column(f"{side}\nGB", justify="right")
     for row in rows:
-        cells = [row["operation"], f"{row['tokens']:,}", str(row["layers"]), str(row["videos"])]
+        cells = [row["operation"], *_sizes(row)]
         cells += [_number(row[side], "seconds") for side in sides]
-        table.add_row(*cells, _ratio(row, sides), *(_number(row[side], "peak_gb") for side in sides))
+        table.add_row(*cells, *_ratios(row, sides), *(_number(row[side], "peak_gb") for side in sides))
     return table
+
+
+def _sizes(row: dict) -> list[str]:
+    return (
+        [""] * 3 if row["operation"] == "matmul" else [f"{row[n]:,}" for n in ("tokens", "layers", "videos")]
+    )
 
 
 def _number(result: dict, name: str) -> str:
@@ -137,13 +144,13 @@ def write_table(results: dict) -> None:
             "blocks",
             "videos",
             *(f"{side}, s" for side in sides),
-            "theirs / ours",
+            *(f"{peer} / {sides[0]}" for peer in sides[1:]),
         ]
         header += [f"{side}, GB" for side in sides] + [f"{side}, of peak" for side in sides]
         lines = [f"**{name}**\n", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
         for row in rows:
-            cells = [row["operation"], f"{row['tokens']:,}", row["layers"], row["videos"]]
-            cells += [_number(row[side], "seconds") for side in sides] + [_ratio(row, sides)]
+            cells = [row["operation"], *_sizes(row)]
+            cells += [_number(row[side], "seconds") for side in sides] + _ratios(row, sides)
             cells += [_number(row[side], "peak_gb") for side in sides]
             cells += [_share(row[side], product[side]) for side in sides]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -153,10 +160,10 @@ def write_table(results: dict) -> None:
     write_text(README, f"{before}<!-- table -->\n" + "\n\n".join(parts) + f"\n<!-- end -->{after}")
 
 
-def _ratio(row: dict, sides: Sequence[str]) -> str:
-    if len(sides) < 2 or any("seconds" not in row[side] for side in sides):
-        return "-"
-    return f"{row[sides[1]]['seconds'] / row[sides[0]]['seconds']:.2f}"
+def _ratios(row: dict, sides: Sequence[str]) -> list[str]:
+    """How many times the seconds of the first side each other one takes."""
+    first, *others = (row[side].get("seconds") for side in sides)
+    return [f"{other / first:.2f}" if first and other else "-" for other in others]
 
 
 def _share(result: dict, product: dict) -> str:

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ditmem_jax.checkpoint import DTYPES
@@ -18,7 +19,6 @@ from ditmem_jax.models.state import abstract
 from ditmem_jax.models.vae import VAE
 from ditmem_jax.sampler import euler, guided
 from ditmem_jax.sharding import make_mesh
-from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
 from ditmem_jax.types import Memory
 from experiments.benchmarks.case import Case
 
@@ -44,10 +44,11 @@ def _random(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
 def _weights(create: Callable[[], nnx.Module]):
     """A structure and random arrays for it."""
     structure, shapes = abstract(create)
-    arrays = {
-        name: _random(seed, *x.shape, dtype=x.dtype) * x.shape[-1] ** -0.5
-        for seed, (name, x) in enumerate(shapes.items())
-    }
+    rng, arrays = np.random.default_rng(0), {}
+    for name, x in shapes.items():
+        values = rng.standard_normal(x.shape, np.float32)
+        values *= x.shape[-1] ** -0.5  # in place: these are large, and the most memory ever taken is measured
+        arrays[name] = jnp.asarray(values, x.dtype)
     return structure, arrays
 
 
@@ -66,6 +67,9 @@ def _references(case: Case) -> jax.Array:
 
 
 def _train(case: Case, _: str) -> Callable[[], None]:
+    # Here, since it brings what reads data, and the other operations are not to be charged with its memory.
+    from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
+
     config = case.config()
     structure, backbone = _transformer(case)
     encoder, _ = abstract(lambda: make_encoder(config))

@@ -12,12 +12,13 @@ from flax import nnx
 
 from convert import dit as names
 from convert.engine import assign, targets
-from ditmem_jax.config import DiTConfig
+from ditmem_jax.config import DiTConfig, MeshConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import Block, DiT, Experts, _patchify, _unpatchify, with_expert
 from ditmem_jax.models.layers import layer_norm, rotary_angles, rotate
 from ditmem_jax.models.state import abstract
 from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.sharding import array_sharding, make_mesh
 from ditmem_jax.types import Memory
 from tests.tiny import random_arrays
 
@@ -215,3 +216,35 @@ def test_one_of_two_experts_serves(network, inputs, high):
     )(state, high, *inputs)
     expected = run(network, *inputs) if high else jax.jit(lambda *inputs: other(*inputs))(*inputs)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_sum_of_blocks_is_float32():
+    """In bfloat16 it would be rounded three times a block: 0.014 here instead of 0.007."""
+    config = dataclasses.replace(CONFIG, num_layers=24)
+    structure, shapes = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    half, _ = abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in random_arrays(shapes).items()}
+    keys = jax.random.split(jax.random.key(0), 2)
+    inputs = (
+        jax.random.normal(keys[0], (B, 3, 4, 6, 4)),
+        jnp.array([900.0, 20.0]),
+        jax.random.normal(keys[1], (B, 6, 8)),
+    )
+    want = run((structure, {name: x.astype(jnp.float32) for name, x in arrays.items()}), *inputs)
+    error = jnp.linalg.norm(run((half, arrays), *inputs) - want) / jnp.linalg.norm(want)
+    assert error < 0.01
+
+
+def test_8_bits_on_a_mesh(inputs):
+    structure, shapes = abstract(lambda: DiT(CONFIG, int8=True, rngs=nnx.Rngs(0)))
+    arrays = random_arrays({name: x for name, x in shapes.items() if x.dtype != jnp.int8})
+    rng = np.random.default_rng(0)
+    for name, x in shapes.items():
+        if x.dtype == jnp.int8:
+            arrays[name] = rng.integers(-127, 127, x.shape, np.int8)
+            arrays[name.replace("kernel", "scale")] *= 0.001
+    one = run((structure, arrays), *inputs)
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    with jax.set_mesh(mesh):
+        divided = {name: jax.device_put(x, array_sharding(name, x.shape, mesh)) for name, x in arrays.items()}
+        np.testing.assert_allclose(run((structure, divided), *inputs), one, rtol=1e-5, atol=1e-5)

@@ -8,12 +8,14 @@ from flax import nnx
 
 from ditmem_jax.models.layers import (
     FeedForward,
+    Int8Linear,
     LayerNorm,
     RMSNorm,
     layer_norm,
     rotary_angles,
     rotate,
     sinusoidal_embedding,
+    to_int8,
 )
 
 
@@ -82,3 +84,16 @@ def test_feed_forward_uses_the_tanh_gelu():
     x = np.float32(0.7)
     want = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     np.testing.assert_allclose(layer(jnp.full((1, 1), x)), [[want]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_a_matrix_in_8_bits_multiplies_like_the_matrix_that_it_stands_for(dtype, bound):
+    rng = np.random.default_rng(0)
+    rounded, scale = to_int8(rng.standard_normal((128, 5)).astype(np.float32) * [1, 1, 1, 1, 0])
+    layer = Int8Linear(128, 5, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    layer.kernel[...], layer.scale[...], layer.bias[...] = rounded, scale, jnp.arange(5, dtype=dtype)
+    x = rng.standard_normal((2, 3, 128)).astype(np.float32)
+    matrix = np.concatenate([rounded[:64] * scale[0], rounded[64:] * scale[1]])
+    want, got = x @ matrix + np.arange(5), layer(jnp.asarray(x))
+    assert got.dtype == dtype
+    assert np.linalg.norm(got.astype(np.float32) - want) < bound * np.linalg.norm(want)
