@@ -265,7 +265,8 @@ class VideoConfig:
 class WeightsConfig:
     """Folder of converted weights (`python -m convert`), and how the frozen ones are held.
 
-    "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory.
+    "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory. In training that takes
+    another `run.remat` than "none", which keeps all that the backward pass needs, and so these matrices in full.
     """
 
     path: str = ""
