@@ -49,7 +49,7 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-GROUP = 64  # inputs that share a factor in 8 bits: the largest of fewer weights is nearer to the others
+GROUP = 32  # inputs that share a factor in 8 bits: the largest of fewer weights is nearer to the others
 
 
 class Int8Linear(nnx.Module):
@@ -64,12 +64,12 @@ class Int8Linear(nnx.Module):
     ):
         del rngs
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
-        self.scale = nnx.Param(jnp.ones((inputs // _group(inputs), outputs), jnp.float32))
+        self.scale = nnx.Param(jnp.ones((inputs // _group(inputs), outputs), jnp.bfloat16))
         self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
-        scale = jnp.repeat(self.scale[...], _group(x.shape[-1]), axis=0)
+        scale = jnp.repeat(self.scale[...].astype(jnp.float32), _group(x.shape[-1]), axis=0)
         kernel = (self.kernel[...].astype(jnp.float32) * scale).astype(self.dtype)
         bias = self.bias[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return x.astype(self.dtype) @ kernel + bias
@@ -83,13 +83,18 @@ def _group(inputs: int) -> int:
 def to_int8(
     kernel: Float[np.ndarray, "*layers D E"],
 ) -> tuple[Int8[np.ndarray, "*layers D E"], Float[np.ndarray, "*layers G E"]]:
-    """A matrix in 8 bits and its factors, in float32: the largest weight of a group and output becomes 127."""
+    """A matrix in 8 bits and its factors: the largest weight of a group and output becomes 127.
+
+    The factors are bfloat16, which costs nothing but range: the weights are divided by what they will be multiplied by.
+    """
     if kernel.ndim > 2:  # layer by layer, so that no copy of all of them exists
         layers = [to_int8(layer) for layer in kernel]
         return tuple(np.stack(parts) for parts in zip(*layers, strict=True))
     groups = np.asarray(kernel, np.float32).reshape(-1, _group(len(kernel)), kernel.shape[1])
-    scale = np.maximum(np.abs(groups).max(1), np.finfo(np.float32).tiny) / np.float32(127)
-    return np.rint(groups / scale[:, None]).astype(np.int8).reshape(kernel.shape), scale
+    scale = np.maximum(np.abs(groups).max(1) / np.float32(127), np.finfo(np.float32).tiny).astype(
+        jnp.bfloat16
+    )
+    return np.rint(groups / scale[:, None].astype(np.float32)).astype(np.int8).reshape(kernel.shape), scale
 
 
 class FeedForward(nnx.Module):
