@@ -265,8 +265,8 @@ class VideoConfig:
 class WeightsConfig:
     """Folder of converted weights (`python -m convert`), and how the frozen ones are held.
 
-    "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory. In training that takes
-    another `run.remat` than "none", which keeps all that the backward pass needs, and so these matrices in full.
+    "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory. Training saves it only
+    with a `run.remat` other than "none", which keeps these matrices in full for the backward pass.
     """
 
     path: str = ""

@@ -193,7 +193,7 @@ def gathered(layer: nnx.State) -> nnx.State:
         return layer
 
     def leaf(path, x):
-        path = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        path = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")  # of a Param
         wanted = [WEIGHTS[name] if name == "tensor" else () for name in _weight_axes(path, x.ndim)]
         return jax.lax.with_sharding_constraint(x, _divide(x.shape, wanted, mesh))
 

@@ -109,7 +109,9 @@ def test_matrices_in_eight_bits(config):
     _, arrays = eight
     rounded = {name for name, x in arrays.items() if x.dtype == jnp.int8}
     assert rounded == {name for name in half[1] if name.startswith("blocks") and name.endswith("kernel")}
-    assert all(arrays[name].nbytes == half[1][name].nbytes / 2 for name in rounded)
+    for name in rounded:  # a factor of two bytes stands for 32, 16 for widths that 32 does not divide
+        held = arrays[name].nbytes + arrays[name.replace("kernel", "scale")].nbytes
+        assert held <= half[1][name].nbytes * (1 + 2 / 16) / 2
     assert all(arrays[name].dtype == half[1][name].dtype for name in half[1].keys() - rounded)
 
     rng = np.random.default_rng(0)

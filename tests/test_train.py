@@ -143,25 +143,31 @@ def test_eight_devices_compute_what_one_does(config, change, mesh, shard):
 
 
 @pytest.mark.parametrize(
-    "int8, remat, held", [(False, "none", "f32"), (True, "attention", "s8")], ids=["full", "8 bits"]
+    ("int8", "remat", "mesh", "held", "kernels"),
+    [
+        (False, "none", MeshConfig(data=2, fsdp=2, context=2), "f32", {"48,48", "48,96", "96,48"}),
+        (True, "attention", MeshConfig(fsdp=2, context=2, tensor=2), "s8", {"48,24", "24,48", "48,48"}),
+    ],
+    ids=["full", "8 bits"],
 )
-def test_weights_are_gathered_block_by_block(config, int8, remat, held):
+def test_weights_are_gathered_block_by_block(config, int8, remat, mesh, held, kernels):
     """Over `fsdp` and `context`, forward and backward, every gathered weight is that of one block, inside the loop."""
     config = replace(replace(config, "dit", num_layers=5), "run", remat=remat)
-    mesh, optimizer = make_mesh(MeshConfig(data=2, fsdp=2, context=2)), make_optimizer(config.optim, 3)
+    mesh, optimizer = make_mesh(mesh), make_optimizer(config.optim, 3)
     dit, shapes = abstract(lambda: DiT(config.dit, int8=int8, rngs=nnx.Rngs(0)))
     networks = Networks(dit, abstract(lambda: make_encoder(config))[0])
     backbone = laid_out(shapes, tree_shardings(shapes, mesh))
     inputs = state_layout(config, optimizer, mesh), backbone, batch_layout(config, mesh, np.float32)
     with jax.set_mesh(mesh):
         text = jit_train_step(config, networks, optimizer, mesh).lower(*inputs).compile().as_text()
-    gathers = re.findall(rf"= {held}\[([\d,]*)\].* all-gather\(.*op_name=\"([^\"]*)\"", text)
+    gathers = re.findall(r"= (\w+)\[(?:1,)?([\d,]*)\].* all-gather\(.*op_name=\"([^\"]*)\"", text)
     for direction in ("/jvp(", "/transpose(jvp("):
-        inside = [
-            shape.removeprefix("1,") for shape, name in gathers if direction in name and "while/body" in name
-        ]
-        assert {"48,48", "48,96", "96,48"} <= set(inside)
-    assert not [shape for shape, _ in gathers if shape.startswith("5,")]
+        inside = {
+            (kind, shape) for kind, shape, name in gathers if direction in name and "while/body" in name
+        }
+        assert {shape for kind, shape in inside if kind == held} >= kernels
+        assert not {shape for kind, shape in inside if kind != held} & kernels
+    assert not [shape for _, shape, _ in gathers if shape.startswith("5,")]
 
 
 def test_only_the_encoder_changes_and_all_of_it(config):

@@ -188,12 +188,15 @@ def main(command: str) -> None:
     peak = [] if SMALL.value else [("matmul", Case(dtype=DTYPE.value))]
     path = RESULTS if OUT.value is None else Path(OUT.value)
     results = json.loads(path.read_text()) if path.exists() else {}
-    rows = []
-    for row, machine in compare(peak + every[command], sides, ROUNDS.value, REPEATS.value):
+    rows, machine, name = [], {}, ""
+    for row, measured_on in compare(peak + every[command], sides, ROUNDS.value, REPEATS.value):
         rows.append(row)
+        machine = measured_on | machine
         name = f"{command}, {DTYPE.value}, remat {REMAT.value}, {machine.get('device', 'no device')}"
-        results[name] = {"machine": machine, "rows": rows}
+        results[f"{name}, unfinished"] = {"machine": machine, "rows": rows}
         write_text(path, json.dumps(results, indent=1) + "\n")
+    results[name] = results.pop(f"{name}, unfinished")
+    write_text(path, json.dumps(results, indent=1) + "\n")
     Console().print(show(rows, sides))
     for row in rows:
         for side in sides:

@@ -153,10 +153,9 @@ def prepare(operation: str, case: Case, compiled: bool = False) -> Callable[[], 
     def made(kind: Callable[..., nn.Module], *args) -> nn.Module:
         with torch.device(device):
             module = kind(*args).to(dtype)
-        if compiled and isinstance(module, Transformer):  # block by block, as diffusers advises
-            for (
-                block
-            ) in module.dit.blocks:  # not the encoder, whose complex numbers the compiler does not take
+        if compiled and isinstance(module, Transformer):
+            # Block by block, as diffusers advises; not the encoder, whose complex numbers the compiler does not take.
+            for block in module.dit.blocks:
                 block.compile()
         return module
 
