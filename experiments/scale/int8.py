@@ -72,7 +72,7 @@ def distances(
     text = rng.standard_normal((1, config.text_len, config.text_dim)).astype(np.float32)
     if prompt is not None:
         text = np.pad(prompt, ((0, config.text_len - len(prompt)), (0, 0)))[None]
-    text = np.repeat(text, samples, axis=0)
+    latents, text = jnp.asarray(latents), jnp.repeat(jnp.asarray(text), samples, axis=0)
 
     def velocities(arrays: Arrays, int8: bool, dtype) -> list[np.ndarray]:
         structure, _ = abstract(lambda: DiT(config, int8=int8, rngs=nnx.Rngs(0), dtype=dtype))
