@@ -1,10 +1,13 @@
-# `make demo` and `make test` need nothing but Python 3.11 or 3.12; everything goes into the folder .venv.
+# `make demo` and `make test` need nothing but Python 3.11 to 3.13; everything goes into the folder .venv.
 # `make peers` needs Python 3.11, and has a folder of its own, since torch is large.
 # So has tensorflow-io, whose TensorFlow wants an older NumPy than jax: `make tfio-env`, then
 # `make tfio-shards IN='http://server/part.tfrecord more.csv' OUT=videos [MODE=decode] [FLAGS='--caption text']`.
 
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(shell \
-	$(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(name))))
+# The first of the commands $(1) that is a Python from 3.11 to before 3.$(2).
+first = $(firstword $(foreach name,$(1),$(shell \
+	$(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $(2)))' 2>/dev/null && echo $(name))))
+PYTHON ?= $(call first,python3.11 python3.12 python3.13 python3 python,14)
+PYTHON_TFIO = $(call first,$(PYTHON) python3.11 python3.12,13)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -45,9 +48,9 @@ lint: $(INSTALLED) ## style
 clean: ## forget the environment and what was built
 	rm -rf $(VENV) $(PEERS) $(TFIO) build
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 ifeq ($(PYTHON),)
-	$(error Python 3.11 or 3.12 is needed and neither is on the PATH; name one: make PYTHON=/path/to/python3.12)
+	$(error Python 3.11, 3.12 or 3.13 is needed and none is on the PATH; name one: make PYTHON=/path/to/python3.12)
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) '.[test]'
@@ -55,16 +58,16 @@ endif
 
 peers-installed: $(if $(PYTHON_3_11),$(PEERS)/installed)
 
-$(PEERS)/installed: pyproject.toml constraints.txt
+$(PEERS)/installed: pyproject.toml setup.py constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON_3_11) -m venv $(PEERS)
 	$(PEERS)/bin/python $(INSTALL) '.[test,parity]'
 	touch $@
 
 $(TFIO)/installed: convert/tfio/requirements.txt convert/tfio/link_ffmpeg.py
-ifeq ($(PYTHON),)
-	$(error Python 3.11 or 3.12 is needed and neither is on the PATH; name one: make PYTHON=/path/to/python3.12)
+ifeq ($(PYTHON_TFIO),)
+	$(error tensorflow-io needs Python 3.11 or 3.12 and neither is on the PATH; name one: make PYTHON=/path/to/python3.12)
 endif
-	test -x $(TFIO)/bin/python || $(PYTHON) -m venv $(TFIO)
+	test -x $(TFIO)/bin/python || $(PYTHON_TFIO) -m venv $(TFIO)
 	$(TFIO)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r convert/tfio/requirements.txt
 	$(TFIO)/bin/python -m pip check
 	$(TFIO)/bin/python -m convert.tfio.link_ffmpeg

@@ -1,13 +1,15 @@
 """The tiny Wan that ships with the project: trains on a laptop. Its weights are converted on first use."""
 
+from importlib.resources import files
+
 from ml_collections import ConfigDict
 
-from convert.folder import converted
 from ditmem_jax.checkpoint import read_networks
+from ditmem_jax.convert.folder import converted
 
 
 def get_config() -> ConfigDict:
-    weights = converted("experiments/tiny_wan/weights")
+    weights = converted(files("ditmem_jax.tiny_weights"))
     config = ConfigDict(read_networks(weights))  # dit, vae and text, as they were trained
     config.weights = ConfigDict(dict(path=weights, dtype="float32"))
     config.video = ConfigDict(dict(frames=25, height=32, width=32, fps=16))

@@ -28,13 +28,13 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert import export, folder
-from convert.engine import differences, findings
-from convert.kinds import KINDS
-from convert.plan import FILES, Network, mapping, plan, skipped
-from convert.sources import Source, open_source
 from ditmem_jax import cli
 from ditmem_jax.checkpoint import empty_index, read_index
+from ditmem_jax.convert import export, folder
+from ditmem_jax.convert.engine import differences, findings
+from ditmem_jax.convert.kinds import KINDS
+from ditmem_jax.convert.plan import FILES, Network, mapping, plan, skipped
+from ditmem_jax.convert.sources import Source, open_source
 from ditmem_jax.errors import UserError
 
 KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Convert this kind of network only.")

@@ -1,7 +1,8 @@
 """Names of the Wan transformer in original checkpoints."""
 
-from convert.engine import Rule, Table
 from ditmem_jax.config import DiTConfig
+
+from .engine import Rule, Table
 
 
 def _linear(source: str, target: str) -> list[Rule]:

@@ -79,7 +79,8 @@ class Match:
 def targets(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of every array that a checkpoint must hold: all state except generators."""
     state = nnx.state(module, nnx.Not(nnx.RngState))
-    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    arrays = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in arrays.items()}
 
 
 def canonical(table: Table, name: str) -> str:

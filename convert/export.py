@@ -9,12 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import names_diffusers
-from convert.engine import findings
-from convert.folder import UNREAD, Advance, blocks, damage, new_folder
-from convert.kinds import KINDS
-from convert.original import original, originals
-from convert.plan import FILES
 from ditmem_jax.checkpoint import DTYPES, load_encoder, read_index
 from ditmem_jax.config import DiTConfig, MemoryConfig, build
 from ditmem_jax.data.files import reading, write_text
@@ -22,6 +16,13 @@ from ditmem_jax.data.tensors import open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
 from ditmem_jax.presets import DIT_PRESETS
+
+from . import names_diffusers
+from .engine import findings
+from .folder import UNREAD, Advance, blocks, damage, new_folder
+from .kinds import KINDS
+from .original import original, originals
+from .plan import FILES
 
 # --- memory encoders --------------------------------------------------------------------------------------------
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import canonical, convert, differences, findings, one_line, stream
-from convert.plan import FILES, Network, plan
-from convert.sources import Source, open_source
 from ditmem_jax.checkpoint import empty_index, read_index, save_encoder
 from ditmem_jax.config import to_dict
-from ditmem_jax.data.files import reading, replacing, write_text
+from ditmem_jax.data.files import cache_folder, reading, replacing, write_text
 from ditmem_jax.data.tensors import Stored, as_bytes, open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+from .engine import canonical, convert, differences, findings, one_line, stream
+from .plan import FILES, Network, plan
+from .sources import Source, open_source
+
 TOKENIZER = "tokenizer.json"
 UNREAD = "unread.safetensors"  # of a memory encoder: what no program computes with, kept for its export
 BLOCK = 32 << 20  # bytes that are in memory at once, beside one mapped tensor
@@ -37,26 +37,35 @@ Advance = Callable[[int], None]
 
 
 def converted(source: str | Path) -> str:
-    """The converted form of a small folder in the repository, made on first use under `build/`.
+    """Return the converted form of a small folder of weights, made on first use in the user's cache.
 
-    Its name holds a hash of the content, so weights that change are converted anew.
+    Its name is a hash of the content, so weights that change are converted anew.
+
+    Raises:
+        UserError: if `source` is no such folder, or the cache cannot be written.
     """
-    source = ROOT / source
     digest = hashlib.sha256()
-    for path in sorted(path for path in source.iterdir() if path.is_file()):
+    for path in sorted(path for path in Path(source).iterdir() if path.is_file() and path.suffix != ".py"):
         digest.update(path.read_bytes())
-    target = ROOT / "build" / "weights" / f"{source.parent.name}-{digest.hexdigest()[:12]}"
+    target = cache_folder("weights") / digest.hexdigest()[:12]
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Processes that begin together make one each, and the first one's stays.
-        with tempfile.TemporaryDirectory(dir=target.parent) as own:
-            made = Path(own, target.name)
-            convert_folder(source, made)
-            try:
-                made.rename(target)
-            except OSError:
-                if not target.exists():
-                    raise
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Processes that begin together make one each, and the first one's stays.
+            with tempfile.TemporaryDirectory(dir=target.parent) as own:
+                made = Path(own, target.name)
+                convert_folder(source, made)
+                try:
+                    made.rename(target)
+                except OSError:
+                    if not target.exists():
+                        raise
+        except OSError as error:
+            raise UserError(
+                f"cannot write {target}",
+                found=error,
+                fix="set XDG_CACHE_HOME to a folder that can be written",
+            ) from error
     return str(target)
 
 

@@ -8,12 +8,6 @@ from typing import Any
 
 from flax import nnx
 
-import convert.dit
-import convert.memory
-import convert.umt5
-import convert.vae
-from convert import names_diffusers
-from convert.engine import Table
 from ditmem_jax.config import DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import DiT
@@ -21,6 +15,9 @@ from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.umt5 import UMT5
 from ditmem_jax.models.vae import VAE
 from ditmem_jax.presets import VAE_PRESETS
+
+from . import dit, memory, names_diffusers, umt5, vae
+from .engine import Table
 
 PLAIN = Table(())
 Shapes = Mapping[str, tuple[int, ...]]
@@ -135,7 +132,7 @@ def _layers(shapes: Shapes, stem: str) -> int:
 KINDS = {
     "dit": Kind(
         {"original": r"blocks\.\d+\.(self|cross)_attn\.", "diffusers": r"blocks\.\d+\.attn[12]\."},
-        DiTConfig, _dit, DiT, convert.dit.table,
+        DiTConfig, _dit, DiT, dit.table,
         {"num_attention_heads": "num_heads", "eps": "eps", "text_len": "text_len"},
     ),
     "vae": Kind(
@@ -143,17 +140,17 @@ KINDS = {
             "original": r"(en|de)coder\.((down|up)samples|middle)\.",
             "diffusers": r"(en|de)coder\.((down|up)_blocks|mid_block)\.",
         },
-        VAEConfig, _vae, VAE, convert.vae.table,
+        VAEConfig, _vae, VAE, vae.table,
         {"latents_mean": "mean", "latents_std": "std"},
     ),
     "text": Kind(
         {"original": r"blocks\.\d+\.attn\.[qkvo]\.", "diffusers": r"encoder\.block\.\d+\.layer\."},
-        UMT5Config, _text, UMT5, lambda config: convert.umt5.table(),
+        UMT5Config, _text, UMT5, lambda config: umt5.table(),
         {"relative_attention_max_distance": "max_dist"},
     ),
     "memory": Kind(
         {"original": r"(pipe\.)?(dit_mem\.)?(high|low)_pass_module\."},
-        MemoryConfig, _memory, MemoryEncoder, convert.memory.table, {}, convert.memory.table(MemoryConfig(dim=8)),
+        MemoryConfig, _memory, MemoryEncoder, memory.table, {}, memory.table(MemoryConfig(dim=8)),
     ),
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Names of the DiT-Mem memory encoder (`DiT-Mem-1.3B.safetensors`)."""
 
-from convert.engine import Rule, Table
 from ditmem_jax.config import MemoryConfig
+
+from .engine import Rule, Table
 
 
 def table(config: MemoryConfig) -> Table:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import Table
+from .engine import Table
 
 INVERSES = {
     "copy": lambda x: x,

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert import kinds
-from convert.engine import Match, Table, canonical, findings, match, one_line, targets
-from convert.sources import Part, Source
 from ditmem_jax.checkpoint import FORMAT
 from ditmem_jax.data.tensors import DTYPES
 from ditmem_jax.errors import UserError
+
+from . import kinds
+from .engine import Match, Table, canonical, findings, match, one_line, targets
+from .sources import Part, Source
 
 FILES = {name: f"{name}.safetensors" for name in ("dit", "dit_high", "vae", "text")} | {
     "memory": "encoder.safetensors"

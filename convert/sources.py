@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convert.engine import findings, one_line
 from ditmem_jax.data.tensors import Stored, open_tensors
 from ditmem_jax.data.torch_files import load_torch, to_numpy
 from ditmem_jax.errors import UserError
+
+from .engine import findings, one_line
 
 FOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2", "vae", "text_encoder")
 TOKENIZERS = ("tokenizer.json", "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")

@@ -1,6 +1,6 @@
 """Names of the UMT5 encoder in original checkpoints."""
 
-from convert.engine import Rule, Table
+from .engine import Rule, Table
 
 
 def table() -> Table:

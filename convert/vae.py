@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from flax import nnx
 
-from convert.engine import Rule, Table
 from ditmem_jax.config import VAEConfig
 from ditmem_jax.models import vae
+
+from .engine import Rule, Table
 
 # Parts of each layer: original name, our name, kind of tensor.
 PARTS = {

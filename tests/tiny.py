@@ -10,11 +10,6 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-import convert.dit
-import convert.umt5
-import convert.vae
-from convert.folder import convert_folder
-from convert.original import original
 from ditmem_jax.bank import Bank, Table, make_embedder, matches
 from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.config import (
@@ -32,6 +27,9 @@ from ditmem_jax.config import (
     WeightsConfig,
     to_dict,
 )
+from ditmem_jax.convert import dit, umt5, vae
+from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.original import original
 from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.state import abstract
@@ -134,9 +132,9 @@ def write_original(folder: Path, config: Config, seed: int = 0) -> None:
     """Random weights as a folder in original names."""
     folder.mkdir(parents=True)
     networks = {
-        "dit": (lambda: DiT(config.dit, rngs=nnx.Rngs(0)), convert.dit.table(config.dit)),
-        "vae": (lambda: VAE(config.vae, rngs=nnx.Rngs(0)), convert.vae.table(config.vae)),
-        "text": (lambda: UMT5(config.text, rngs=nnx.Rngs(0)), convert.umt5.table()),
+        "dit": (lambda: DiT(config.dit, rngs=nnx.Rngs(0)), dit.table(config.dit)),
+        "vae": (lambda: VAE(config.vae, rngs=nnx.Rngs(0)), vae.table(config.vae)),
+        "text": (lambda: UMT5(config.text, rngs=nnx.Rngs(0)), umt5.table()),
     }
     for number, (name, (create, table)) in enumerate(networks.items()):
         arrays = random_arrays(abstract(create)[1], seed=seed + number)

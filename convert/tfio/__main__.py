@@ -24,11 +24,12 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from convert.tfio import decode, shards, sources
-from convert.tfio.shards import Record
-from convert.tfio.sources import Names, Row
 from ditmem_jax.data.files import write_text
 from ditmem_jax.errors import UserError
+
+from . import decode, shards, sources
+from .shards import Record
+from .sources import Names, Row
 
 IN = flags.DEFINE_multi_string(
     "in", None, "TFRecord file or table (.csv), at any address, or a pattern; may be repeated.", required=True

@@ -13,8 +13,9 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_io as tfio
 
-from convert.tfio.sources import reason
 from ditmem_jax.errors import UserError
+
+from .sources import reason
 
 CODECS = ("h264", "hevc", "vp9")
 FORMATS = ("yuv420p", "yuv444p")

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and the error for those that cannot be read."""
+"""Files that are either whole or absent, the error for those that cannot be read, and where caches lie."""
 
 import contextlib
 import os
@@ -37,3 +37,8 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole UTF-8 text file, or nothing."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder(name: str) -> Path:
+    """Return the user's own folder for what can be made again: `name` under XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ditmem_jax", name)

@@ -1,7 +1,6 @@
 """What the page shows of a bank and does to it, without a page: every call sees what other people have changed."""
 
 import dataclasses
-import os
 import shutil
 import threading
 import uuid
@@ -15,6 +14,7 @@ from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import FIXED, Table
 from ditmem_jax.checkpoint import load_umt5, load_vae
 from ditmem_jax.config import Config
+from ditmem_jax.data.files import cache_folder
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.sources import Videos
 from ditmem_jax.data.tokenizer import clean
@@ -97,8 +97,7 @@ class Gallery:
         """
         if videos is not None and not Path(videos).is_dir():
             raise UserError(f"no folder {videos}", expected="the folder of the original videos")
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        decoder = None if config is None else Decoder(config, Path(cache or home / "ditmem_jax" / "clips"))
+        decoder = None if config is None else Decoder(config, Path(cache or cache_folder("clips")))
         own = Path(uri).resolve() / "added"  # resolved, as bank rows name folders of records
         return cls(uri, Clips(None if videos is None else Path(videos), own, decoder), config)
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from configs.tiny import get_config
 from ditmem_jax import flow
 from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
 from ditmem_jax.config import Config, build
+from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
 from ditmem_jax.models.vae import decode, encode
 from ditmem_jax.sampler import Sampler

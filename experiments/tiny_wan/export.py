@@ -11,8 +11,8 @@ import ml_dtypes
 from absl import app
 from safetensors.numpy import load_file, save_file
 
-from convert import dit, umt5, vae
-from convert.original import original
+from ditmem_jax.convert import dit, umt5, vae
+from ditmem_jax.convert.original import original
 from experiments.tiny_wan.common import BUILD, DIT_CONFIG, TEXT_CONFIG, VAE_CONFIG, WEIGHTS
 
 

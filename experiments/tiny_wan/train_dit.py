@@ -17,8 +17,8 @@ from absl import app, flags
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from convert.engine import fill
 from ditmem_jax import flow
+from ditmem_jax.convert.engine import fill
 from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.umt5 import UMT5

@@ -14,7 +14,7 @@ from absl import app, flags
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from convert.engine import fill, targets
+from ditmem_jax.convert.engine import fill, targets
 from ditmem_jax.models.vae import VAE, Chunk
 from experiments.tiny_wan.common import (
     BUILD,

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 INTERRUPTED = """
-from convert import folder
-from convert.__main__ import main
+from ditmem_jax.convert import folder
+from ditmem_jax.convert.__main__ import main
 from ditmem_jax import cli
 def blocks(*_):
     raise KeyboardInterrupt

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.engine import TRANSFORMS, Rule, Table, convert, load, targets
+from ditmem_jax.convert.engine import TRANSFORMS, Rule, Table, convert, load, targets
 from ditmem_jax.errors import UserError
 
 LAYERS = 12

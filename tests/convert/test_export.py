@@ -12,12 +12,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from convert.export import _model_type, export_encoder, export_folder
-from convert.folder import convert_folder
-from convert.kinds import KINDS
-from convert.original import original as original_tensors
 from ditmem_jax.checkpoint import load_encoder, read_networks, save_encoder
 from ditmem_jax.config import DiTConfig, MemoryConfig, to_dict
+from ditmem_jax.convert.export import _model_type, export_encoder, export_folder
+from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.kinds import KINDS
+from ditmem_jax.convert.original import original as original_tensors
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract

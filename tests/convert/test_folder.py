@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import folder as folders
-from convert.folder import convert_folder, converted, damage, deviations, write_folder
-from convert.plan import plan
-from convert.sources import open_source
 from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
+from ditmem_jax.convert import folder as folders
+from ditmem_jax.convert.folder import convert_folder, converted, damage, deviations, write_folder
+from ditmem_jax.convert.plan import plan
+from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
 from tests.tiny import replace, tiny_config, write_original
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +63,29 @@ def test_every_network_loads_with_its_weights(original, tmp_path):
 
 
 def test_converted_is_made_once_and_again_when_weights_change(copy, monkeypatch, tmp_path):
-    monkeypatch.setattr(folders, "ROOT", tmp_path)
-    first = converted("original")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = converted(copy)
     monkeypatch.setattr(folders, "convert_folder", lambda *_: pytest.fail("converted again"))
-    assert converted("original") == first
+    assert converted(copy) == first
     monkeypatch.undo()
-    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = copy / "dit.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors["head.head.bias"] += 1
     safetensors.numpy.save_file(tensors, path)
-    assert converted("original") != first
+    assert converted(copy) != first
 
 
 def test_of_two_processes_that_convert_at_once_the_first_one_counts(copy, monkeypatch, tmp_path):
-    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def slow(source, target):
         convert_folder(source, target)
         monkeypatch.setattr(folders, "convert_folder", convert_folder)
-        converted("original")  # the other one
+        converted(copy)  # the other one
 
     monkeypatch.setattr(folders, "convert_folder", slow)
-    made = Path(converted("original"))
+    made = Path(converted(copy))
     assert (made / "config.json").is_file() and list(made.parent.iterdir()) == [made]
 
 
@@ -395,7 +397,7 @@ def test_a_changed_bit_is_found(original, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from convert import folder
+from ditmem_jax.convert import folder
 count = 0
 def dies(*arguments):
     global count
@@ -415,7 +417,7 @@ folder.convert_folder(sys.argv[1], sys.argv[2])
 def test_killed_and_run_again(original, tmp_path, function, calls):
     target = tmp_path / "converted"
     command = [sys.executable, "-c", KILLED, original, target, function, str(calls)]
-    assert subprocess.run(command, check=False, cwd=folders.ROOT).returncode == -signal.SIGKILL
+    assert subprocess.run(command, check=False, cwd=ROOT).returncode == -signal.SIGKILL
     assert not target.exists()
     convert_folder(original, target)
     convert_folder(original, tmp_path / "undisturbed")

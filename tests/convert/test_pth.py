@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.folder import convert_folder
-from convert.sources import open_source
+from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
 from tests.convert.test_sources import random_text
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.engine import convert
-from convert.folder import convert_folder
-from convert.plan import FILES, plan
-from convert.sources import open_source
 from ditmem_jax.config import UMT5Config
+from ditmem_jax.convert.engine import convert
+from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.plan import FILES, plan
+from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import abstract
 from tests.tiny import random_arrays
@@ -20,12 +20,12 @@ def random_text(dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
     """A text encoder in original names."""
     from flax import nnx
 
-    import convert.umt5
-    from convert.original import original
+    from ditmem_jax.convert import umt5
+    from ditmem_jax.convert.original import original
     from ditmem_jax.models.umt5 import UMT5
 
     arrays = random_arrays(abstract(lambda: UMT5(CONFIG, rngs=nnx.Rngs(0)))[1], seed)
-    return {name: x.astype(dtype) for name, x in original(convert.umt5.table(), arrays).items()}
+    return {name: x.astype(dtype) for name, x in original(umt5.table(), arrays).items()}
 
 
 def harm(content: bytes, rng: np.random.Generator) -> bytes:

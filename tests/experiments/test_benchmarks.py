@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-import convert.memory
-from convert.folder import convert_folder
-from convert.original import original
+from ditmem_jax.convert import memory as names
+from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.original import original
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.memory import MemoryEncoder
 from ditmem_jax.models.state import abstract
@@ -34,7 +34,7 @@ def test_the_peer_computes_what_we_do(tmp_path):
     arrays = random_arrays(shapes)
     arrays = {name: np.abs(x) + 0.5 if name.endswith("norm.var") else x for name, x in arrays.items()}
     theirs = peer.Encoder(config.memory).eval()
-    weights = original(convert.memory.table(config.memory), arrays)
+    weights = original(names.table(config.memory), arrays)
     missing = theirs.load_state_dict(
         {name: torch.from_numpy(x) for name, x in weights.items()}, strict=False
     ).missing_keys

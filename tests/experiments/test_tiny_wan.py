@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.tiny import get_config
 from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
 from ditmem_jax.config import Config, build
+from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
 from ditmem_jax.models.vae import decode_scan, encode_scan
 from ditmem_jax.worlds import caption, sample_clip

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import dit as names
-from convert.engine import assign, targets
 from ditmem_jax.config import DiTConfig, MeshConfig
+from ditmem_jax.convert import dit as names
+from ditmem_jax.convert.engine import assign, targets
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.dit import Block, DiT, Experts, _patchify, _unpatchify, with_expert
 from ditmem_jax.models.layers import layer_norm, rotary_angles, rotate

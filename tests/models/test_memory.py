@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from convert.engine import assign, load, targets
-from convert.memory import table
 from ditmem_jax.config import MemoryConfig, MeshConfig
+from ditmem_jax.convert.engine import assign, load, targets
+from ditmem_jax.convert.memory import table
 from ditmem_jax.errors import UserError
 from ditmem_jax.models import memory as m
 from ditmem_jax.models.memory import MemoryEncoder

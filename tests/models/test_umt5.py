@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.engine import assign, targets
-from convert.umt5 import table
 from ditmem_jax.config import UMT5Config
+from ditmem_jax.convert.engine import assign, targets
+from ditmem_jax.convert.umt5 import table
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.umt5 import UMT5, position_buckets
 from tests.parity import umt5 as parity

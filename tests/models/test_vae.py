@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import engine
-from convert.vae import table
 from ditmem_jax.config import VAEConfig
+from ditmem_jax.convert import engine
+from ditmem_jax.convert.vae import table
 from ditmem_jax.errors import UserError
 from ditmem_jax.models import vae as vae_module
 from ditmem_jax.models.vae import VAE, decode, decode_scan, encode, encode_scan, posterior

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert import dit as names
-from convert.engine import load
 from ditmem_jax.config import DiTConfig, build
+from ditmem_jax.convert import dit as names
+from ditmem_jax.convert.engine import load
 from ditmem_jax.models.dit import DiT
 from ditmem_jax.types import Memory
 from tests.parity.golden import Check, GoldenFile

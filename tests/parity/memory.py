@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.engine import convert, load
-from convert.memory import table
 from ditmem_jax.config import MemoryConfig
+from ditmem_jax.convert.engine import convert, load
+from ditmem_jax.convert.memory import table
 from ditmem_jax.models.memory import MemoryEncoder, row_counts
 from ditmem_jax.types import Memory
 from tests.parity.golden import Check, GoldenFile

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.engine import load
-from convert.umt5 import table
 from ditmem_jax.config import UMT5Config
+from ditmem_jax.convert.engine import load
+from ditmem_jax.convert.umt5 import table
 from ditmem_jax.models.umt5 import UMT5
 from tests.parity.golden import Check, GoldenFile
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.engine import load
-from convert.vae import table
 from ditmem_jax.config import VAEConfig
+from ditmem_jax.convert.engine import load
+from ditmem_jax.convert.vae import table
 from ditmem_jax.models.vae import VAE, decode, encode
 from tests.parity.golden import Check, GoldenFile
 
