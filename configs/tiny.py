@@ -4,8 +4,8 @@ from importlib.resources import files
 
 from ml_collections import ConfigDict
 
-from ditmem_jax.checkpoint import read_networks
 from ditmem_jax.convert.folder import converted
+from ditmem_jax.storage.weights import read_networks
 
 
 def get_config() -> ConfigDict:

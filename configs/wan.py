@@ -6,7 +6,7 @@ The weights come from `python -m convert Wan2.1-T2V-1.3B weights/wan2.1-t2v-1.3b
 from ml_collections import ConfigDict
 
 from ditmem_jax.config import to_dict
-from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.config.presets import DIT_PRESETS
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ The weights come from `python -m convert Wan2.2-TI2V-5B weights/wan2.2-ti2v-5b`.
 from ml_collections import ConfigDict
 
 from ditmem_jax.config import to_dict
-from ditmem_jax.presets import DIT_PRESETS, VAE_PRESETS
+from ditmem_jax.config.presets import DIT_PRESETS, VAE_PRESETS
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ of each expert train with --config.experts.trains=high and =low, and sample with
 from ml_collections import ConfigDict
 
 from ditmem_jax.config import to_dict
-from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.config.presets import DIT_PRESETS
 
 
 def get_config() -> ConfigDict:

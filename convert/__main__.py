@@ -28,14 +28,14 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ditmem_jax import cli
-from ditmem_jax.checkpoint import empty_index, read_index
+from ditmem_jax.config import flags as cli
 from ditmem_jax.convert import export, folder
 from ditmem_jax.convert.engine import differences, findings
 from ditmem_jax.convert.kinds import KINDS
 from ditmem_jax.convert.plan import FILES, Network, mapping, plan, skipped
 from ditmem_jax.convert.sources import Source, open_source
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.weights import empty_index, read_index
 
 KIND = flags.DEFINE_enum("kind", None, list(KINDS), "Convert this kind of network only.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the result; by default as stored.")

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ditmem_jax.checkpoint import DTYPES, load_encoder, read_index
 from ditmem_jax.config import DiTConfig, MemoryConfig, build
-from ditmem_jax.data.files import reading, write_text
-from ditmem_jax.data.tensors import open_tensors, write_safetensors
+from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
-from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.storage.encoders import load_encoder
+from ditmem_jax.storage.files import reading, write_text
+from ditmem_jax.storage.tensors import open_tensors, write_safetensors
+from ditmem_jax.storage.weights import DTYPES, read_index
 
 from . import names_diffusers
 from .engine import findings

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ditmem_jax.checkpoint import empty_index, read_index, save_encoder
 from ditmem_jax.config import to_dict
-from ditmem_jax.data.files import cache_folder, reading, replacing, write_text
-from ditmem_jax.data.tensors import Stored, as_bytes, open_tensors, write_safetensors
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.encoders import save_encoder
+from ditmem_jax.storage.files import cache_folder, reading, replacing, write_text
+from ditmem_jax.storage.tensors import Stored, as_bytes, open_tensors, write_safetensors
+from ditmem_jax.storage.weights import empty_index, read_index
 
 from .engine import canonical, convert, differences, findings, one_line, stream
 from .plan import FILES, Network, plan

@@ -9,12 +9,12 @@ from typing import Any
 from flax import nnx
 
 from ditmem_jax.config import DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
+from ditmem_jax.config.presets import VAE_PRESETS
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.dit import DiT
-from ditmem_jax.models.memory import MemoryEncoder
-from ditmem_jax.models.umt5 import UMT5
-from ditmem_jax.models.vae import VAE
-from ditmem_jax.presets import VAE_PRESETS
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE
 
 from . import dit, memory, names_diffusers, umt5, vae
 from .engine import Table

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ditmem_jax.checkpoint import FORMAT
-from ditmem_jax.data.tensors import DTYPES
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.tensors import DTYPES
+from ditmem_jax.storage.weights import FORMAT
 
 from . import kinds
 from .engine import Match, Table, canonical, findings, match, one_line, targets

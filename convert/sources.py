@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ditmem_jax.data.tensors import Stored, open_tensors
-from ditmem_jax.data.torch_files import load_torch, to_numpy
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.tensors import Stored, open_tensors
+from ditmem_jax.storage.torch_files import load_torch, to_numpy
 
 from .engine import findings, one_line
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from flax import nnx
 
 from ditmem_jax.config import VAEConfig
-from ditmem_jax.models import vae
+from ditmem_jax.models.wan import vae
 
 from .engine import Rule, Table
 

@@ -31,10 +31,10 @@ from ditmem_jax.convert import dit, umt5, vae
 from ditmem_jax.convert.folder import convert_folder
 from ditmem_jax.convert.original import original
 from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
-from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.state import abstract
-from ditmem_jax.models.umt5 import UMT5
-from ditmem_jax.models.vae import VAE
+from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE
 from experiments.tiny_wan.tokenizer import train_tokenizer
 
 PLANETS = ("Aron", "Brux", "Cyta", "Dorn")

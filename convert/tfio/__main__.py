@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from ditmem_jax.data.files import write_text
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import write_text
 
 from . import decode, shards, sources
 from .shards import Record

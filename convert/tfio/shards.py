@@ -15,8 +15,8 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ditmem_jax.data.files import replacing, write_text
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import replacing, write_text
 
 FORMAT = 1
 Record = tuple[dict[str, str], dict[str, np.ndarray]]

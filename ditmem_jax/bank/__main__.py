@@ -36,13 +36,13 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table as Grid
 
-from ditmem_jax import cli
 from ditmem_jax.bank import matches, released
 from ditmem_jax.bank.embedders import Embedder, load_embedder, make_embedder
 from ditmem_jax.bank.rows import read_rows, rows_of_records
 from ditmem_jax.bank.search import IVF_ABOVE, Bank
 from ditmem_jax.bank.table import Table
 from ditmem_jax.bank.verify import check
+from ditmem_jax.config import flags as cli
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError, nearest
 
@@ -193,7 +193,7 @@ def _vectors(embedder: Embedder, rows: pa.Table, given: np.ndarray | None) -> np
     cluster = CLUSTER()
     if cluster is None or given is not None:
         return given
-    from ditmem_jax.engines import OnRay  # with the networks of `encode`, which are slow to import
+    from ditmem_jax.encode.engines import OnRay  # with the networks of `encode`, which are slow to import
 
     return OnRay(*cluster).documents(embedder, rows["caption"].to_pylist())
 

@@ -30,11 +30,11 @@ from jaxtyping import Array, Float, Float32
 from rich.progress import track
 
 from ditmem_jax.bank.table import Table, lance_errors, to_matrix
-from ditmem_jax.checkpoint import load_encoder
 from ditmem_jax.data.records import DTYPES, Meta
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.storage.encoders import load_encoder
 
 FORMAT = 1
 COMMIT_EVERY = 256  # videos; a run that was killed loses the work on fewer than that

@@ -21,10 +21,10 @@ from rich.progress import track
 
 from ditmem_jax.bank.search import QUERIES_AT_ONCE, Bank, cosines
 from ditmem_jax.bank.table import Table
-from ditmem_jax.data.files import replacing
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.references import Pointer, References
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import replacing
 
 FILE = "matches.parquet"
 REASONS = ("itself", "same source", "equal latents", "near duplicate")

@@ -28,11 +28,11 @@ from rich.progress import track
 from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import columns_of, rows_of_records
 from ditmem_jax.bank.table import Table, to_matrix
-from ditmem_jax.data.files import replacing, write_text
 from ditmem_jax.data.records import DTYPES, Entry, Meta, Record, RecordWriter
 from ditmem_jax.data.references import References
-from ditmem_jax.data.torch_files import import_torch, load_torch, to_numpy
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.torch_files import import_torch, load_torch, to_numpy
 
 INDEX, ID_MAP, METADATA = "labels.index", "id_map.json", "metadata.json"
 OURS = {"frame": "frames", "seconds": "duration", "fps": "fps"}  # names there and here; 0 is unknown there

@@ -30,9 +30,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
-from ditmem_jax.data.files import replacing, write_text
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.storage.files import replacing, write_text
 
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 has no facts of videos

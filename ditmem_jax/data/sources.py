@@ -31,11 +31,11 @@ import safetensors.numpy
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ditmem_jax.data.files import reading, replacing
 from ditmem_jax.data.records import Entry
-from ditmem_jax.data.tokenizer import clean
 from ditmem_jax.data.video import Clip, Video, VideoBytes, VideoFile, read_clip
 from ditmem_jax.errors import UserError
+from ditmem_jax.models.wan.tokenizer import clean
+from ditmem_jax.storage.files import reading, replacing
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 INPUT_RECORDS = "videos-*.array_record"

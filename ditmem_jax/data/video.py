@@ -16,8 +16,8 @@ import numpy as np
 from av.video.reformatter import ColorRange
 from jaxtyping import Float32, Int, UInt8
 
-from ditmem_jax.data.files import replacing
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import replacing
 
 Frames = UInt8[np.ndarray, "T H W 3"]
 

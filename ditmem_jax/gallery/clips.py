@@ -12,13 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ditmem_jax.checkpoint import load_vae
 from ditmem_jax.config import Config
 from ditmem_jax.data.records import RecordReader, checksum
 from ditmem_jax.data.video import from_unit, write_video
-from ditmem_jax.encoder import fingerprint
+from ditmem_jax.encode.shards import fingerprint
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.vae import VAE, decode
+from ditmem_jax.models.wan.vae import VAE, decode
+from ditmem_jax.storage.weights import load_vae
 
 Row = Mapping[str, Any]
 

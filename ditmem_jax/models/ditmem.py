@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from ditmem_jax.config import Config
-from ditmem_jax.flow import TRAIN_STEPS, add_noise, target
-from ditmem_jax.models.dit import DiT, Remat
-from ditmem_jax.models.kernels import Backend, resolve
-from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.diffusion.flow import add_noise, target
+from ditmem_jax.models.attention.kernels import Backend, resolve
+from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import Structure
+from ditmem_jax.models.wan.dit import DiT, Remat
 from ditmem_jax.types import Memory
 
 Batch = dict[str, Array]

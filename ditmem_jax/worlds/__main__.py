@@ -5,7 +5,7 @@ from typing import get_args
 
 from absl import flags
 
-from ditmem_jax import cli
+from ditmem_jax.config import flags as cli
 from ditmem_jax.worlds.make import Split, make
 
 OUT = flags.DEFINE_string("out", None, "Folder for videos/*.mp4 and captions.csv.", required=True)

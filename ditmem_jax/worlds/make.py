@@ -9,9 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ditmem_jax.data.files import replacing
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import replacing
 from ditmem_jax.worlds.captions import caption
 from ditmem_jax.worlds.laws import PHENOMENA, RANGES, World, splits
 from ditmem_jax.worlds.render import CAMERA, Camera

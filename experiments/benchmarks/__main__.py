@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ditmem_jax import cli
-from ditmem_jax.data.files import write_text
+from ditmem_jax.config import flags as cli
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import write_text
 from experiments.benchmarks.case import GRIDS, Case
 from experiments.benchmarks.child import arguments
 

@@ -12,7 +12,7 @@ from ditmem_jax.config import (
     VideoConfig,
     WeightsConfig,
 )
-from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.config.presets import DIT_PRESETS
 
 OPERATIONS = ("train", "denoise", "denoise without memory", "encoder", "vae encode", "vae decode", "matmul")
 # Latent grids (T, H, W) by how many tokens they make.

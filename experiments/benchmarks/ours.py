@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ditmem_jax.checkpoint import DTYPES
 from ditmem_jax.config import Config, MeshConfig
-from ditmem_jax.models import vae as vae_module
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.diffusion.guidance import guided
+from ditmem_jax.models.attention.kernels import Backend
 from ditmem_jax.models.ditmem import Networks, attention_backend
-from ditmem_jax.models.kernels import Backend
-from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
-from ditmem_jax.models.vae import VAE
-from ditmem_jax.sampler import euler, guided
-from ditmem_jax.sharding import make_mesh
+from ditmem_jax.models.wan import vae as vae_module
+from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.models.wan.vae import VAE
+from ditmem_jax.parallel.mesh import make_mesh
+from ditmem_jax.sample.sampler import euler
+from ditmem_jax.storage.weights import DTYPES
 from ditmem_jax.types import Memory
 from experiments.benchmarks.case import Case
 
@@ -68,7 +69,8 @@ def _references(case: Case) -> jax.Array:
 
 def _train(case: Case, _: str) -> Callable[[], None]:
     # Here, since it brings what reads data, and the other operations are not to be charged with its memory.
-    from ditmem_jax.train import init_state, make_encoder, make_optimizer, make_train_step
+    from ditmem_jax.train.optimizer import make_optimizer
+    from ditmem_jax.train.step import init_state, make_encoder, make_train_step
 
     config = case.config()
     structure, backbone = _transformer(case)

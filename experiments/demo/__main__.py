@@ -21,13 +21,13 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from ditmem_jax import cli
 from ditmem_jax.bank import Table
 from ditmem_jax.bank.matches import FILE, Matches
 from ditmem_jax.config import Config, to_dict
-from ditmem_jax.data.files import replacing, write_text
+from ditmem_jax.config import flags as cli
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import replacing, write_text
 from ditmem_jax.worlds import PHENOMENA, splits
 from experiments.demo import score, show, trials
 

@@ -11,9 +11,9 @@ from rich.progress import track
 
 from ditmem_jax.bank import Bank
 from ditmem_jax.config import Config
-from ditmem_jax.data.files import replacing
 from ditmem_jax.data.references import References
-from ditmem_jax.sampler import Sampler
+from ditmem_jax.sample.sampler import Sampler
+from ditmem_jax.storage.files import replacing
 from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, measure, sample_clip
 from ditmem_jax.worlds.measure import LAWLESS_PX
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ditmem_jax.data.files import write_text
+from ditmem_jax.storage.files import write_text
 
 FOLDER = Path(__file__).parent
 SMALL = ("video.height=480", "video.width=832", "memory.latent_grid=(21,60,104)")

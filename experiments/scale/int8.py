@@ -16,15 +16,15 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from ditmem_jax.checkpoint import load_umt5
-from ditmem_jax.cli import read_config
 from ditmem_jax.config import DiTConfig
-from ditmem_jax.data.tensors import open_tensors
-from ditmem_jax.encoder import embed
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.config.files import read_config
+from ditmem_jax.config.presets import DIT_PRESETS
+from ditmem_jax.encode.shards import embed
 from ditmem_jax.models.layers import to_int8
 from ditmem_jax.models.state import abstract
-from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.storage.tensors import open_tensors
+from ditmem_jax.storage.weights import load_umt5
 
 SIGMAS = (0.1, 0.5, 0.9)
 WAN = dataclasses.replace(DIT_PRESETS["wan2.1-t2v-1.3b"], text_len=64)

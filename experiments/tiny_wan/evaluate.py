@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ditmem_jax import flow
-from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
 from ditmem_jax.config import Config, build
 from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
-from ditmem_jax.models.vae import decode, encode
-from ditmem_jax.sampler import Sampler
+from ditmem_jax.diffusion import flow
+from ditmem_jax.models.wan.vae import decode, encode
+from ditmem_jax.sample.sampler import Sampler
+from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.worlds import PHENOMENA, RANGES, caption, measure, sample_clip
 from ditmem_jax.worlds.laws import sample_world
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from ditmem_jax.data.files import write_text
-from ditmem_jax.data.tokenizer import END, PAD, clean
+from ditmem_jax.models.wan.tokenizer import END, PAD, clean
+from ditmem_jax.storage.files import write_text
 
 UNKNOWN = "<unk>"
 PIECE = r"\d+(?:\.\d+)?|[^\W\d]+|[^\w\s]"  # a number (6.2 is one), a word, a mark

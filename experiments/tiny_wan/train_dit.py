@@ -17,12 +17,12 @@ from absl import app, flags
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ditmem_jax import flow
 from ditmem_jax.convert.engine import fill
-from ditmem_jax.data.tokenizer import Tokenizer
-from ditmem_jax.models.dit import DiT
-from ditmem_jax.models.umt5 import UMT5
-from ditmem_jax.models.vae import VAE, encode_scan
+from ditmem_jax.diffusion import flow
+from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.models.wan.tokenizer import Tokenizer
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE, encode_scan
 from ditmem_jax.worlds import caption
 from experiments.tiny_wan.common import (
     BUILD,

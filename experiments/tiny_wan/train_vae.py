@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from ditmem_jax.convert.engine import fill, targets
-from ditmem_jax.models.vae import VAE, Chunk
+from ditmem_jax.models.wan.vae import VAE, Chunk
 from experiments.tiny_wan.common import (
     BUILD,
     VAE_CONFIG,

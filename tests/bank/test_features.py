@@ -13,13 +13,14 @@ from flax import nnx
 
 from ditmem_jax.bank import Table
 from ditmem_jax.bank.features import Features, make_features
-from ditmem_jax.checkpoint import load_encoder, save_encoder
 from ditmem_jax.config import MemoryConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
-from ditmem_jax.sample import make_clips, retrieve
-from ditmem_jax.sampler import Sampler
+from ditmem_jax.sample.clips import make_clips
+from ditmem_jax.sample.retrieval import retrieve
+from ditmem_jax.sample.sampler import Sampler
+from ditmem_jax.storage.encoders import load_encoder, save_encoder
 from tests.tiny import make_tiny, random_arrays, replace
 
 PROMPT = "A ball falls on planet Brux"
@@ -88,7 +89,7 @@ def store(bank, encoder, tmp_path_factory):
 def test_the_command_line_way(config, encoder, store, tmp_path, capsys, monkeypatch):
     (latents,) = make_clips(config, PROMPT, tmp_path / "latents.mp4", encoder)
     printed = capsys.readouterr().out
-    monkeypatch.setattr("ditmem_jax.sample.References", None)  # no latents are read
+    monkeypatch.setattr("ditmem_jax.sample.clips.References", None)  # no latents are read
     (tokens,) = make_clips(config, PROMPT, tmp_path / "tokens.mp4", encoder, features=store)
     assert tokens.read_bytes() == latents.read_bytes()
     for text, size in ((printed, "1,536 bytes"), (capsys.readouterr().out, "768 bytes instead of 1,536")):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 INTERRUPTED = """
 from ditmem_jax.convert import folder
 from ditmem_jax.convert.__main__ import main
-from ditmem_jax import cli
+from ditmem_jax.config import flags as cli
 def blocks(*_):
     raise KeyboardInterrupt
 folder.blocks = blocks

@@ -12,16 +12,17 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from ditmem_jax.checkpoint import load_encoder, read_networks, save_encoder
 from ditmem_jax.config import DiTConfig, MemoryConfig, to_dict
+from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.convert.export import _model_type, export_encoder, export_folder
 from ditmem_jax.convert.folder import convert_folder
 from ditmem_jax.convert.kinds import KINDS
 from ditmem_jax.convert.original import original as original_tensors
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
-from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.storage.encoders import load_encoder, save_encoder
+from ditmem_jax.storage.weights import read_networks
 from tests.tiny import random_arrays, tiny_config, write_original
 
 MANIFEST = Path(__file__).parents[1] / "manifests" / "dit_mem_1.3b.json"

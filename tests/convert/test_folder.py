@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
 from ditmem_jax.convert import folder as folders
 from ditmem_jax.convert.folder import convert_folder, converted, damage, deviations, write_folder
 from ditmem_jax.convert.plan import plan
 from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
+from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from tests.tiny import replace, tiny_config, write_original
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from ditmem_jax.config import MemoryConfig, UMT5Config
+from ditmem_jax.config.presets import DIT_PRESETS, VAE_PRESETS
 from ditmem_jax.convert.engine import Table, canonical
 from ditmem_jax.convert.kinds import configure, detect
 from ditmem_jax.convert.names_diffusers import aliases, pairs, renamed
-from ditmem_jax.presets import DIT_PRESETS, VAE_PRESETS
 
 MANIFESTS = sorted((Path(__file__).parents[1] / "manifests").glob("*.json"))
 CONFIGS = {

@@ -10,13 +10,13 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from ditmem_jax.checkpoint import read_networks
 from ditmem_jax.config import build
 from ditmem_jax.convert.export import export_folder
 from ditmem_jax.convert.folder import convert_folder
 from ditmem_jax.convert.kinds import KINDS
-from ditmem_jax.models import vae as vae_module
 from ditmem_jax.models.state import abstract
+from ditmem_jax.models.wan import vae as vae_module
+from ditmem_jax.storage.weights import read_networks
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

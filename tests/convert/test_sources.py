@@ -22,7 +22,7 @@ def random_text(dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
 
     from ditmem_jax.convert import umt5
     from ditmem_jax.convert.original import original
-    from ditmem_jax.models.umt5 import UMT5
+    from ditmem_jax.models.wan.umt5 import UMT5
 
     arrays = random_arrays(abstract(lambda: UMT5(CONFIG, rngs=nnx.Rngs(0)))[1], seed)
     return {name: x.astype(dtype) for name, x in original(umt5.table(), arrays).items()}

@@ -14,9 +14,9 @@ from flax import nnx
 from ditmem_jax.convert import memory as names
 from ditmem_jax.convert.folder import convert_folder
 from ditmem_jax.convert.original import original
-from ditmem_jax.models.dit import DiT
-from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
+from ditmem_jax.models.wan.dit import DiT
 from experiments.benchmarks.case import GRIDS, Case
 from tests.tiny import random_arrays
 

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditmem_jax.checkpoint import load_dit, load_umt5, load_vae
 from ditmem_jax.config import Config, build
 from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
-from ditmem_jax.models.vae import decode_scan, encode_scan
+from ditmem_jax.models.wan.vae import decode_scan, encode_scan
+from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.worlds import caption, sample_clip
 from ditmem_jax.worlds.laws import planet_names, sample_world
 from experiments.tiny_wan.common import WEIGHTS

@@ -12,13 +12,13 @@ from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.table import Table
 from ditmem_jax.config import Config, UMT5Config, VAEConfig, VideoConfig
 from ditmem_jax.data.sources import Videos, read_table
-from ditmem_jax.data.tokenizer import Tokenizer
 from ditmem_jax.data.video import write_video
-from ditmem_jax.encode import encode_dataset
-from ditmem_jax.engines import Local
+from ditmem_jax.encode.dataset import encode_dataset
+from ditmem_jax.encode.engines import Local
 from ditmem_jax.models.state import abstract
-from ditmem_jax.models.umt5 import UMT5
-from ditmem_jax.models.vae import VAE
+from ditmem_jax.models.wan.tokenizer import Tokenizer
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE
 from experiments.tiny_wan.tokenizer import train_tokenizer
 from tests.tiny import tiny_config
 

@@ -14,8 +14,8 @@ from ditmem_jax.bank.table import Table
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.sources import Videos
 from ditmem_jax.data.video import read_video
-from ditmem_jax.encode import encode_dataset
-from ditmem_jax.engines import Local
+from ditmem_jax.encode.dataset import encode_dataset
+from ditmem_jax.encode.engines import Local
 from ditmem_jax.errors import UserError
 from ditmem_jax.gallery import gallery as gallery_module
 from ditmem_jax.gallery.actions import Actions

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from ditmem_jax.config import MemoryConfig
+from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.models import ditmem
-from ditmem_jax.models.dit import DiT
 from ditmem_jax.models.ditmem import keep_only, with_strength
-from ditmem_jax.models.memory import MemoryEncoder
+from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
-from ditmem_jax.presets import DIT_PRESETS
+from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.types import Memory
 from tests.tiny import random_arrays, tiny_config
 

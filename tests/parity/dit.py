@@ -10,7 +10,7 @@ from flax import nnx
 from ditmem_jax.config import DiTConfig, build
 from ditmem_jax.convert import dit as names
 from ditmem_jax.convert.engine import load
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.types import Memory
 from tests.parity.golden import Check, GoldenFile
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from ditmem_jax import flow
+from ditmem_jax.diffusion import flow
 from ditmem_jax.errors import UserError
 from tests.parity.golden import Check, GoldenFile
 

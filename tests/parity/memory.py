@@ -12,7 +12,7 @@ from flax import nnx
 from ditmem_jax.config import MemoryConfig
 from ditmem_jax.convert.engine import convert, load
 from ditmem_jax.convert.memory import table
-from ditmem_jax.models.memory import MemoryEncoder, row_counts
+from ditmem_jax.models.memory_encoder import MemoryEncoder, row_counts
 from ditmem_jax.types import Memory
 from tests.parity.golden import Check, GoldenFile
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ditmem_jax import flow, objective
 from ditmem_jax.config import ObjectiveConfig
-from ditmem_jax.models.dit import DiT
+from ditmem_jax.diffusion import flow, objective
+from ditmem_jax.diffusion.guidance import guided
 from ditmem_jax.models.ditmem import predict
-from ditmem_jax.models.memory import MemoryEncoder
-from ditmem_jax.sampler import denoise, euler, guided
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.sample.sampler import denoise, euler
 from tests.parity.dit import channels_first, channels_last, make_dit
 from tests.parity.golden import Check, GoldenFile
 from tests.parity.memory import compare_gradients, make_encoder, released_layout, videos

@@ -11,7 +11,7 @@ from flax import nnx
 from ditmem_jax.config import UMT5Config
 from ditmem_jax.convert.engine import load
 from ditmem_jax.convert.umt5 import table
-from ditmem_jax.models.umt5 import UMT5
+from ditmem_jax.models.wan.umt5 import UMT5
 from tests.parity.golden import Check, GoldenFile
 
 

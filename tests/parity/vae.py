@@ -10,7 +10,7 @@ from flax import nnx
 from ditmem_jax.config import VAEConfig
 from ditmem_jax.convert.engine import load
 from ditmem_jax.convert.vae import table
-from ditmem_jax.models.vae import VAE, decode, encode
+from ditmem_jax.models.wan.vae import VAE, decode, encode
 from tests.parity.golden import Check, GoldenFile
 
 

@@ -1,0 +1,69 @@
+"""A config file with its overrides, as the strict `Config`."""
+
+import ast
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ditmem_jax.config.schema import Config
+from ditmem_jax.config.strict import build, to_dict
+from ditmem_jax.errors import UserError, nearest
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The strict `Config` of a file, after overrides such as "optim.learning_rate=1e-4".
+
+    Raises:
+        UserError: if there is no such file, or it or an override does not fit `Config`.
+    """
+    values = to_dict(build(Config, _run_config(Path(path))))
+    for override in overrides:
+        _override(values, *override.partition("=")[::2])
+    return build(Config, values)
+
+
+def _run_config(path: Path) -> dict[str, Any] | ConfigDict:
+    """What get_config() in the file returns."""
+    if not path.is_file():
+        raise UserError(f"no config file {path}")
+    try:
+        module = runpy.run_path(str(path))
+        if "get_config" not in module:
+            raise UserError(f"{path} has no get_config()")
+        values = module["get_config"]()
+    except (SyntaxError, ImportError, NameError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not run", found=f"{type(error).__name__}: {error}") from error
+    if not isinstance(values, (dict, ConfigDict)):
+        raise UserError(
+            f"get_config() of {path} returns no config", expected="a ConfigDict", found=repr(values)
+        )
+    return values
+
+
+def _override(values: dict[str, Any], name: str, text: str) -> None:
+    """Sets the value with the dotted `name` in the nested `values` to what `text` says."""
+    where, path = "config", name.split(".")
+    for depth, part in enumerate(path, start=1):
+        if part not in values:
+            raise UserError(f"unknown config key {where}.{part}", expected=f"one of: {nearest(part, values)}")
+        where += f".{part}"
+        if isinstance(values[part], dict) != (depth < len(path)):
+            raise UserError(
+                f"{where} cannot be set to {text!r}",
+                expected="--config.part.name=value",
+                found=f"--config.{name}",
+            )
+        if depth < len(path):
+            values = values[part]
+    values[part] = text if isinstance(values[part], str) else _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """The value that `text` spells, as in Python or JSON; itself if it spells none."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        return text

@@ -1,0 +1,1 @@
+"""The mathematics of flow matching: noise levels, objective, solvers, guidance."""

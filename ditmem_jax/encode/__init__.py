@@ -1,0 +1,1 @@
+"""Videos to records: latents of the VAE and text embeddings, on disk."""

@@ -1,0 +1,86 @@
+"""`python -m ditmem_jax.encode --table captions.csv --videos DIR --out RECORDS`: videos to records.
+
+Every row of the table (CSV, parquet or JSON lines) becomes a record of VAE latents and its caption's embedding (see
+`data.records`), with the video's number of frames and frame rate, which a bank takes over. The videos lie in a folder,
+in zip or tar files, which are not unpacked, or in input records; without a table each takes its caption from the text
+file beside it (see `data.sources`):
+
+    python -m ditmem_jax.encode --table OpenVid-1M.csv --videos 'OpenVid_part*.zip' --out records --engine ray
+
+`--engine ray` uses all cores of this machine, or with `--address` a Ray cluster, and makes the same records.
+
+Running the same command again continues an interrupted run: it makes the shards that are missing. On complete
+records it takes up rows that were added to the table, and tries the videos once more that could not be encoded. Those
+are listed with the reason in `skipped.csv` beside the records. Records that were damaged meanwhile are refused.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from absl import flags
+
+from ditmem_jax.config import Config
+from ditmem_jax.config import flags as cli
+from ditmem_jax.data.sources import Row, Videos, expand, read_table
+from ditmem_jax.encode.dataset import encode_dataset
+from ditmem_jax.encode.engines import Engine, Local, OnRay
+from ditmem_jax.errors import UserError
+from ditmem_jax.storage.weights import load_umt5, load_vae
+
+
+def _rows() -> list[Row]:
+    """What --table and --videos name."""
+    if TABLE.value is None:
+        if not VIDEOS.value:
+            raise UserError("nothing to encode", expected="--table, --videos or both", fix="see --help")
+        return Videos(expand(VIDEOS.value)).rows()
+    table = read_table(TABLE.value)
+    return Videos(expand(VIDEOS.value or [str(Path(TABLE.value).parent)])).rows(table)
+
+
+def _engine(config: Config) -> Engine:
+    if cluster := CLUSTER():
+        return OnRay(*cluster)
+    return Local((load_vae(config), load_umt5(config)))
+
+
+def main() -> None:
+    config = cli.load_config(CONFIG)
+    if RESIZE.value:
+        config = dataclasses.replace(config, video=dataclasses.replace(config.video, resize=RESIZE.value))
+    weights = os.path.abspath(config.weights.path)  # workers may run in other folders
+    config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, path=weights))
+    rows = _rows()
+    summary = encode_dataset(
+        rows, OUT.value, config, _engine(config), batch=BATCH.value, minimum=MINIMUM.value
+    )
+    print(f"{summary}: {OUT.value}")
+    if summary.skipped:
+        reasons = Path(OUT.value) / "skipped.csv"
+        print(f"the reasons are in {reasons}")
+        if STRICT.value:
+            raise UserError(
+                f"{len(summary.skipped)} videos were skipped", expected="none, since --strict was given"
+            )
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config("configs/tiny.py")
+    TABLE = flags.DEFINE_string(
+        "table", None, "CSV, parquet or JSON lines with columns video (or video_path) and caption."
+    )
+    flags.DEFINE_alias("csv", "table")
+    VIDEOS = flags.DEFINE_multi_string(
+        "videos",
+        [],
+        "Folder, zip or tar file, folder of input records, or a pattern such as 'part*.zip'; may be repeated. "
+        "By default the table's own folder.",
+    )
+    OUT = flags.DEFINE_string("out", None, "Folder for the records.", required=True)
+    STRICT = flags.DEFINE_bool("strict", False, "Fail if any video was skipped.")
+    RESIZE = flags.DEFINE_enum("resize", None, ["stretch", "crop"], "Overrides config.video.resize.")
+    BATCH = flags.DEFINE_integer("batch", 4, "Clips that are encoded at once.", lower_bound=1)
+    MINIMUM = flags.DEFINE_integer("min_frames", 2, "Frames that a video must have.", lower_bound=1)
+    CLUSTER = cli.define_cluster("encodes")
+    cli.run(main)

@@ -1,0 +1,159 @@
+"""What the frozen networks make of videos and captions: embeddings, and the shards of records that `encode` collects.
+
+A shard is made of a fixed range of rows, whatever happens to other shards: its videos that can be read go through the
+networks `batch` at a time, in order. So its bytes do not depend on who makes it, or when.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ditmem_jax.config import Config
+from ditmem_jax.data.records import Entry, Meta, Record, Shard, write_shard
+from ditmem_jax.data.sources import Row
+from ditmem_jax.data.video import Clip, to_unit
+from ditmem_jax.models.state import split
+from ditmem_jax.models.wan.tokenizer import Tokenizer
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE, encode
+from ditmem_jax.storage.files import write_text
+
+Networks = tuple[VAE, tuple[UMT5, Tokenizer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all shards of one run have in common.
+
+    Args:
+        parts: the folder for shards that wait for their place among the records.
+        batch: clips that go through the networks at once.
+        minimum: frames that a video must have.
+    """
+
+    config: Config
+    meta: Meta
+    parts: Path
+    batch: int
+    minimum: int
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options of `data.video.read_clip`."""
+        video = self.config.video
+        size = dict(frames=video.frames, height=video.height, width=video.width)
+        return size | dict(mode=video.resize, minimum=self.minimum)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A finished shard in the folder of parts, and why the other rows are not in it, by id."""
+
+    shard: Shard
+    skipped: dict[str, str]
+
+
+def write_part(rows: Sequence[Row], clips: Iterable[Clip | str], networks: Networks, job: Job) -> Part:
+    """Encodes the rows of a shard, each of which has a clip or the reason why it has none."""
+    skipped: dict[str, str] = {}
+
+    def good() -> Iterator[tuple[Entry, Clip]]:
+        for (entry, _), clip in zip(rows, clips, strict=True):
+            if isinstance(clip, str):
+                skipped[entry.id] = clip
+            else:
+                yield entry, clip
+
+    def records() -> Iterator[Record]:
+        todo = good()
+        while group := list(itertools.islice(todo, job.batch)):
+            yield from _encode_batch(group, job.batch, *networks)
+
+    name = (
+        uuid.uuid4().hex
+    )  # a worker that was thought lost must not write to the files of the one in its place
+    part = Part(write_shard(job.parts, name, records(), job.meta), skipped)
+    write_text(_note(rows, job), json.dumps(dataclasses.asdict(part)))
+    return part
+
+
+def find_part(rows: Sequence[Row], job: Job) -> Part | None:
+    """The part that an interrupted run made of these rows, if it did."""
+    if not (note := _note(rows, job)).exists():
+        return None
+    values = json.loads(note.read_text(encoding="utf-8"))
+    part = Part(Shard(**values["shard"]), values["skipped"])
+    files = [job.parts / f"{part.shard.name}.{suffix}" for suffix in ("jsonl", "array_record")]
+    return part if all(file.exists() for file in files) else None
+
+
+def _note(rows: Sequence[Row], job: Job) -> Path:
+    """The file that tells of the part of these rows, once that is finished."""
+    made_from = [job.meta.to_json(), job.batch, job.minimum, [vars(entry) for entry, _ in rows]]
+    return job.parts / f"{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]}.json"
+
+
+def describe(config: Config, networks: Networks) -> Meta:
+    """What identifies records made with this config and these networks."""
+    video, (vae, (umt5, tokenizer)) = config.video, networks
+    grid = vae.config.latent_grid(video.frames, video.height, video.width)
+    return Meta(
+        latents=(*grid, vae.config.z_dim),
+        text_dim=umt5.config.dim,
+        dtype=config.weights.computed_in,
+        made_by={
+            "frames": video.frames,
+            "height": video.height,
+            "width": video.width,
+            "resize": video.resize,
+            "text_len": tokenizer.length,
+            "vae": fingerprint(vae),
+            "text": fingerprint(umt5),
+            "tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
+        },
+    )
+
+
+def embed(umt5: UMT5, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[Float[np.ndarray, "L D"]]:
+    """The embedding of each prompt, without padding; a prompt may be empty."""
+    ids, mask = tokenizer(prompts, allow_empty=True)
+    graph, state = nnx.split(umt5)
+    embeddings = np.asarray(_embed(graph, state, jnp.asarray(ids), jnp.asarray(mask)))
+    return [embedding[: row.sum()] for embedding, row in zip(embeddings, mask, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(graph: nnx.GraphDef, state: nnx.State, ids: Array, mask: Array) -> Array:
+    return nnx.merge(graph, state)(ids, mask)
+
+
+def _encode_batch(
+    group: list[tuple[Entry, Clip]], size: int, vae: VAE, text: tuple[UMT5, Tokenizer]
+) -> Iterator[Record]:
+    padded = group + group[-1:] * (size - len(group))  # one shape, one compilation
+    latents = np.asarray(encode(vae, jnp.asarray(to_unit(np.stack([clip.frames for _, clip in padded])))))
+    embeddings = embed(*text, [entry.caption for entry, _ in padded])
+    for (entry, clip), x, embedding in zip(group, latents, embeddings, strict=False):
+        yield Record(**vars(entry), latents=x, text_embedding=embedding, facts=clip.facts)
+
+
+def fingerprint(module: nnx.Module) -> str:
+    """A hash of the module's weights."""
+    digest = hashlib.sha256()
+    for path, array in sorted(split(module)[1].items()):
+        array = np.asarray(array)
+        digest.update(f"{path} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()

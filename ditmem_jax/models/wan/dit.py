@@ -1,0 +1,358 @@
+"""The Wan video transformer, with memory rows in every self-attention (Wan 2.1 and 2.2; DiT-Mem section 3.2).
+
+One class for every kind. Text-to-video is the plain one. Image-to-video takes a condition beside the noisy latents
+and, in Wan 2.1, CLIP image tokens beside the text. Where frames are given among noisy ones (TI2V-5B), each run of
+tokens has a timestep of its own: 0 for a given frame. A memory has no frame, and its rows are modulated like the
+noisy ones.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32
+
+from ditmem_jax.config import DiTConfig
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.attention.kernels import Backend
+from ditmem_jax.models.attention.with_memory import KEPT, attention
+from ditmem_jax.models.layers import (
+    FeedForward,
+    Int8Linear,
+    LayerNorm,
+    RMSNorm,
+    layer_norm,
+    rotary_angles,
+    rotate,
+    sinusoidal_embedding,
+)
+from ditmem_jax.models.placement import gathered
+from ditmem_jax.parallel.mesh import constrain
+from ditmem_jax.types import Memory
+
+T = TypeVar("T")
+Linear = type[nnx.Linear] | type[Int8Linear]
+Remat = Literal["none", "products", "attention", "blocks", "offload"]
+INPUT = "input of a block"
+_policies = jax.checkpoint_policies
+_ATTENTION_KEPT = _policies.save_only_these_names(KEPT)
+_PRODUCTS_KEPT = _policies.save_from_both_policies(_policies.dots_saveable, _ATTENTION_KEPT)
+REMAT: dict[Remat, Callable[[Callable], Callable]] = {
+    "none": lambda block: block,
+    "products": partial(jax.checkpoint, policy=_PRODUCTS_KEPT),
+    "attention": partial(jax.checkpoint, policy=_ATTENTION_KEPT),
+    "blocks": jax.checkpoint,
+    "offload": partial(
+        jax.checkpoint,
+        policy=_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
+}
+
+
+class Projections(nnx.Module):
+    """Query, key, value and output projections, or some of them; RMS norm over the full width of query and key."""
+
+    def __init__(
+        self, config: DiTConfig, names: str = "qkvo", *, linear: Linear, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
+        for name in names:
+            setattr(self, name, linear(config.dim, config.dim, rngs=rngs, dtype=dtype, param_dtype=dtype))
+            if name in "qk":
+                setattr(self, f"norm_{name}", RMSNorm(config.dim, config.eps, dtype=dtype))
+        self.num_heads = config.num_heads
+
+    def heads(self, x: Float[Array, "B S D"]) -> Float[Array, "B S N K"]:
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+    def query(self, x: Float[Array, "B S D"]) -> Float[Array, "B S N K"]:
+        return self.heads(self.norm_q(self.q(x)))
+
+    def key_value(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N K"], Float[Array, "B S N K"]]:
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+    def out(self, x: Float[Array, "B S N K"]) -> Float[Array, "B S D"]:
+        return self.o(x.reshape(*x.shape[:2], -1))
+
+
+class ImageEmbedding(nnx.Module):
+    """CLIP image tokens to the width of the transformer."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        width, eps = config.image_dim, 1e-5  # not the transformer's own eps
+        self.norm_in = LayerNorm(width, eps, dtype=dtype)
+        self.feed_forward = FeedForward(width, width, config.dim, exact=True, rngs=rngs, dtype=dtype)
+        self.norm_out = LayerNorm(config.dim, eps, dtype=dtype)
+
+    def __call__(self, image: Float[Array, "B I P"]) -> Float[Array, "B I D"]:
+        return self.norm_out(self.feed_forward(self.norm_in(image)))
+
+
+class Block(nnx.Module):
+    """Self-attention over video and memory, cross-attention to text and image, feed-forward; modulated by time."""
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        linear: Linear = nnx.Linear,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        options = dict(linear=linear, rngs=rngs, dtype=dtype)
+        self.self_attention = Projections(config, **options)
+        self.cross_attention = Projections(config, **options)
+        self.image_attention = None if config.image_dim is None else Projections(config, "kv", **options)
+        self.cross_norm = LayerNorm(config.dim, config.eps, dtype=dtype)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dim, **options)
+        self.modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (6, config.dim), dtype) * config.dim**-0.5
+        )
+        self.eps = config.eps
+
+    def __call__(
+        self,
+        x: Float32[Array, "B S D"],
+        context: Float[Array, "B L D"],
+        image: Float[Array, "B I D"] | None,
+        time: Float[Array, "B G 6 D"],
+        angles: np.ndarray,
+        memory: Memory | None,
+        memory_time: Float[Array, "B 1 6 D"],
+        backend: Backend = "xla",
+    ) -> Float32[Array, "B S D"]:
+        own = self.modulation[...].astype(jnp.float32)[None, None]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = _parts(time + own)
+
+        with jax.named_scope("self_attention"):
+            rows = _modulate(layer_norm(x, self.eps), shift, scale)
+            query = rotate(self.self_attention.query(rows), angles)
+            key, value = self.self_attention.key_value(rows)
+            key = rotate(key, angles)
+            memory_rows = ()
+            if memory is not None:
+                tokens = layer_norm(memory.tokens.astype(x.dtype), self.eps)
+                tokens = _modulate(tokens, *_parts(memory_time + own)[:2])
+                memory_rows = *self.self_attention.key_value(tokens), memory.bias
+            attended = attention(query, key, value, *memory_rows, backend=backend, ring=True)
+            x = x + _gated(self.self_attention.out(attended), gate)
+        with jax.named_scope("cross_attention"):
+            query = self.cross_attention.query(self.cross_norm(x))
+            attended = attention(query, *self.cross_attention.key_value(context), backend=backend)
+            if image is not None:  # a softmax of its own, as released
+                attended += attention(query, *self.image_attention.key_value(image), backend=backend)
+            x = x + self.cross_attention.out(attended).astype(x.dtype)
+        with jax.named_scope("feed_forward"):
+            rows = _modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)
+            return x + _gated(self.feed_forward(rows), ffn_gate)
+
+
+class DiT(nnx.Module):
+    """The transformer: noisy latents, timestep and text (and a memory, and an image) in, velocity out.
+
+    Blocks are stacked along a leading axis and scanned, so that compile time does not grow with depth.
+
+    Args:
+        int8: hold the matrices of the blocks, nearly all of the weights, in 8 bits (`layers.Int8Linear`).
+        dtype: of weights and matrix products. Norms, angles, modulation and the sum of blocks stay float32.
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        int8: bool = False,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, rngs=rngs, dtype=dtype, param_dtype=dtype)
+
+        patch = int(np.prod(config.patch_size))
+        self.config = config
+        self.patch_embedding = linear(config.in_dim * patch, config.dim)
+        self.text_embedding = FeedForward(config.text_dim, config.dim, config.dim, rngs=rngs, dtype=dtype)
+        self.time_embedding = nnx.List([linear(config.freq_dim, config.dim), linear(config.dim, config.dim)])
+        self.time_projection = linear(config.dim, 6 * config.dim)
+        self.image_embedding = (
+            None if config.image_dim is None else ImageEmbedding(config, rngs=rngs, dtype=dtype)
+        )
+        kind = Int8Linear if int8 else nnx.Linear
+        self.blocks = nnx.vmap(lambda rngs: Block(config, linear=kind, rngs=rngs, dtype=dtype))(
+            rngs.split(config.num_layers)
+        )
+        self.head = linear(config.dim, config.out_dim * patch)
+        self.head_modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (2, config.dim), dtype) * config.dim**-0.5
+        )
+        self.int8, self.dtype = int8, dtype
+
+    def __call__(
+        self,
+        latents: Float[Array, "B T H W C"],
+        timestep: Float[Array, " B"] | Float[Array, "B G"],
+        context: Float[Array, "B L E"],
+        memory: Memory | None = None,
+        *,
+        condition: Float[Array, "B T H W Y"] | None = None,
+        image: Float[Array, "B I P"] | None = None,
+        remat: Remat = "none",
+        backend: Backend = "xla",
+        unroll: bool = False,
+    ) -> Float[Array, "B T H W C"]:
+        """Velocity of `latents` at `timestep` (1000 sigma) given text embeddings (zero past their length).
+
+        Args:
+            timestep: one per sample, or G of them for G equal runs of tokens in the order of (t, h, w): one per
+                latent frame, or even one per token. Memory rows take the highest.
+            condition: `config.condition_dim` channels; in Wan a mask of 4 channels, 1 where a frame is given, then
+                the latents of the given frames.
+            image: CLIP tokens of the given frame, `config.image_dim` wide.
+            remat: what the backward pass finds kept. "none" computes nothing again; "products" keeps matrix
+                products only, which saves half of the memory and on CPUs even time; "attention" keeps the inputs
+                of blocks and the outputs of kernels of attention; "blocks" the inputs only; "offload" has these in
+                the memory of the host, where the device can reach that (GPUs and TPUs).
+            backend: of attention, see `models.kernels`.
+            unroll: lay the blocks out instead of scanning them (for counting operations).
+        Raises:
+            UserError: if something is missing, not wanted, or of another size than the configuration says.
+        """
+        config = self.config
+        _check_inputs(config, latents, memory, condition, image)
+        grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
+        angles = rotary_angles(grid, config.head_dim)
+
+        if condition is not None:
+            latents = jnp.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
+        x = self.patch_embedding(_patchify(latents.astype(self.dtype), config.patch_size))
+        # The sum that blocks add to stays float32, as in Wan's own code: in bfloat16 three roundings a block pile up.
+        x = constrain(x.astype(jnp.float32), "batch", "tokens", None)
+        context = constrain(self.text_embedding(context.astype(self.dtype)), "batch", None, None)
+        image = None if image is None else self.image_embedding(image.astype(self.dtype))
+        timestep = timestep.reshape(len(timestep), -1)
+        time, modulation, memory_modulation = self._embed_time(timestep, tokens=x.shape[1])
+
+        modulation, memory_modulation = (
+            constrain(x, "batch", None, None, None) for x in (modulation, memory_modulation)
+        )
+        if memory is not None:
+            memory = Memory(constrain(memory.tokens, "batch", None, None), memory.bias)
+
+        graph, layers = nnx.split(self.blocks)
+        others = context, image, modulation, angles
+
+        def block(x, layer):
+            x = checkpoint_name(x, INPUT)
+            if self.int8:  # while they are in 8 bits: XLA would send them as what they become
+                layer = gathered(layer)
+            x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, backend)
+            return constrain(x, "batch", "tokens", None), None
+
+        x, _ = jax.lax.scan(REMAT[remat](block), x, layers, unroll=config.num_layers if unroll else 1)
+
+        shift, scale = _parts(self.head_modulation[...].astype(jnp.float32)[None, None] + time[:, :, None])
+        x = _modulate(layer_norm(x, config.eps), shift, scale)
+        return _unpatchify(self.head(x), grid, config.patch_size).astype(jnp.float32)
+
+    def _embed_time(
+        self, timestep: Float[Array, "B G"], tokens: int
+    ) -> tuple[Float[Array, "B G D"], Float[Array, "B G 6 D"], Float[Array, "B 1 6 D"]]:
+        """Embedding of the timesteps, what the blocks make of it, and that of the highest, for memory rows."""
+        batch, runs = timestep.shape
+        if tokens % runs:
+            raise UserError(
+                "the timesteps do not fit the latents",
+                expected=f"one per sample, or a number for each that divides its {tokens} tokens",
+                found=timestep.shape,
+            )
+        first, second = self.time_embedding
+        wave = sinusoidal_embedding(timestep.reshape(-1), self.config.freq_dim).astype(self.dtype)
+        time = second(nnx.silu(first(wave)))
+        modulation = self.time_projection(nnx.silu(time)).astype(jnp.float32).reshape(batch, runs, 6, -1)
+        highest = modulation
+        if runs > 1:
+            index = jnp.argmax(timestep, axis=1)[:, None, None, None]
+            highest = jnp.take_along_axis(modulation, index, axis=1)
+        return time.astype(jnp.float32).reshape(batch, runs, -1), modulation, highest
+
+
+class Experts(nnx.Module):
+    """Two transformers for one model: one for high noise and one for low (Wan 2.2 A14B)."""
+
+    def __init__(self, high: DiT, low: DiT):
+        self.high, self.low = high, low
+
+
+def with_expert(dit: DiT | Experts, high: bool | Bool[Array, ""], use: Callable[[DiT], T]) -> T:
+    """`use(dit)`; of two experts with the one that `high` tells, and only that one is computed.
+
+    Gradients are to be taken in `use`: the backward pass of a choice gets copies of the weights that were chosen.
+    """
+    if isinstance(dit, DiT):
+        return use(dit)
+    return jax.lax.cond(high, lambda: use(dit.high), lambda: use(dit.low))
+
+
+def _check_inputs(
+    config: DiTConfig, latents: Array, memory: Memory | None, condition: Array | None, image: Array | None
+) -> None:
+    """What the configuration wants is there, as wide as it says, and nothing else."""
+    _check_width("latents", latents, config.out_dim)
+    _check_width("the condition", condition, config.condition_dim)
+    _check_width("image tokens", image, config.image_dim or 0)
+    if memory is not None:
+        _check_width("memory rows", memory.tokens, config.dim)
+
+
+def _check_width(what: str, x: Array | None, width: int) -> None:
+    if (0 if x is None else x.shape[-1]) != width:
+        raise UserError(
+            f"wrong input of the transformer: {what}",
+            expected=f"width {width}" if width else "nothing",
+            found="nothing" if x is None else x.shape,
+        )
+
+
+def _parts(modulation: Float[Array, "B G N D"]) -> list[Float[Array, "B G D"]]:
+    """Shift, scale and gate, as many as there are along the third axis."""
+    return [modulation[:, :, i] for i in range(modulation.shape[2])]
+
+
+def _modulate(x: Float[Array, "B S D"], shift: Float[Array, "B G D"], scale: Float[Array, "B G D"]):
+    """Scaled and shifted, each of the G runs of rows by its own."""
+    runs = _runs(x, shift.shape[1])
+    return (runs * (1 + scale[:, :, None]) + shift[:, :, None]).reshape(x.shape).astype(x.dtype)
+
+
+def _gated(x: Float[Array, "B S D"], gate: Float[Array, "B G D"]) -> Float32[Array, "B S D"]:
+    return (_runs(x, gate.shape[1]) * gate[:, :, None]).reshape(x.shape)
+
+
+def _runs(x: Float[Array, "B S D"], count: int) -> Float[Array, "B G R D"]:
+    """The rows in `count` equal runs, float32."""
+    return x.astype(jnp.float32).reshape(x.shape[0], count, -1, x.shape[-1])
+
+
+def _patchify(x: Float[Array, "B T H W C"], patch: tuple[int, int, int]) -> Float[Array, "B S P"]:
+    """Cuts the grid into patches; features of a patch in the order (t, h, w, channel)."""
+    batch, *grid, channels = x.shape
+    (t, h, w), (pt, ph, pw) = (size // p for size, p in zip(grid, patch, strict=True)), patch
+    x = x.reshape(batch, t, pt, h, ph, w, pw, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(batch, t * h * w, -1)
+
+
+def _unpatchify(x: Float[Array, "B S P"], grid: tuple[int, int, int], patch: tuple[int, int, int]):
+    """Inverse of `_patchify` for a grid of (t, h, w) patches."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    x = x.reshape(x.shape[0], t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(x.shape[0], t * pt, h * ph, w * pw, -1)

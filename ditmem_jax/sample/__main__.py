@@ -1,0 +1,58 @@
+"""Clips from prompts, as files: what the bank finds for a prompt, the clips, and beside each what it was made from.
+
+python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder.safetensors --prompt "..."
+"""
+
+import dataclasses
+
+from absl import flags
+
+from ditmem_jax.config import flags as cli
+from ditmem_jax.parallel import compilation, processes
+from ditmem_jax.sample.clips import make_clips
+
+
+def main() -> None:
+    config = cli.load_config(CONFIG)
+    given = {"strength": STRENGTH.value, "seed": SEED.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
+    memory = MEMORY.value
+    if memory not in ("auto", "none"):
+        memory = [name.strip() for name in memory.split(",")]
+    seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
+    compilation.enable_cache(CACHE.value)
+    with processes.Program(**PROCESSES()):
+        options = dict(features=FEATURES.value, warm=WARM.value)
+        make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds, **options)
+        if WARM.value and processes.is_primary():
+            print("all is compiled")
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config()
+    CACHE, PROCESSES = cli.define_compile_cache(), cli.define_processes()
+    ENCODER = flags.DEFINE_list(
+        "encoder",
+        None,
+        "File of a trained memory encoder; FILE,FILE for one of each expert; --memory=none needs none.",
+    )
+    PROMPT = flags.DEFINE_string("prompt", None, "What the clip shows.", required=True)
+    MEMORY = flags.DEFINE_string(
+        "memory", "auto", "auto: what the bank finds for the prompt; none; or ids as ID,ID."
+    )
+    FEATURES = flags.DEFINE_string(
+        "features",
+        None,
+        "What `ditmem_jax.bank tokens` made of the bank with this encoder; saves reading latents.",
+    )
+    COUNT = flags.DEFINE_integer("count", 1, "Number of clips, with seeds from the first on.", lower_bound=1)
+    SEED = flags.DEFINE_integer(
+        "seed", None, "Seed of the first clip, instead of sample.seed.", lower_bound=0
+    )
+    STRENGTH = flags.DEFINE_float(
+        "strength", None, "Weight of the memory, instead of sample.strength; 0 is none."
+    )
+    WARM = flags.DEFINE_bool("warm", False, "Compile everything, into --compile_cache, and make no clip.")
+    OUT = flags.DEFINE_string("out", "samples", "Folder for the clips, or one clip.mp4.")
+    cli.run(main)

@@ -1,0 +1,42 @@
+"""What a bank finds for a prompt."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ditmem_jax.bank import Bank, Table
+from ditmem_jax.config import Config
+from ditmem_jax.data.references import References
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieved:
+    """Videos of the bank for one prompt, as its rows, and the score of each (None if the user named it)."""
+
+    videos: list[dict[str, Any]]
+    scores: list[float | None]
+
+    @functools.cached_property
+    def latents(self) -> Float[np.ndarray, "R T H W C"]:
+        """Raises UserError for a video without a record, or whose record is gone or altered."""
+        return np.stack([record.latents.astype(np.float32) for record in References.of(self.videos)])
+
+    @property
+    def checksums(self) -> list[str]:
+        return [video["checksum"] for video in self.videos]
+
+
+def retrieve(config: Config, prompt: str, ids: Sequence[str] | None = None) -> Retrieved:
+    """The `config.data.references` videos of the bank nearest to `prompt`, or those with the given ids.
+
+    Raises:
+        UserError: if there is no bank, it is smaller than that, or has no such id.
+    """
+    if ids is None:
+        found = Bank.open(config.data.bank).search([prompt], config.data.references)
+        return Retrieved(found.rows[0], found.scores[0].tolist())
+    return Retrieved(Table.open(config.data.bank).by_id(ids).to_pylist(), [None] * len(ids))

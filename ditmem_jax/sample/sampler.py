@@ -1,0 +1,345 @@
+"""The networks that make clips from prompts, with or without memory.
+
+One step is one compiled program, and a loop on the host takes the steps: their number costs no compilation, and
+the compiler's cache keeps the program, as it would not if that called back to tell its progress.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, UInt8
+
+from ditmem_jax.bank.features import encode_video
+from ditmem_jax.config import Config, MeshConfig
+from ditmem_jax.data.video import from_unit
+from ditmem_jax.diffusion import flow
+from ditmem_jax.diffusion.guidance import Latents, Velocity, guided
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.attention.kernels import Backend
+from ditmem_jax.models.ditmem import attention_backend, with_strength
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.placement import place_on
+from ditmem_jax.models.wan.dit import DiT, Experts
+from ditmem_jax.models.wan.tokenizer import Tokenizer
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE, decode
+from ditmem_jax.parallel import compilation
+from ditmem_jax.parallel.mesh import check_mesh, divided, make_mesh, whole
+from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
+from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
+from ditmem_jax.types import Memory
+
+Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
+"""What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
+Step = Callable[[Latents, ArrayLike, ArrayLike], Latents]
+"""Latents at a noise level sigma, and the change of sigma -> latents at the level that follows."""
+
+
+def denoise(
+    step: Step,
+    noise: Latents,
+    sigmas: Float[np.ndarray, " steps"],
+    on_step: Callable[[], None] | None = None,
+    end: float = 0.0,
+) -> Latents:
+    """From noise at `sigmas[0]` = 1 down to clean latents at `end` = 0.
+
+    Args:
+        on_step: called after every step, when that is computed.
+    """
+    x = noise
+    for sigma, change in zip(np.float32(sigmas), np.float32(flow.euler_steps(sigmas, end)), strict=True):
+        x = step(x, sigma, change)
+        if on_step is not None:
+            jax.block_until_ready(x)
+            on_step()
+    return x
+
+
+def euler(velocity: Velocity) -> Step:
+    """The straight step along the velocity."""
+    return lambda x, sigma, change: x + change * velocity(x, sigma)
+
+
+class _Stage(NamedTuple):
+    """A transformer, and its part of the schedule."""
+
+    graph: Any
+    weights: Any
+    sigmas: Float[np.ndarray, " steps"]
+    end: float
+    scale: float
+    programs: dict[tuple, jax.stages.Compiled]
+
+
+class Sampler:
+    """The networks that make clips; a step is compiled once per number of prompts and of memory rows.
+
+    Args:
+        text: text encoder and tokeniser; or the embedding of every prompt that will be asked for.
+        encoder: None for a sampler without memory; two, for high noise and for low, where each expert has its own.
+        on_step: called after every denoising step, for a progress bar.
+        mesh: devices that share the work, by default one: they divide the clips of a batch, if their number allows,
+            the tokens of each clip, and the weights as they were placed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dit: DiT | Experts,
+        vae: VAE,
+        text: tuple[UMT5, Tokenizer] | dict[str, Array],
+        encoder: MemoryEncoder | tuple[MemoryEncoder, MemoryEncoder] | None = None,
+        on_step: Callable[[], None] | None = None,
+        mesh: Mesh | None = None,
+    ):
+        self.config, self.vae, self._text = config, vae, text
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self.backend = attention_backend(config, self.mesh)
+        dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
+        self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
+        parts = zip(dits, schedule(config), strict=True)
+        self._stages = [_Stage(*nnx.split(network), *part, {}) for network, part in parts]
+        self._negative = self._embed([config.sample.negative_prompt], allow_empty=True)
+        self._on_step = on_step
+
+    @classmethod
+    def load(
+        cls,
+        config: Config,
+        encoder: str | Path | Sequence[str | Path] | None = None,
+        on_step: Callable[[], None] | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> "Sampler":
+        """From `config.weights` and the file of a trained encoder, or the files of one for each expert; on `config.mesh`.
+
+        Args:
+            prompts: all that will be asked for, if that is known. The text encoder, which may be as large as the
+                transformer, is then gone before that is loaded.
+        Raises:
+            UserError: if a file is missing or does not fit the config, or the config does not fit the devices.
+        """
+        mesh = make_mesh(config.mesh)
+        check_mesh(config, mesh)
+        memory = None
+        if encoder is not None:
+            config, paths = with_encoders(config, encoder)
+            loaded = tuple(load_encoder(path, place_on(mesh, "encoder")) for path in paths)
+            memory = loaded if len(loaded) > 1 else loaded[0]
+        text = load_umt5(config, place_on(mesh, "text"))
+        if prompts is not None:
+            negative = config.sample.negative_prompt
+            known = {negative: embed(text, [negative], allow_empty=True)[0]}
+            text = known | {prompt: embed(text, [prompt])[0] for prompt in prompts}
+        dit, vae = load_dit(config, place_on(mesh, "dit")), load_vae(config, place_on(mesh, "vae"))
+        return cls(config, dit, vae, text, memory, on_step, mesh)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        strength: float | None = None,
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
+        """One clip per prompt, as pixels; arguments and errors as `latents`."""
+        return self.pixels(self.latents(prompts, seeds, references, strength))
+
+    def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B F H8 W8 3"]:
+        """The clips that these latents are of."""
+        return from_unit(whole(decode(self.vae, latents), self.mesh))
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        strength: float | None = None,
+    ) -> Latents:
+        """One clip per prompt, as normalised latents.
+
+        Args:
+            seeds: of each clip's noise; a clip does not depend on the others of its batch.
+            references: latents of the reference videos of each prompt, or their `rows`; None is no memory.
+            strength: instead of `config.sample.strength`.
+        Raises:
+            UserError: for an empty prompt, or references that do not fit the encoder.
+        """
+        steps, x = self.steps(prompts, references, strength), self.noise(seeds)
+        with jax.set_mesh(self.mesh):
+            for step, sigmas, end in steps:
+                x = denoise(step, x, sigmas, self._on_step, end)
+        return x
+
+    def noise(self, seeds: Sequence[int]) -> Latents:
+        """What the clips of these seeds begin with."""
+        video, vae = self.config.video, self.config.vae
+        shape = (*vae.latent_grid(video.frames, video.height, video.width), vae.z_dim)
+        noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+        return divided(self.mesh, noise, "batch", *[None] * 4)
+
+    def steps(
+        self,
+        prompts: Sequence[str],
+        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        strength: float | None = None,
+    ) -> list[tuple[Step, Float[np.ndarray, " steps"], float]]:
+        """What `latents` goes through: of each transformer its compiled step, its noise levels and where they end.
+
+        Arguments and errors as `latents`.
+        """
+        strength = self.config.sample.strength if strength is None else strength
+        memories = [None] * len(self._stages)
+        if references is not None:
+            rows = references if isinstance(references, tuple) else self.rows(references)
+            if None in self._encoders or len(rows) != len(self._encoders):
+                raise UserError(
+                    "the rows do not fit the sampler",
+                    expected=f"those of {sum(x is not None for x in self._encoders)} encoders",
+                    found=f"of {len(rows)}",
+                )
+            rows = [divided(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
+        with jax.set_mesh(self.mesh):
+            if references is not None:
+                mixed = [_mix(*pair, strength) for pair in zip(self._encoders, rows, strict=True)]
+                memories = mixed * (len(self._stages) // len(mixed))
+            positive = self._embed(prompts)
+            texts = positive, jnp.repeat(self._negative, len(prompts), axis=0)
+            return [
+                (self._step(stage, *texts, memory), stage.sigmas, stage.end)
+                for stage, memory in zip(self._stages, memories, strict=True)
+                if len(stage.sigmas)
+            ]
+
+    def _step(self, stage: _Stage, *given: Any) -> Step:
+        """The compiled step of a stage with the texts and the memory that it takes."""
+        sizes = tuple(jnp.shape(x) for x in jax.tree.leaves(given))
+        if sizes not in stage.programs:
+            x = self.noise([0] * len(given[0]))
+            step = make_step(self.config, stage.graph, self.backend, stage.scale)
+            step = jax.jit(step, out_shardings=x.sharding)
+            levels = np.float32(1), np.float32(-1)
+            stage.programs[sizes] = compilation.compile_for(step, stage.weights, x, *levels, *given)
+        program = stage.programs[sizes]
+        return lambda x, sigma, change: program(stage.weights, x, sigma, change, *given)
+
+    def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
+        """What the encoders make of each reference video, to the last bit as `bank.features` stores it.
+
+        Raises:
+            UserError: without an encoder.
+        """
+        if None in self._encoders:
+            raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
+        return tuple(
+            np.stack([[whole(encode_video(encoder, x), self.mesh) for x in videos] for videos in references])
+            for encoder in self._encoders
+        )
+
+    def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
+        if isinstance(self._text, tuple):
+            return embed(self._text, prompts, allow_empty=allow_empty)
+        known = [prompt for prompt in self._text if allow_empty or prompt.strip()]
+        if unknown := [prompt for prompt in prompts if prompt not in known]:
+            raise UserError(
+                "the sampler was loaded for other prompts",
+                expected=f"one of {known}",
+                found=unknown[0],
+                fix="load it with this one, or without prompts",
+            )
+        return jnp.stack([self._text[prompt] for prompt in prompts])
+
+
+def make_step(config: Config, graph: Any, backend: Backend, scale: float) -> Callable[..., Latents]:
+    """The pure program (weights, latents, sigma, its change, positive, negative, memory or None) -> latents.
+
+    Args:
+        graph: of the transformer, as `nnx.split` gives it.
+        scale: of guidance.
+    """
+
+    def step(weights, x, sigma, change, positive, negative, memory):
+        dit = functools.partial(nnx.merge(graph, weights), backend=backend)
+        options = dict(memory_in_negative=config.sample.memory_in_negative)
+        return euler(guided(dit, positive, negative, memory, scale, **options))(x, sigma, change)
+
+    return step
+
+
+@nnx.jit
+def _mix(encoder: MemoryEncoder, videos: Float[Array, "B R 2 M D"], strength: float | Array) -> Memory:
+    """The memory of every prompt, from the rows of its videos."""
+    return with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
+
+
+def embed(
+    text: tuple[UMT5, Tokenizer], prompts: Sequence[str], *, allow_empty: bool = False
+) -> Float[Array, "B L E"]:
+    """Embeddings of prompts, zero past their lengths."""
+    network, tokenizer = text
+    return _encode_text(network, *tokenizer(prompts, allow_empty=allow_empty))
+
+
+_encode_text = nnx.jit(UMT5.__call__)
+
+
+def schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
+    """The noise levels of each transformer, high ones first, where they end, and the guidance there."""
+    settings = config.sample
+    sigmas = flow.shifted_sigmas(settings.steps, settings.shift)
+    if config.experts.boundary is None:
+        return [(sigmas, 0.0, settings.guidance)]
+    high, low = flow.split_schedule(sigmas, config.experts)
+    guidance_high = settings.guidance if settings.guidance_high is None else settings.guidance_high
+    return [(*high, guidance_high), (*low, settings.guidance)]
+
+
+def with_encoder(config: Config, path: str | Path) -> Config:
+    """`config` with the memory that the encoder in `path` was trained with.
+
+    Raises:
+        UserError: if there is no such encoder, or it is for a transformer of another width or for other latents.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"no encoder at {path}", expected="the encoder.safetensors of a run of ditmem_jax.train"
+        )
+    memory, _ = encoder_metadata(path)
+    wanted, found = (config.dit.dim, config.vae.z_dim), (memory.dim, memory.in_dim)
+    if found != wanted:
+        raise UserError(
+            f"the encoder in {path} does not fit the networks of the config",
+            expected="width {}, {} latent channels".format(*wanted),
+            found="width {}, {} latent channels".format(*found),
+            fix="the config that it was trained with, or an encoder trained with this one",
+        )
+    return dataclasses.replace(config, memory=memory)
+
+
+def with_encoders(config: Config, files: str | Path | Sequence[str | Path]) -> tuple[Config, list[Path]]:
+    """`with_encoder` of one file or of one for each of two experts; and the files, that for high noise first.
+
+    Raises:
+        UserError: also if an expert would have no encoder, or one that was trained for the other.
+    """
+    files = [files] if isinstance(files, (str, Path)) else files
+    order, found = ("both", "high", "low"), {}
+    for path in files:
+        config = with_encoder(config, path)
+        found[encoder_metadata(path)[1].get("expert", "both")] = Path(path)
+    wanted = [("both",)] if config.experts.boundary is None else [("both",), ("high", "low")]
+    if len(found) < len(files) or (kinds := tuple(sorted(found, key=order.index))) not in wanted:
+        raise UserError(
+            "these encoders do not serve every noise level once",
+            expected=" or ".join(f"one for {' and one for '.join(names)}" for names in wanted),
+            found=", ".join(f"{path} for {kind}" for kind, path in found.items()),
+        )
+    return config, [found[kind] for kind in kinds]

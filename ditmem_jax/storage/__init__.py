@@ -1,0 +1,1 @@
+"""Files: whole or absent, safetensors, torch files; converted weights, trained encoders."""

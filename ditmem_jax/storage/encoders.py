@@ -1,0 +1,72 @@
+"""A trained memory encoder as one safetensors file, with its configuration and a checksum."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ditmem_jax.config import MemoryConfig, build, to_dict
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.state import Arrays, abstract
+from ditmem_jax.storage.tensors import as_bytes, open_tensors, write_safetensors
+from ditmem_jax.storage.weights import FORMAT, Place, on_default_device, read_arrays
+
+
+def save_encoder(path: str | Path, arrays: Arrays, config: MemoryConfig, extra: dict[str, Any]) -> None:
+    """Writes an encoder (its arrays, see `models.state.split`) as one file, whole or not at all.
+
+    Args:
+        extra: JSON values about its making, kept beside the configuration.
+    """
+    arrays = {name: np.asarray(jax.device_get(arrays[name])) for name in sorted(arrays)}
+    metadata = {
+        "format": f"{FORMAT}.encoder",
+        "config": json.dumps(to_dict(config)),
+        "extra": json.dumps(extra),
+        "crc32": _crc32(arrays),
+    }
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+    write_safetensors(Path(path), shapes, arrays.items(), metadata)
+
+
+def load_encoder(
+    path: str | Path, place: Place = on_default_device, *, dtype: DTypeLike = jnp.float32
+) -> MemoryEncoder:
+    """The encoder in a file of `save_encoder`; its configuration is `.config`.
+
+    Args:
+        dtype: of its matrix products; the weights are float32.
+    Raises:
+        UserError: if the file is no encoder, is cut off or was altered.
+    """
+    path, (config, _) = Path(path), encoder_metadata(path)
+    structure, shapes = abstract(lambda: MemoryEncoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    arrays = read_arrays(path, shapes, lambda _, array: array)
+    expected = open_tensors(path)[1]["crc32"]
+    if (found := _crc32({name: arrays[name] for name in sorted(arrays)})) != expected:
+        raise UserError(
+            f"{path} was altered", expected=f"checksum {expected}", found=found, fix="copy or train it again"
+        )
+    return structure.merge({name: place(name, array) for name, array in arrays.items()})
+
+
+def encoder_metadata(path: str | Path) -> tuple[MemoryConfig, dict[str, Any]]:
+    """Configuration and `extra` of an encoder's file."""
+    _, metadata = open_tensors(Path(path))
+    if metadata.get("format") != f"{FORMAT}.encoder":
+        raise UserError(f"{path} is no memory encoder", expected="the encoder.safetensors of a training run")
+    return build(MemoryConfig, json.loads(metadata["config"]), "memory"), json.loads(metadata["extra"])
+
+
+def _crc32(arrays: dict[str, np.ndarray]) -> str:
+    value = 0
+    for array in arrays.values():
+        value = zlib.crc32(as_bytes(array), value)
+    return f"{value:08x}"

@@ -1,0 +1,179 @@
+"""Converted weights (`python -m convert`), a folder:
+
+config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}},
+                       "provenance": {where each comes from},
+                       "checksums": {file: {array: CRC-32}, "tokenizer.json": SHA-256}}
+dit.safetensors, vae.safetensors, text.safetensors    arrays by our dotted paths, layers stacked
+dit_high.safetensors  of two experts, the one for high noise
+encoder.safetensors   a memory encoder, if one was converted
+tokenizer.json
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ditmem_jax.config import Config, build, to_dict
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.layers import to_int8
+from ditmem_jax.models.state import Arrays, abstract
+from ditmem_jax.models.wan.dit import DiT, Experts
+from ditmem_jax.models.wan.tokenizer import Tokenizer
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE
+from ditmem_jax.storage.tensors import DTYPES as STORED_DTYPES
+from ditmem_jax.storage.tensors import cast, open_tensors
+
+FORMAT, VERSION = "ditmem_jax", 1
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+Place = Callable[[str, np.ndarray], jax.Array]
+"""Puts the array of a path on devices."""
+
+
+def on_default_device(path: str, array: np.ndarray) -> jax.Array:
+    del path
+    return jnp.asarray(array)
+
+
+# --- converted weights ------------------------------------------------------------------------------------------
+
+
+def load_dit(
+    config: Config, place: Place = on_default_device, experts: Literal["both", "high", "low"] = "both"
+) -> DiT | Experts:
+    """The transformer of `config.weights`, in its dtype; for int8 its matrices are rounded as they are read.
+
+    Args:
+        experts: which to load, where there are two.
+    Raises:
+        UserError: if the folder is missing or broken, or holds a network of another configuration.
+    """
+
+    def load(stored: str) -> DiT:
+        return _load(config, "dit", lambda: _new_dit(config), place, stored)
+
+    if config.experts.boundary is None or experts == "low":
+        return load("dit")
+    if experts == "high":
+        return load("dit_high")
+    return Experts(load("dit_high"), load("dit"))
+
+
+def new_dit(config: Config, experts: Literal["both", "high", "low"] = "both") -> DiT | Experts:
+    """A network of the structure that `load_dit` loads, to be made abstractly."""
+    if config.experts.boundary is None or experts != "both":
+        return _new_dit(config)
+    return Experts(_new_dit(config), _new_dit(config))
+
+
+def _new_dit(config: Config) -> DiT:
+    weights = config.weights
+    dtype = DTYPES[weights.computed_in]
+    return DiT(config.dit, int8=weights.dtype == "int8", rngs=nnx.Rngs(0), dtype=dtype)
+
+
+def load_vae(config: Config, place: Place = on_default_device) -> VAE:
+    """The video VAE of `config.weights`, in float32; errors as `load_dit`."""
+    return _load(config, "vae", lambda: VAE(config.vae, rngs=nnx.Rngs(0)), place)
+
+
+def load_umt5(config: Config, place: Place = on_default_device) -> tuple[UMT5, Tokenizer]:
+    """The text encoder of `config.weights`, in its dtype, and its tokeniser; errors as `load_dit`."""
+    dtype = DTYPES[config.weights.computed_in]
+    text = _load(config, "text", lambda: UMT5(config.text, rngs=nnx.Rngs(0), dtype=dtype), place)
+    return text, Tokenizer(Path(config.weights.path) / "tokenizer.json", config.dit.text_len)
+
+
+def _load(
+    config: Config, name: str, create: Callable[[], nnx.Module], place: Place, stored: str | None = None
+) -> nnx.Module:
+    """The network of `config.<name>` in the folder of converted weights, `stored` there under that or another name."""
+    stored = stored or name
+    folder = Path(config.weights.path)
+    networks, wanted = read_networks(folder), getattr(config, name)
+    if stored not in networks:
+        raise UserError(f"{folder} holds no network {stored!r}", fix="convert the weights again")
+    given = build(type(wanted), networks[stored], f"{folder}: {stored}")  # what it leaves out has its default
+    found, wanted = to_dict(given), to_dict(wanted)
+    if different := sorted(key for key in wanted if found[key] != wanted[key]):
+        raise UserError(
+            f"the weights in {folder} do not fit the config",
+            expected=", ".join(f"{name}.{key} = {wanted[key]}" for key in different),
+            found=", ".join(f"{name}.{key} = {found[key]}" for key in different),
+            fix=f"other weights, or config.{name} as they need it",
+        )
+    structure, shapes = abstract(create)
+    return structure.merge(read_arrays(folder / f"{stored}.safetensors", shapes, place))
+
+
+def read_networks(folder: str | Path) -> dict[str, Any]:
+    """The configurations of the networks in a folder of converted weights: "dit", "vae", "text", perhaps "dit_high"."""
+    return read_index(folder)["networks"]
+
+
+def empty_index() -> dict[str, Any]:
+    """What config.json says of a folder without any network."""
+    return {"format": FORMAT, "version": VERSION, "networks": {}, "provenance": {}, "checksums": {}}
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a folder of converted weights.
+
+    Raises:
+        UserError: if the folder is something else, or the file is damaged or of another format.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        identity = (index["format"], index["version"])
+        index = empty_index() | index
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no folder of converted weights",
+            expected=path,
+            found=error.strerror,
+            fix="another folder, or a new one that python -m convert SOURCE DEST makes",
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged", found=repr(error), fix="convert the weights again") from error
+    if identity != (FORMAT, VERSION):
+        raise UserError(f"{path} has another format", expected=(FORMAT, VERSION), found=identity)
+    return index
+
+
+def read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Place) -> Arrays:
+    """Exactly the arrays that `shapes` names, in its dtypes, mapped and placed one after the other.
+
+    Where `shapes` wants a kernel in 8 bits, it is stored in full, and its factors `scale` are not.
+    """
+    stored, _ = open_tensors(path)
+    rounded = [name for name, x in shapes.items() if x.dtype == jnp.int8]
+    factors = {name: f"{name.removesuffix('kernel')}scale" for name in rounded}
+    shapes = {name: x for name, x in shapes.items() if name not in factors.values()}
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
+    problems += [f"{name} is unknown" for name in sorted(stored.keys() - shapes.keys())]
+    for name in sorted(shapes.keys() & stored.keys()):
+        if (shape := stored[name].shape) != shapes[name].shape:
+            problems.append(f"{name} has shape {list(shape)}, {list(shapes[name].shape)} is needed")
+        elif stored[name].dtype not in STORED_DTYPES:
+            problems.append(
+                f"{name} has dtype {stored[name].dtype}, one of {', '.join(STORED_DTYPES)} is needed"
+            )
+    if problems:
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
+    placed = {}
+    for name, x in shapes.items():
+        if name in factors:
+            kernel, scale = to_int8(stored[name].read())
+            placed |= {name: place(name, kernel), factors[name]: place(factors[name], scale)}
+        else:
+            placed[name] = place(name, cast(stored[name].read(), x.dtype))
+    return placed

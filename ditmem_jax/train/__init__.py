@@ -1,0 +1,1 @@
+"""Training a memory encoder against a frozen transformer."""

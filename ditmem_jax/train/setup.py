@@ -1,0 +1,179 @@
+"""What a run begins with: networks, data and compiled programs, checked, loaded and on the devices of the mesh."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ditmem_jax.bank import matches
+from ditmem_jax.config import Config
+from ditmem_jax.data.pipeline import training_data
+from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.references import References
+from ditmem_jax.diffusion import objective
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.ditmem import Batch, Networks, attention_backend
+from ditmem_jax.models.placement import place_on
+from ditmem_jax.models.state import Arrays, abstract, split
+from ditmem_jax.parallel import compilation, processes
+from ditmem_jax.parallel.mesh import batch_sharding, check_mesh, local_rows, make_mesh, whole
+from ditmem_jax.storage.encoders import save_encoder
+from ditmem_jax.storage.weights import load_dit
+from ditmem_jax.train import folder as runs
+from ditmem_jax.train.optimizer import make_optimizer
+from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_encoder, state_layout
+from ditmem_jax.train.validation import Validator
+
+SMALL = 2**28  # bytes of frozen weights: up to here memory goes to speed, beyond it is scarce
+ON_DEVICE = ("latents", "context", "references", "present")
+
+
+class Setup:
+    """Everything of a run but its state: checked, loaded and on the devices of the mesh.
+
+    Raises:
+        UserError: for whatever does not fit together; nothing is left behind then.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.mesh = config, make_mesh(config.mesh)
+        records = RecordReader(config.data.records)
+        held_out = RecordReader(config.data.validation) if config.data.validation else None
+        begun = Path(config.run.out) / matches.FILE
+        found = [matches.read(records, config.data.bank, config.data.references, begun)]
+        if held_out:
+            found.append(matches.read(held_out, config.data.bank, config.data.references))
+        references = [each.references(config.data.references) for each in found]
+        check(config, self.mesh, [videos for videos, _ in references], *filter(None, (records, held_out)))
+        self.backend = attention_backend(config, self.mesh)
+        self.networks, self.backbone = load_networks(config, self.mesh)
+        if sum(x.nbytes for x in self.backbone.values()) <= SMALL:
+            compilation.keep_freed_memory()
+        self.fingerprint = runs.fingerprint(self.backbone)
+        with runs.claim(config, self.fingerprint) as self.folder:
+            with processes.primary_first():
+                if processes.is_primary():
+                    found[0].save(self.folder / matches.FILE)
+            options = dict(workers=config.data.workers, cache=config.data.cache)
+            self.data = self._stream(records, *references[0], **options)
+        for each in found:
+            each.warn_if_stale()
+        self.optimizer = make_optimizer(config.optim, config.run.steps)
+        self.state_layout = state_layout(config, self.optimizer, self.mesh)
+        self.held_out: list[Batch] = []
+        if held_out:
+            stream = self._stream(held_out, *references[1], epochs=1)
+            self.held_out = [
+                self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)
+            ]
+        self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
+
+    def compile(self) -> tuple[Callable, Validator | None]:
+        """The compiled step, and what validates if there is anything to do it with; under `jax.set_mesh`."""
+        config, layout = self.config, self.state_layout
+        step = jit_train_step(config, self.networks, self.optimizer, self.mesh)
+        step = compilation.compile_for(step, layout, self.backbone, self.batch_layout)
+        validator = None
+        if self.held_out:
+            validator = Validator(
+                self.networks,
+                self.backbone,
+                (layout.params, layout.rest),
+                self.held_out,
+                config.run.validation_sigmas,
+                config.experts,
+                config.run.seed,
+                self.mesh,
+                self.backend,
+            )
+        return step, validator
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """The arrays of a batch on the devices, divided among them."""
+        sharding, size = batch_sharding(self.mesh), self.config.data.batch_size
+
+        def place(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
+
+        return {name: place(batch[name]) for name in ON_DEVICE}
+
+    def initial_state(self) -> TrainState:
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_layout)
+        return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=shardings)()
+
+    def export(self, name: str, state: TrainState, step: int, gains: dict[str, float]) -> Path:
+        """Writes the encoder to the run's folder."""
+        extra = {"step": step, "gains": gains, "backbone": self.fingerprint}
+        extra |= {"expert": self.config.experts.trains}
+        arrays = whole(state.params | state.rest, self.mesh)
+        if processes.is_primary():
+            save_encoder(self.folder / name, arrays, self.config.memory, extra)
+        return self.folder / name
+
+    def _stream(
+        self, records: RecordReader, bank: References, index: np.ndarray, **options: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
+        options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=bank)
+        options |= dict(rows=local_rows(self.mesh, self.config.data.batch_size))
+        return iter(training_data(records, index, self.config.data.batch_size, **options))
+
+
+def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places of the arrays of a batch whose records are stored in `dtype`."""
+    video, data = config.video, config.data
+    grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+    shapes = {
+        "latents": (grid, dtype),
+        "context": ((config.dit.text_len, config.dit.text_dim), dtype),
+        "references": ((data.references, *grid), dtype),
+        "present": ((data.references,), bool),
+    }
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
+    """Structures of both networks, and the frozen weights on the mesh."""
+    dit, backbone = split(load_dit(config, place_on(mesh, "dit"), config.experts.trains))
+    encoder, _ = abstract(lambda: make_encoder(config))
+    return Networks(dit, encoder), backbone
+
+
+def check(config: Config, mesh: Mesh, references: Sequence[References], *streams: RecordReader) -> None:
+    """Raises UserError for a mesh, references or records to read batches from that this config cannot train with."""
+    check_mesh(config, mesh, config.data.batch_size)
+    if config.experts.boundary is not None:
+        below = objective.share_below(config.objective, config.experts)
+        if {"high": 1 - below, "low": below, "both": 1.0}[config.experts.trains] == 0:
+            raise UserError(
+                "no noise level of objective.density falls to the expert that trains",
+                expected=f"some on the {config.experts.trains} side of {config.experts.boundary}",
+                fix="another objective.sigma_range, or the other expert",
+            )
+    video = config.video
+    grid = config.vae.latent_grid(video.frames, video.height, video.width)
+    expected = ((*grid, config.vae.z_dim), config.text.dim)
+    for records in (*references, *streams):
+        if (found := (records.meta.latents, records.meta.text_dim)) != expected:
+            raise UserError(
+                f"the records in {records.folder} do not fit the config",
+                expected=f"latents {list(expected[0])}, text width {expected[1]}",
+                found=f"latents {list(found[0])}, text width {found[1]}",
+                fix="encode the videos with this config",
+            )
+    for records in streams:
+        if len(records) < config.data.batch_size:
+            raise UserError(
+                f"the records in {records.folder} do not fill a batch",
+                expected=f"at least data.batch_size = {config.data.batch_size}",
+                found=len(records),
+                fix="a smaller data.batch_size, or more videos",
+            )

@@ -1,0 +1,163 @@
+"""One training step: what trains, its state, the pure step and the compiled one.
+
+The encoder's weights are float32 and its optimiser's state lies beside them; the transformer's are an argument of
+their own that is neither differentiated nor given away. Everything random in a step comes from the seed and the number
+of the step.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh
+
+from ditmem_jax.config import Config
+from ditmem_jax.diffusion import objective
+from ditmem_jax.diffusion.objective import Baseline
+from ditmem_jax.models.attention.kernels import Backend
+from ditmem_jax.models.ditmem import Batch, Networks, attention_backend, encode, errors, keep_only
+from ditmem_jax.models.memory_encoder import MemoryEncoder, shuffle_videos
+from ditmem_jax.models.placement import tree_shardings
+from ditmem_jax.models.state import Arrays, split
+from ditmem_jax.models.wan.dit import DiT, with_expert
+from ditmem_jax.parallel.mesh import replicated, with_shardings
+from ditmem_jax.storage.weights import DTYPES
+from ditmem_jax.types import Memory
+
+# What becomes of an array, by its path in the whole model; the first match wins.
+ROLES = (
+    (r"^dit\.", "frozen"),
+    (r"\.filter\.complex_weight$", "frozen"),
+    (r"\.norm\.(mean|var)$", "running statistics"),
+    (r"^encoder\.", "trained"),
+)
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes from step to step."""
+
+    step: Any  # int32
+    params: Arrays  # of the encoder, trained: float32
+    rest: Arrays  # of the encoder: running statistics and stored filters
+    optimizer: Any  # optax's state
+    baseline: Any  # Baseline
+
+
+def make_train_step(
+    config: Config,
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    *,
+    backend: Backend = "xla",
+    unroll: bool = False,
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure step (state, frozen weights, batch) -> (state, metrics).
+
+    Args:
+        backend: of attention.
+        unroll: lay out the blocks of the transformer, for counting operations.
+    """
+    goal = config.objective
+
+    def train_step(state: TrainState, backbone: Arrays, batch: Batch):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.run.seed), state.step), 5)
+        size = len(batch["latents"])
+        sigma, high = objective.draw_sigma(goal, keys[0], size, config.experts)
+        noise = jax.random.normal(keys[1], batch["latents"].shape)
+        keep = jax.random.bernoulli(keys[2], 1 - goal.memory_dropout, (size,)) & batch["present"].any(axis=1)
+        if goal.shuffle_references:
+            references, present = shuffle_videos(batch["references"], batch["present"], keys[3])
+            batch = batch | {"references": references, "present": present}
+
+        def loss_and_gradients(dit: DiT):
+            def errors_with(memory: Memory | None) -> jax.Array:
+                options = dict(remat=config.run.remat, backend=backend, unroll=unroll)
+                return errors(dit, memory, batch, sigma, noise, **options)
+
+            alone = errors_with(None) if goal.kind == "relative" else None
+
+            def loss(params: Arrays):
+                encoder = networks.encoder.merge(params | state.rest)
+                memory = encode(encoder, batch, training=True, rngs=nnx.Rngs(dropout=keys[4]))
+                error = errors_with(keep_only(memory, keep))
+                expected = state.baseline.expected(sigma, error) if alone is None else alone
+                _, arrays = split(encoder)  # its running statistics have moved
+                rest = {path: arrays[path] for path in state.rest}
+                return objective.loss(goal, sigma, error, expected), (error, expected, rest)
+
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
+
+        dit = networks.dit.merge(jax.lax.stop_gradient(backbone))
+        (value, (error, expected, rest)), gradients = with_expert(dit, high, loss_and_gradients)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        if goal.kind == "relative":
+            baseline = state.baseline.observe(sigma, expected, jnp.ones_like(keep))
+        else:
+            baseline = state.baseline.observe(sigma, error, ~keep)
+        gains = jnp.where(keep, 1 - error / expected, 0)
+        metrics = {
+            "objective": value,
+            "loss": error.mean(),
+            "gain": gains.sum() / jnp.maximum(keep.sum(), 1).astype(jnp.float32),
+            "gradient_norm": optax.global_norm(gradients),
+        }
+        return TrainState(state.step + 1, params, rest, optimizer_state, baseline), metrics
+
+    return train_step
+
+
+def make_encoder(config: Config) -> MemoryEncoder:
+    """A new encoder, from the run's seed."""
+    return MemoryEncoder(
+        config.memory, rngs=nnx.Rngs(config.run.seed), dtype=DTYPES[config.weights.computed_in]
+    )
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    _, arrays = split(make_encoder(config))
+    params = {path: x for path, x in arrays.items() if role(f"encoder.{path}")[1] == "trained"}
+    rest = {path: x for path, x in arrays.items() if path not in params}
+    return TrainState(jnp.int32(0), params, rest, optimizer.init(params), Baseline.empty())
+
+
+def state_layout(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, in place of its arrays."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    return with_shardings(shapes, tree_shardings(shapes, mesh))
+
+
+def jit_train_step(
+    config: Config, networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step, which takes the memory of the state that it is given."""
+    shardings = jax.tree.map(lambda x: x.sharding, state_layout(config, optimizer, mesh))
+    return jax.jit(
+        make_train_step(config, networks, optimizer, backend=attention_backend(config, mesh)),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+def role(path: str) -> tuple[str, str]:
+    """Return the pattern that decides about an array of the whole model, and what becomes of it."""
+    return next(pair for pair in ROLES if re.search(pair[0], path))
+
+
+def describe(backbone: Arrays, state: TrainState) -> str:
+    """One line: what trains and what does not, with the number of values."""
+    sizes = {f"dit.{path}": x.size for path, x in backbone.items()}
+    sizes |= {f"encoder.{path}": x.size for path, x in (state.params | state.rest).items()}
+    totals = Counter()
+    for path, size in sizes.items():
+        totals[role(path)] += size
+    return ", ".join(
+        f"{role} {totals[pattern, role]:,} ({pattern})" for pattern, role in ROLES if totals[pattern, role]
+    )

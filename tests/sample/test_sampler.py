@@ -1,0 +1,255 @@
+"""Sampling: the stepper and the guidance against hand-written arrays, exactness of no memory, clips and their errors."""
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ditmem_jax.config import ExpertsConfig
+from ditmem_jax.data.video import read_video
+from ditmem_jax.diffusion import flow
+from ditmem_jax.diffusion.guidance import guided
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.ditmem import with_strength
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.state import abstract
+from ditmem_jax.sample.clips import make_clips
+from ditmem_jax.sample.retrieval import retrieve
+from ditmem_jax.sample.sampler import Sampler, denoise, euler
+from ditmem_jax.storage.encoders import load_encoder, save_encoder
+from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
+from ditmem_jax.types import Memory
+from tests.tiny import make_tiny, random_arrays, replace, with_experts
+
+PROMPT = "A ball falls on planet Brux"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = make_tiny(tmp_path_factory.mktemp("tiny"))
+    return replace(config, "sample", steps=3)
+
+
+@pytest.fixture(scope="module")
+def encoder(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    write_encoder(path, config.memory)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampler(config, encoder):
+    """On one device."""
+    return Sampler(config, load_dit(config), load_vae(config), load_umt5(config), load_encoder(encoder))
+
+
+def write_encoder(path, memory, seed=0, **extra):
+    arrays = random_arrays(abstract(lambda: MemoryEncoder(memory, rngs=nnx.Rngs(0)))[1], seed)
+    save_encoder(path, arrays, memory, extra)
+
+
+def test_denoise_takes_euler_steps():
+    noise = jnp.full((1, 1, 1, 1, 1), 8.0)
+    steps = []
+    out = denoise(euler(lambda x, sigma: x * sigma), noise, np.array([1.0, 0.5]), lambda: steps.append(1))
+    # 8 - 0.5 * (8 * 1) = 4, then 4 - 0.5 * (4 * 0.5) = 3
+    np.testing.assert_array_equal(out, np.full(noise.shape, 3.0))
+    assert len(steps) == 2
+
+
+def test_denoise_is_exact_for_straight_paths():
+    key = jax.random.split(jax.random.key(0))
+    clean, noise = (jax.random.normal(k, (2, 1, 2, 2, 3)) for k in key)
+    out = denoise(euler(lambda x, sigma: noise - clean), noise, flow.shifted_sigmas(7, 5.0))
+    np.testing.assert_allclose(out, clean, atol=1e-5)
+
+
+def echo(latents, time, context, memory):
+    """A stand-in for the transformer that shows what it is given."""
+    rows = jnp.zeros(len(latents)) if memory is None else jnp.exp(memory.bias).sum(1)
+    return jnp.broadcast_to((context.sum((1, 2)) + 10 * rows + time).reshape(-1, 1, 1, 1, 1), latents.shape)
+
+
+@pytest.mark.parametrize(
+    ("in_negative", "scale", "expected"),
+    # positive 1 + 20 + 500, negative 3 + 20 (or 0) + 500; negative + scale (positive - negative)
+    [(True, 3.0, 523 + 3 * -2), (False, 3.0, 503 + 3 * 18), (False, 1.0, 521)],
+)
+def test_guidance_by_hand(in_negative, scale, expected):
+    x = jnp.zeros((1, 1, 2, 2, 1))
+    positive, negative = jnp.full((1, 1, 1), 1.0), jnp.full((1, 1, 1), 3.0)
+    memory = Memory(jnp.ones((1, 2, 4)), jnp.zeros((1, 2)))
+    velocity = guided(echo, positive, negative, memory, scale, memory_in_negative=in_negative)
+    np.testing.assert_allclose(velocity(x, jnp.float32(0.5)), np.full(x.shape, float(expected)), rtol=1e-6)
+
+
+def test_strength_scales_attention_weights():
+    memory = Memory(jnp.ones((1, 3, 4)), jnp.array([[0.0, jnp.log(5.0), -jnp.inf]]))
+    np.testing.assert_allclose(jnp.exp(with_strength(memory, 2.0).bias), [[2, 10, 0]], rtol=1e-6)
+    assert np.all(np.asarray(with_strength(memory, 0.0).bias) == -np.inf)
+
+
+def test_strength_0_is_no_memory_to_the_last_bit(config, sampler):
+    references = retrieve(config, PROMPT).latents[None]
+    plain = sampler.latents([PROMPT], [0])
+    silent = sampler.latents([PROMPT], [0], references, strength=0.0)
+    heard = sampler.latents([PROMPT], [0], references, strength=1.0)
+    np.testing.assert_array_equal(silent, plain)
+    assert np.abs(heard - plain).max() > 1e-3
+
+
+def test_a_clip_does_not_depend_on_its_batch(sampler):
+    prompts = [PROMPT, "A ball falls on planet Cyta"]
+    both = sampler.latents(prompts, [5, 6])
+    alone = sampler.latents(prompts[1:], [6])
+    np.testing.assert_allclose(both[1:], alone, atol=1e-4)
+    assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, context=2, tensor=2), dict(data=1, fsdp=8)])
+def test_a_mesh_makes_what_one_device_does(config, encoder, sampler, mesh):
+    prompts, references = [PROMPT, "A ball falls on planet Cyta"], retrieve(config, PROMPT).latents[None]
+    many = Sampler.load(replace(config, "mesh", **mesh), encoder, prompts=prompts)
+    references = np.repeat(references, 2, axis=0)
+    got, want = (each.latents(prompts, [5, 6], references) for each in (many, sampler))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(UserError, match="loaded for other prompts"):
+        many.latents(["another"], [5])
+
+
+def test_clips_and_what_is_written_beside_them(config, encoder, tmp_path, capsys):
+    paths = make_clips(config, PROMPT, tmp_path / "new", encoder, seeds=[3, 4])
+    assert [path.name for path in paths] == [
+        f"a-ball-falls-on-planet-brux-memory-{seed}.mp4" for seed in (3, 4)
+    ]
+    clips = [read_video(path) for path in paths]
+    assert clips[0].frames.shape == (9, 32, 32, 3)
+    assert clips[0].fps == 8
+    assert (clips[0].frames != clips[1].frames).any()
+    about = json.loads(paths[1].with_suffix(".json").read_text())
+    assert (about["prompt"], about["seed"], about["strength"]) == (PROMPT, 4, 1.0)
+    assert about["encoder"]["sha256"] == hashlib.sha256(encoder.read_bytes()).hexdigest()
+    assert about["config"]["sample"]["steps"] == 3
+    found = [(row["id"], row["caption"]) for row in about["memory"]]
+    assert len(found) == 2
+    assert all("Brux" in caption for _, caption in found)
+    printed = capsys.readouterr().out
+    assert all(name in printed and caption in printed for name, caption in found)
+    assert sorted(path.suffix for path in (tmp_path / "new").iterdir()) == [".json", ".json", ".mp4", ".mp4"]
+
+
+def test_memory_by_id_and_no_memory(config, encoder, tmp_path):
+    (named,) = make_clips(config, PROMPT, tmp_path / "named.mp4", encoder, ["video2_3"])
+    assert [row["id"] for row in json.loads(named.with_suffix(".json").read_text())["memory"]] == ["video2_3"]
+    (plain,) = make_clips(config, PROMPT, tmp_path / "plain.mp4", memory="none")
+    about = json.loads(plain.with_suffix(".json").read_text())
+    assert about["memory"] == []
+    assert about["encoder"] is None
+
+
+@pytest.fixture(scope="module")
+def two(config, tmp_path_factory):
+    """A config of two experts, and files of an encoder for each."""
+    folder = tmp_path_factory.mktemp("two")
+    config = replace(with_experts(config, folder / "weights"), "sample", guidance=2.0, guidance_high=4.0)
+    files = {kind: folder / f"{kind}.safetensors" for kind in ("high", "low")}
+    for seed, (kind, path) in enumerate(files.items()):
+        write_encoder(path, config.memory, seed=seed, expert=kind)
+    return config, files
+
+
+def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
+    config, files = two
+    references = retrieve(config, PROMPT).latents[None]
+    got = Sampler.load(config, [files["low"], files["high"]]).latents([PROMPT], [0], references)
+
+    single = dataclasses.replace(config, experts=ExpertsConfig())
+    text = load_umt5(config)
+
+    def denoised(kind, scale, noise, sigmas, end):
+        dit, encoder = load_dit(config, experts=kind), load_encoder(files[kind])
+        part = Sampler(single, dit, load_vae(config), text, encoder)
+        positive, negative = part._embed([PROMPT]), part._negative
+        memory = encoder(jnp.asarray(references), training=False)
+        return denoise(euler(guided(dit, positive, negative, memory, scale)), noise, sigmas, end=end)
+
+    noise = jax.random.normal(jax.random.key(0), got.shape[1:])[None]
+    sigmas = flow.shifted_sigmas(3, 5.0)  # 1, 0.909 and 0.714: two for high noise
+    middle = denoised("high", 4.0, noise, sigmas[:2], sigmas[2])
+    np.testing.assert_allclose(got, denoised("low", 2.0, middle, sigmas[2:], 0.0), atol=1e-4)
+
+
+def test_clips_in_batches_from_two_experts_with_one_memory(two, encoder, tmp_path):
+    """Three clips on devices that take two at once: the third is alone; each as where they take one at once."""
+    config, _ = two
+
+    def clips(name, **mesh):
+        config_on = replace(config, "mesh", context=2, **mesh)
+        return make_clips(config_on, PROMPT, tmp_path / name, encoder, seeds=[0, 1, 2])
+
+    paths, one = clips("two", data=2, tensor=2), clips("one", data=1, tensor=4)
+    for path, other in zip(paths, one, strict=True):
+        got, want = (read_video(each).frames.astype(int) for each in (path, other))
+        assert np.abs(got - want).mean() < 0.1  # what the codec makes of rounding
+    assert len({path.read_bytes() for path in paths}) == 3
+
+
+def test_rows_are_those_of_the_encoders(sampler, config):
+    rows = sampler.rows(retrieve(config, PROMPT).latents[None])
+    bare = Sampler(config, load_dit(config), load_vae(config), load_umt5(config))
+    for each, given in ((sampler, rows * 2), (bare, rows)):
+        with pytest.raises(UserError, match="the rows do not fit the sampler"):
+            each.latents([PROMPT], [0], given)
+
+
+def test_an_expert_without_a_step_is_not_compiled(two):
+    config, files = two
+    single = Sampler.load(replace(config, "sample", steps=1), [files["high"], files["low"]])
+    assert len(single.steps([PROMPT])) == 1
+
+
+def test_encoders_that_do_not_serve_every_noise_level_once(config, encoder, two):
+    experts, files = two
+    for settings, given in (
+        (experts, [files["high"]]),
+        (experts, [files["low"], files["low"]]),
+        (experts, [encoder, files["low"]]),
+        (config, [files["high"], files["low"]]),
+        (config, files["low"]),
+    ):
+        with pytest.raises(UserError, match="do not serve every noise level once"):
+            Sampler.load(settings, given)
+
+
+def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):
+    wide, short = tmp_path / "wide.safetensors", tmp_path / "short.safetensors"
+    write_encoder(wide, dataclasses.replace(config.memory, dim=64))
+    short.write_bytes(encoder.read_bytes()[:-100])
+    many = replace(config, "data", references=13)
+    cases = [
+        (dict(prompt="  "), "the prompt is missing or empty"),
+        (dict(encoder=None), "no encoder is named"),
+        (dict(encoder=tmp_path / "absent.safetensors"), "no encoder at"),
+        (dict(encoder=wide), "width 64"),
+        (dict(encoder=short), "cannot read"),
+        (dict(config=many), "cannot give 13 videos"),
+        (dict(memory=["video2_33"]), "video2_3"),
+        (dict(config=replace(config, "data", bank=str(tmp_path / "nowhere"))), "no bank at"),
+        (dict(out=tmp_path / "one.mp4", seeds=[0, 1]), "2 clips do not fit"),
+        (dict(out=encoder), "is a file"),
+        (
+            dict(config=replace(config, "weights", path=str(tmp_path / "nowhere"))),
+            "no folder of converted weights",
+        ),
+    ]
+    good = dict(config=config, prompt=PROMPT, out=tmp_path / "out", encoder=encoder)
+    for bad, message in cases:
+        with pytest.raises(UserError, match=message):
+            make_clips(**good | bad)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "one.mp4").exists()

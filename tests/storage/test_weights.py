@@ -1,0 +1,206 @@
+"""Files of weights, encoders and runs: whole, or an error that names them."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ditmem_jax.config import MemoryConfig
+from ditmem_jax.errors import UserError
+from ditmem_jax.models.layers import to_int8
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.state import abstract, split
+from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
+from ditmem_jax.storage.weights import load_dit, load_umt5
+from ditmem_jax.train.checkpoints import TrainingCheckpoints
+from tests.tiny import make_tiny, random_arrays, replace
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------
+
+RELEASED = MemoryConfig(
+    dim=16, in_dim=4, stages=((8, 3, 1, 1), (8, 3, 1, 2)), latent_grid=(3, 4, 4), tokens=10
+)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return random_arrays(abstract(lambda: MemoryEncoder(RELEASED, rngs=nnx.Rngs(0)))[1])
+
+
+@pytest.fixture
+def file(tmp_path, arrays):
+    save_encoder(tmp_path / "encoder.safetensors", arrays, RELEASED, {"step": 7})
+    return tmp_path / "encoder.safetensors"
+
+
+def test_an_encoder_comes_back_with_its_configuration(file, arrays):
+    encoder = load_encoder(file)
+    assert encoder.config == RELEASED
+    assert encoder_metadata(file) == (RELEASED, {"step": 7})
+    loaded = split(encoder)[1]
+    assert loaded.keys() == arrays.keys()
+    for name in arrays:
+        np.testing.assert_array_equal(loaded[name], arrays[name])
+
+
+def test_a_cut_or_altered_encoder_is_named(file):
+    content = file.read_bytes()
+    for broken in (content[:-10], content[:5], content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=r"encoder.safetensors"):
+            load_encoder(file)
+
+
+def test_other_files_are_no_encoders(config):
+    with pytest.raises(UserError, match="is no memory encoder"):
+        load_encoder(f"{config.weights.path}/dit.safetensors")
+    with pytest.raises(UserError, match="cannot read"):
+        load_encoder("absent.safetensors")
+
+
+# --- converted weights ------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_width_are_named_before_anything_is_read(config):
+    wider = replace(config, "text", dim_ffn=64)
+    with pytest.raises(UserError, match=r"text.dim_ffn = 64(.|\n)*text.dim_ffn = 32"):
+        load_umt5(wider)
+
+
+def test_a_missing_folder_tells_how_to_convert(config, tmp_path):
+    with pytest.raises(UserError, match="python -m convert"):
+        load_dit(replace(config, "weights", path=str(tmp_path / "absent")))
+
+
+def test_settings_that_the_weights_do_not_mention_have_their_defaults(config, tmp_path):
+    folder = shutil.copytree(config.weights.path, tmp_path / "weights")
+    index = json.loads((folder / "config.json").read_text())
+    del index["networks"]["dit"]["image_dim"], index["networks"]["dit"]["eps"]
+    (folder / "config.json").write_text(json.dumps(index))
+    older = replace(config, "weights", path=str(folder))
+    load_dit(older)
+    with pytest.raises(UserError, match=r"dit.eps = 0.001(.|\n)*dit.eps = 1e-06"):
+        load_dit(replace(older, "dit", eps=1e-3))
+
+
+def test_weights_take_the_dtype_of_the_config(config):
+    dit = load_dit(replace(config, "weights", dtype="bfloat16"))
+    assert {x.dtype for x in split(dit)[1].values()} == {np.dtype(jnp.bfloat16)}
+
+
+def test_matrices_in_eight_bits(config):
+    """Half the memory of bfloat16, the velocity of two blocks to a hundredth, and gradients through it."""
+    half, eight = (split(load_dit(replace(config, "weights", dtype=dtype))) for dtype in ("bfloat16", "int8"))
+    _, arrays = eight
+    rounded = {name for name, x in arrays.items() if x.dtype == jnp.int8}
+    assert rounded == {name for name in half[1] if name.startswith("blocks") and name.endswith("kernel")}
+    for name in rounded:  # a factor of two bytes stands for 32, 16 for widths that 32 does not divide
+        held = arrays[name].nbytes + arrays[name.replace("kernel", "scale")].nbytes
+        assert held <= half[1][name].nbytes * (1 + 2 / 16) / 2
+    assert all(arrays[name].dtype == half[1][name].dtype for name in half[1].keys() - rounded)
+
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.standard_normal((2, 3, 4, 4, 4)), jnp.float32)
+    text = jnp.asarray(rng.standard_normal((2, 16, 16)), jnp.float32)
+
+    def velocity(network, latents):
+        structure, arrays = network
+        return structure.merge(arrays)(latents, jnp.array([300.0, 900.0]), text)
+
+    def gradient(network):
+        return jax.grad(lambda latents: jnp.square(velocity(network, latents)).mean())(latents)
+
+    for function, bound in ((lambda network: velocity(network, latents), 1e-2), (gradient, 3e-2)):
+        expected, found = map(function, (half, eight))
+        assert jnp.linalg.norm(found - expected) < bound * jnp.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("inputs, groups", [(96, 3), (32, 1), (48, 3), (6, 3)])
+def test_eight_bits_round_to_the_nearest(inputs, groups):
+    kernel = np.random.default_rng(0).standard_normal((2, inputs, 8)).astype(np.float32)
+    kernel[1, :, 3] = 0
+    rounded, scale = to_int8(kernel)
+    assert (rounded.dtype, scale.dtype, scale.shape) == (np.int8, jnp.bfloat16, (2, groups, 8))
+    rounded, kernel = (x.reshape(2, groups, -1, 8) for x in (rounded, kernel))
+    scale = scale.astype(np.float32)
+    assert (np.abs(rounded).max(2) == np.where(np.abs(kernel).max(2) > 0, 127, 0)).all()
+    assert (np.abs(rounded * scale[:, :, None] - kernel).max(2) <= 0.5001 * scale).all()
+
+
+# --- runs -------------------------------------------------------------------------------------------------------
+
+
+def state_at(step):
+    """Something with the variety of a training state."""
+    weights = jax.random.normal(jax.random.key(step), (300, 40))
+    return {
+        "params": {"a.kernel": weights, "a.bias": jnp.full(3, step, jnp.bfloat16)},
+        "step": jnp.int32(step),
+    }
+
+
+def layout(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def save_all(folder, gains, keep=2):
+    with TrainingCheckpoints(folder, keep) as checkpoints:
+        for step, gain in enumerate(gains, start=1):
+            checkpoints.save(step, state_at(step), {"next": step}, gain, {"best": gain})
+
+
+def test_the_newest_comes_back_exactly(tmp_path):
+    save_all(tmp_path, [0.1, None, 0.2])
+    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
+        restored = checkpoints.restore(layout(state_at(0)))
+    assert (restored.step, restored.position, restored.extra) == (3, {"next": 3}, {"best": 0.2})
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state_at(3))
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    save_all(tmp_path, [0.1, 0.9, 0.2, None, 0.3, None])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
+
+
+def test_a_state_that_is_donated_at_once_is_saved_as_it_was(tmp_path):
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
+    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
+        state = state_at(1)
+        checkpoints.save(1, state, {}, None, {})
+        for _ in range(20):
+            state = overwrite(state)
+    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(layout(state)).state, state_at(1))
+
+
+def test_every_damaged_file_is_found_and_named(tmp_path):
+    save_all(tmp_path, [None])
+    files = [
+        path
+        for part in ("state", "run")
+        for path in (tmp_path / "1" / part).rglob("*")
+        if path.stat().st_size > 9
+    ]
+    files = [path for path in files if path.is_file()] + [tmp_path / "1" / "seal.json"]
+    assert len(files) > 4
+    for path in files:
+        content = path.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for broken in (flipped, content[:middle], None):
+            path.unlink() if broken is None else path.write_bytes(broken)
+            with pytest.raises(UserError, match=f"{tmp_path}/1 is damaged"):
+                TrainingCheckpoints(tmp_path, 2)
+            path.write_bytes(content)
+    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.restore(layout(state_at(0))).step == 1
