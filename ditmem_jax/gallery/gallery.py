@@ -13,7 +13,6 @@ from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import FIXED, Table
 from ditmem_jax.config import Config
-from ditmem_jax.data.files import cache_folder
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.sources import Videos
 from ditmem_jax.encode.dataset import encode_dataset
@@ -22,6 +21,7 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.gallery.clips import Clips, Decoder, below
 from ditmem_jax.gallery.map import Colours, colour, project
 from ditmem_jax.models.wan.tokenizer import clean
+from ditmem_jax.storage.files import cache_folder
 from ditmem_jax.storage.weights import load_umt5, load_vae
 
 POINTS = 2000  # of a map: more would hide each other
