@@ -1,6 +1,6 @@
 """Wan2.1-T2V-14B with a memory encoder of the released kind: 81 frames of 720 x 1280 at 16 per second.
 
-The weights come from `python -m convert Wan2.1-T2V-14B weights/wan2.1-t2v-14b`.
+The weights come from `ditmem convert Wan2.1-T2V-14B weights/wan2.1-t2v-14b`.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,9 @@ def get_config() -> ConfigDict:
     config.dit = ConfigDict(to_dict(DIT_PRESETS["wan2.1-t2v-14b"]))
     config.video = ConfigDict(dict(frames=81, height=720, width=1280, fps=16))
     config.memory = ConfigDict(dict(dim=config.dit.dim, latent_grid=(21, 90, 160)))
-    config.weights = ConfigDict(dict(path="weights/wan2.1-t2v-14b", dtype="bfloat16"))
+    config.weights = ConfigDict(
+        dict(path="weights/wan2.1-t2v-14b", hub="Wan-AI/Wan2.1-T2V-14B", dtype="bfloat16")
+    )
     config.data = ConfigDict(dict(records="records", bank="bank", references=5, batch_size=1))
     config.objective = ConfigDict(dict(kind="released", density="shifted", shift=5.0, memory_dropout=0.0))
     config.optim = ConfigDict(dict(learning_rate=1e-5))

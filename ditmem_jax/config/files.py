@@ -1,8 +1,9 @@
-"""A config file with its overrides, as the strict `Config`."""
+"""A config, by the name of one that ships with the library or by file, with overrides: the strict `Config`."""
 
 import ast
 import runpy
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,32 @@ from ditmem_jax.config.strict import build, to_dict
 from ditmem_jax.errors import UserError, nearest
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The strict `Config` of a file, after overrides such as "optim.learning_rate=1e-4".
+def read_config(config: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the strict `Config` of a file, after overrides such as "optim.learning_rate=1e-4".
 
+    Args:
+        config: a file with `get_config()`, or the name of one in `ditmem_jax.configs`, such as "wan".
     Raises:
         UserError: if there is no such file, or it or an override does not fit `Config`.
     """
-    values = to_dict(build(Config, _run_config(Path(path))))
+    values = to_dict(build(Config, _run_config(find_config(config))))
     for override in overrides:
         _override(values, *override.partition("=")[::2])
     return build(Config, values)
 
 
-def _run_config(path: Path) -> dict[str, Any] | ConfigDict:
-    """What get_config() in the file returns."""
+def find_config(config: str | Path) -> Path:
+    """Return the file of a config that is given as one or by name; a name means what ships with the library."""
+    shipped = {path.stem: path for path in Path(str(files("ditmem_jax.configs"))).glob("[!_]*.py")}
+    path = shipped.get(str(config), Path(config))
     if not path.is_file():
-        raise UserError(f"no config file {path}")
+        names = nearest(path.stem, shipped)
+        raise UserError(f"no config file {path}", expected=f"a file with get_config(), or one of: {names}")
+    return path
+
+
+def _run_config(path: Path) -> dict[str, Any] | ConfigDict:
+    """Return what get_config() in the file returns."""
     try:
         module = runpy.run_path(str(path))
         if "get_config" not in module:

@@ -15,10 +15,13 @@ from ditmem_jax.errors import UserError
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
-    """Define `--config FILE.py` with overrides such as `--config.optim.learning_rate=1e-4`."""
+    """Define `--config NAME` or `--config FILE.py` with overrides such as `--config.optim.learning_rate=1e-4`."""
     flags.DEFINE_multi_string("set", [], "PART.NAME=VALUE, what --config.PART.NAME=VALUE means.")
     return flags.DEFINE_string(
-        "config", default, "Python file with get_config(); override a value with --config.part.name=value."
+        "config",
+        default,
+        "Name of a config that ships with the library, such as tiny or wan, or a Python file with get_config(); "
+        "override a value with --config.part.name=value.",
     )
 
 
@@ -87,7 +90,7 @@ def define_compile_cache() -> flags.FlagHolder:
 def load_config(holder: flags.FlagHolder) -> Config:
     """Return the strict `Config` of the file behind a `define_config` flag, with the command line's overrides."""
     if holder.value is None:
-        raise UserError("--config is missing", expected="a file such as configs/tiny.py")
+        raise UserError("--config is missing", expected="a name such as tiny, or a file")
     return read_config(holder.value, flags.FLAGS.set)
 
 

@@ -270,13 +270,16 @@ class VideoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-    """Folder of converted weights (`python -m convert`), and how the frozen ones are held.
+    """Folder of converted weights (`ditmem convert`), and how the frozen ones are held.
+
+    `hub` is the repository on the Hugging Face hub that they were published in, for the message when they are missing.
 
     "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory. Training saves it only
     with a `run.remat` other than "none", which keeps these matrices in full for the backward pass.
     """
 
     path: str = ""
+    hub: str = ""
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
 
     @property

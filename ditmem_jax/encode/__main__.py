@@ -66,7 +66,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = cli.define_config("configs/tiny.py")
+    CONFIG = cli.define_config("tiny")
     TABLE = flags.DEFINE_string(
         "table", None, "CSV, parquet or JSON lines with columns video (or video_path) and caption."
     )

@@ -1,4 +1,4 @@
-"""Converted weights (`python -m convert`), a folder:
+"""Converted weights (`ditmem convert`), a folder:
 
 config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}},
                        "provenance": {where each comes from},
@@ -55,15 +55,16 @@ def load_dit(
     Raises:
         UserError: if the folder is missing or broken, or holds a network of another configuration.
     """
+    names = stored_dits(config, experts)
+    loaded = [_load(config, "dit", lambda: _new_dit(config), place, name) for name in names]
+    return Experts(*loaded) if len(loaded) > 1 else loaded[0]
 
-    def load(stored: str) -> DiT:
-        return _load(config, "dit", lambda: _new_dit(config), place, stored)
 
-    if config.experts.boundary is None or experts == "low":
-        return load("dit")
-    if experts == "high":
-        return load("dit_high")
-    return Experts(load("dit_high"), load("dit"))
+def stored_dits(config: Config, experts: Literal["both", "high", "low"] = "both") -> tuple[str, ...]:
+    """Return the names of what `load_dit` loads: of two experts, the one for high noise first."""
+    if config.experts.boundary is None:
+        return ("dit",)
+    return {"both": ("dit_high", "dit"), "high": ("dit_high",), "low": ("dit",)}[experts]
 
 
 def new_dit(config: Config, experts: Literal["both", "high", "low"] = "both") -> DiT | Experts:
@@ -97,9 +98,7 @@ def _load(
     """The network of `config.<name>` in the folder of converted weights, `stored` there under that or another name."""
     stored = stored or name
     folder = Path(config.weights.path)
-    networks, wanted = read_networks(folder), getattr(config, name)
-    if stored not in networks:
-        raise UserError(f"{folder} holds no network {stored!r}", fix="convert the weights again")
+    networks, wanted = check_weights(config, stored), getattr(config, name)
     given = build(type(wanted), networks[stored], f"{folder}: {stored}")  # what it leaves out has its default
     found, wanted = to_dict(given), to_dict(wanted)
     if different := sorted(key for key in wanted if found[key] != wanted[key]):
@@ -111,6 +110,28 @@ def _load(
         )
     structure, shapes = abstract(create)
     return structure.merge(read_arrays(folder / f"{stored}.safetensors", shapes, place))
+
+
+def check_weights(config: Config, *names: str) -> dict[str, Any]:
+    """Return the configurations of the networks in the folder of `config.weights`, by name.
+
+    Args:
+        names: networks that must be there: "dit", "vae", "text", "dit_high".
+    Raises:
+        UserError: with the commands that get them, if the folder or one of them is missing.
+    """
+    path, hub = config.weights.path, config.weights.hub
+    source = hub.rpartition("/")[2] or "SOURCE"
+    fix = f"ditmem convert {source} {path or 'DEST'}, for config.weights.path"
+    if hub:
+        fix = f"hf download {hub} --local-dir {source} && ditmem convert {source} {path}"
+    if not Path(path, "config.json").exists():
+        raise UserError(f"no weights in {path!r}", expected=f"{', '.join(names)}, converted", fix=fix)
+    networks = read_networks(path)
+    if missing := [name for name in names if name not in networks]:
+        found = ", ".join(networks) or "none"
+        raise UserError(f"{path} holds no network {', '.join(missing)}", found=found, fix=fix)
+    return networks
 
 
 def read_networks(folder: str | Path) -> dict[str, Any]:
@@ -139,7 +160,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no folder of converted weights",
             expected=path,
             found=error.strerror,
-            fix="another folder, or a new one that python -m convert SOURCE DEST makes",
+            fix="another folder, or a new one that ditmem convert SOURCE DEST makes",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged", found=repr(error), fix="convert the weights again") from error

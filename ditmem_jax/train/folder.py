@@ -45,7 +45,7 @@ FREE = {
         "keep",
     },
     "data": {"validation", "workers", "cache"},
-    "weights": {"path"},  # their fingerprint is what counts
+    "weights": {"path", "hub"},  # their fingerprint is what counts
     "sample": None,
     "mesh": None,
 }

@@ -23,7 +23,7 @@ from ditmem_jax.models.state import Arrays, abstract, split
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.parallel.mesh import batch_sharding, check_mesh, local_rows, make_mesh, whole
 from ditmem_jax.storage.encoders import save_encoder
-from ditmem_jax.storage.weights import load_dit
+from ditmem_jax.storage.weights import check_weights, load_dit, stored_dits
 from ditmem_jax.train import folder as runs
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_encoder, state_layout
@@ -41,6 +41,7 @@ class Setup:
     """
 
     def __init__(self, config: Config):
+        check_weights(config, *stored_dits(config, config.experts.trains))
         self.config, self.mesh = config, make_mesh(config.mesh)
         records = RecordReader(config.data.records)
         held_out = RecordReader(config.data.validation) if config.data.validation else None

@@ -102,6 +102,19 @@ def test_no_config_file(tmp_path):
         read_config(tmp_path / "absent.py")
 
 
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("wan*.py")])
+def test_a_name_is_the_file_that_ships(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # such as a folder of weights
+    assert read_config(name) == read_config(ROOT / "configs" / f"{name}.py")
+
+
+@pytest.mark.parametrize(("given", "nearest"), [("wan_15b", "wan_14b"), ("configs/tiny2.py", "tiny")])
+def test_a_wrong_name_names_the_nearest(given, nearest):
+    with pytest.raises(UserError, match=f"no config file {given}\n.*one of: {nearest}"):
+        read_config(given)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

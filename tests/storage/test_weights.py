@@ -15,7 +15,7 @@ from ditmem_jax.models.layers import to_int8
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
-from ditmem_jax.storage.weights import load_dit, load_umt5
+from ditmem_jax.storage.weights import check_weights, load_dit, load_umt5
 from ditmem_jax.train.checkpoints import TrainingCheckpoints
 from tests.tiny import make_tiny, random_arrays, replace
 
@@ -78,8 +78,13 @@ def test_weights_of_another_width_are_named_before_anything_is_read(config):
 
 
 def test_a_missing_folder_tells_how_to_convert(config, tmp_path):
-    with pytest.raises(UserError, match="python -m convert"):
+    with pytest.raises(UserError, match="ditmem convert SOURCE"):
         load_dit(replace(config, "weights", path=str(tmp_path / "absent")))
+
+
+def test_a_network_that_is_missing_is_named(config):
+    with pytest.raises(UserError, match=r"holds no network dit_high\n.*dit, text, vae"):
+        check_weights(config, "dit", "dit_high")
 
 
 def test_settings_that_the_weights_do_not_mention_have_their_defaults(config, tmp_path):
