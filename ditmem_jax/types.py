@@ -1,16 +1,63 @@
-"""The memory as a value."""
+"""Values that the parts of the library hand to each other."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+Backend = Literal["xla", "cudnn", "splash"]
+Remat = Literal["none", "products", "attention", "blocks", "offload"]
 
 
 class Memory(NamedTuple):
-    """Memory rows for every self-attention of the transformer.
+    """Memory tokens: keys and values beside the video's own in every self-attention of the transformer.
 
-    `bias` is added to the attention logits of a row: the log of how many equal rows it stands for, plus the log
-    of the strength; -inf for a row that is absent.
+    `bias` is added to the attention logits of a token: the log of how many equal tokens it stands for, plus the log
+    of the strength; -inf for a token that is absent.
     """
 
     tokens: Float[Array, "B M D"]
     bias: Float[Array, "B M"]
+
+
+class Conditioning(NamedTuple):
+    """The inputs of a backbone beside noisy latents, noise level and memory.
+
+    A backbone says which it takes: text-to-video kinds take text alone, image-to-video kinds `frames`, channels beside
+    the noisy latents such as a given first frame and its mask, and Wan 2.1's also `image`, CLIP image tokens.
+    """
+
+    text: Float[Array, "B L E"]
+    """Text embeddings, zero past their length."""
+    frames: Float[Array, "B T H W Y"] | None = None
+    image: Float[Array, "B I P"] | None = None
+
+
+class Batch(NamedTuple):
+    """Samples to train or validate on. `ids` are those of the records, on the host only."""
+
+    latents: Float[Array, "B T H W C"]
+    conditioning: Conditioning
+    references: Float[Array, "B R T H W C"]
+    """Latents of the reference videos, zero where there is none."""
+    present: Bool[Array, "B R"]
+    """True where there is a reference."""
+    ids: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a network computes, beside what; fixed when it is built.
+
+    Args:
+        backend: the kernel of attention.
+        remat: what the backward pass finds kept. "none" computes nothing again; "products" keeps matrix products
+            only, which saves half of the memory and on CPUs even time; "attention" keeps the inputs of blocks and the
+            outputs of kernels of attention; "blocks" the inputs only; "offload" has these in the memory of the host,
+            where the device can reach that (GPUs and TPUs).
+        unroll: lay the blocks out instead of scanning them, for counting operations.
+    """
+
+    backend: Backend = "xla"
+    remat: Remat = "none"
+    unroll: bool = False

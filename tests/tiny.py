@@ -164,8 +164,7 @@ def random_arrays(shapes: dict[str, jax.ShapeDtypeStruct], seed: int = 0) -> dic
 
 def write_records(folder: str | Path, config: Config, count: int, seed: int = 0) -> None:
     """Records of noise with captions of four planets, in turn."""
-    video, rng = config.video, np.random.default_rng(seed)
-    grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+    rng, grid = np.random.default_rng(seed), config.latent_shape
     with RecordWriter(folder, Meta(grid, config.text.dim, "float32")) as writer:
         for i in range(count):
             caption = CAPTIONS[i % len(CAPTIONS)]

@@ -24,7 +24,7 @@ from rich.progress import track
 from ditmem_jax.aot import roof
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.errors import UserError, nearest
-from ditmem_jax.models.ditmem import Networks, attention_backend
+from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.memory_encoder import row_counts
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import Arrays, abstract
@@ -43,6 +43,7 @@ from ditmem_jax.storage.weights import new_dit
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.setup import batch_layout
 from ditmem_jax.train.step import jit_train_step, make_encoder, state_layout
+from ditmem_jax.types import Conditioning
 
 # libtpu looks for the machine that it is on, complains where that is none of its own, and lets one process at a time
 # have its chips, of which none is wanted here.
@@ -99,7 +100,9 @@ class Report:
 def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
     """The jitted step, its arguments, these by kind, and what stays in memory beside them."""
     optimizer = make_optimizer(config.optim, config.run.steps)
-    dit, backbone = _network(lambda: new_dit(config, config.experts.trains), "dit", mesh)
+    dit, backbone = _network(
+        lambda: new_dit(config, config.experts.trains, compute_for(config, mesh, training=True)), "dit", mesh
+    )
     encoder, _ = abstract(lambda: make_encoder(config))
     state = state_layout(config, optimizer, mesh)
     batch = batch_layout(config, mesh, jnp.dtype(config.weights.computed_in))
@@ -118,12 +121,11 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
 
     Of two experts it is that of the first step, with one encoder for both. Decoding, which follows, is not part of it.
     """
-    structure, arrays = _network(lambda: new_dit(config, "high"), "dit", mesh)
+    structure, arrays = _network(lambda: new_dit(config, "high", compute_for(config, mesh)), "dit", mesh)
     encoder, encoder_arrays = _network(lambda: make_encoder(config), "encoder", mesh)
     _, vae = _network(lambda: VAE(config.vae, rngs=nnx.Rngs(0)), "vae", mesh)
 
-    video, size = config.video, config.data.batch_size
-    grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
+    size = config.data.batch_size
     rows = (size, config.data.references, 2, len(row_counts(config.memory)), config.memory.dim)
     memory = jax.eval_shape(
         lambda arrays, rows: encoder.merge(arrays).mix(rows, jnp.ones(rows.shape[:2], bool)),
@@ -131,15 +133,15 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
         jax.ShapeDtypeStruct(rows, jnp.float32),
     )
     each, every = batch_sharding(mesh), replicated(mesh)
-    noise = jax.ShapeDtypeStruct((size, *grid), jnp.float32, sharding=each)
+    noise = jax.ShapeDtypeStruct((size, *config.latent_shape), jnp.float32, sharding=each)
     text = jax.ShapeDtypeStruct((size, config.dit.text_len, config.dit.text_dim), jnp.float32, sharding=every)
     level = jax.ShapeDtypeStruct((), jnp.float32, sharding=every)
     memory = with_shardings(memory, jax.tree.map(lambda _: each, memory))
-    inputs = noise, level, level, text, text, memory
+    inputs = noise, level, level, Conditioning(text), Conditioning(text), memory
 
     graph, weights = nnx.split(structure.merge(arrays))
     _, _, scale = schedule(config)[0]
-    step = make_step(config, graph, attention_backend(config, mesh), scale)
+    step = make_step(config, graph, scale)
     program = jax.jit(step, out_shardings=each)
     beside = {"memory encoder": encoder_arrays, "VAE": vae}
     if config.experts.boundary is not None:
@@ -171,20 +173,12 @@ def examine(program: Program, config: Config, topology: str) -> Report:
     mesh = make_mesh(config.mesh, devices)
     check_mesh(config, mesh, config.data.batch_size)
     jitted, arguments, kinds, beside = PROGRAMS[program](config, mesh)
-    tokens = math.prod(
-        size // patch
-        for size, patch in zip(
-            config.vae.latent_grid(config.video.frames, config.video.height, config.video.width),
-            config.dit.patch_size,
-            strict=True,
-        )
-    )
     report = Report(
         program=program,
         topology=topology,
         mesh={axis: mesh.shape[axis] for axis in AXES},
         batch=config.data.batch_size,
-        tokens=tokens,
+        tokens=math.prod(config.token_grid),
         remat=config.run.remat if program == "train" else None,
         weights=config.weights.dtype,
         hbm=chip.hbm,

@@ -13,8 +13,8 @@ from jaxtyping import Int
 from ditmem_jax.data.records import Record, RecordReader
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
+from ditmem_jax.types import Batch, Conditioning
 
-Batch = dict[str, np.ndarray]
 READ_AHEAD = grain.ReadOptions(
     num_threads=2, prefetch_buffer_size=4
 )  # in batches; grain's 500 fill the memory
@@ -38,14 +38,8 @@ def training_data(
     """Batches of records with their reference videos, for ever or for `epochs`; the same for the same seed.
 
     `iter()` of the result has `get_state()` and `set_state()`; what follows a restored state is bit for bit
-    what would have followed it before. A batch holds, with numbers of the type that they are stored in,
-
-        id              [B] text
-        latents         [B, T, H, W, C]
-        context         [B, L, D] text embeddings, zero past the text; L is `text_len`
-        context_mask    [B, L] true on the text
-        references      [B, R, T, H, W, C] latents of the reference videos, zero where there is none
-        present         [B, R] true where there is a reference
+    what would have followed it before. Each is a `types.Batch` of NumPy arrays of the dtype that they are stored in,
+    with text embeddings padded to `text_len`.
 
     Args:
         records: what to train on.
@@ -139,7 +133,7 @@ class _Load:
         matches = self.matches[indices]
         size, width = len(samples), self.records.meta.text_dim
         dtype = samples[0].latents.dtype
-        context = np.zeros((size, self.text_len, width), dtype)
+        text = np.zeros((size, self.text_len, width), dtype)
         lengths = np.array([len(sample.text_embedding) for sample in samples])
         if lengths.max() > self.text_len:
             raise UserError(
@@ -150,15 +144,14 @@ class _Load:
             )
         references = np.zeros((*matches.shape, *self.records.meta.latents), dtype)
         for row, sample in enumerate(samples):
-            context[row, : lengths[row]] = sample.text_embedding
+            text[row, : lengths[row]] = sample.text_embedding
             for column, match in enumerate(matches[row]):
                 if match >= 0:
                     references[row, column] = self.record(True, match).latents
-        return {
-            "id": np.array([sample.id for sample in samples]),
-            "latents": np.stack([sample.latents for sample in samples]),
-            "context": context,
-            "context_mask": np.arange(self.text_len)[None] < lengths[:, None],
-            "references": references,
-            "present": matches >= 0,
-        }
+        return Batch(
+            np.stack([sample.latents for sample in samples]),
+            Conditioning(text),
+            references,
+            matches >= 0,
+            np.array([sample.id for sample in samples]),
+        )

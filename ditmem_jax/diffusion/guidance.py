@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ditmem_jax.config.schema import TRAIN_STEPS
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Conditioning, Memory
 
 Latents = Float[Array, "B T H W C"]
 Velocity = Callable[[Latents, Float[Array, ""]], Latents]
@@ -15,9 +15,9 @@ Velocity = Callable[[Latents, Float[Array, ""]], Latents]
 
 
 def guided(
-    dit: Callable[..., Latents],
-    positive: Float[Array, "B L E"],
-    negative: Float[Array, "B L E"],
+    backbone: Callable[..., Latents],
+    positive: Conditioning,
+    negative: Conditioning,
     memory: Memory | None,
     scale: float,
     *,
@@ -29,13 +29,12 @@ def guided(
     gathered twice a step, which is little beside the products at the lengths of video.
 
     Args:
-        dit: velocity of (latents, timestep, text embeddings, memory), such as a `DiT`.
-        positive, negative: text embeddings, zero past their lengths.
+        backbone: velocity of (latents, timestep, conditioning, memory), such as a `DiT`.
         memory_in_negative: give the memory to both branches, as released; otherwise guidance pushes towards it.
     """
 
-    def branch(x, sigma, context, memory):
-        return dit(x, jnp.full(x.shape[:1], TRAIN_STEPS * sigma), context, memory)
+    def branch(x, sigma, conditioning, memory):
+        return backbone(x, jnp.full(x.shape[:1], TRAIN_STEPS * sigma), conditioning, memory)
 
     def both(x, sigma):
         toward, away = jax.lax.map(lambda given: branch(x, sigma, *given), branches)
@@ -47,5 +46,5 @@ def guided(
     if memory is not None:
         other = memory.bias if memory_in_negative else jnp.full_like(memory.bias, -jnp.inf)
         memories = Memory(jnp.stack([memory.tokens] * 2), jnp.stack([memory.bias, other]))
-    branches = jnp.stack([positive, negative]), memories
+    branches = jax.tree.map(lambda *pair: jnp.stack(pair), positive, negative), memories
     return both

@@ -13,14 +13,11 @@ from jaxtyping import Array, Bool, Float
 from ditmem_jax.config import Config
 from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import add_noise, target
-from ditmem_jax.models.attention.kernels import Backend, resolve
+from ditmem_jax.models.attention.kernels import resolve
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import Structure
-from ditmem_jax.models.wan.dit import DiT, Remat
-from ditmem_jax.types import Memory
-
-Batch = dict[str, Array]
-"""`latents` [B, T, H, W, C], `context` [B, L, D], and for a memory `references` [B, R, T, H, W, C], `present` [B, R]."""
+from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.types import Backend, Batch, Compute, Memory
 
 
 class Networks(NamedTuple):
@@ -40,12 +37,17 @@ def attention_backend(config: Config, mesh: Mesh) -> Backend:
     return resolve(config.mesh.attention, platform, config.weights.computed_in, config.dit.head_dim)
 
 
+def compute_for(config: Config, mesh: Mesh, *, training: bool = False) -> Compute:
+    """How the transformer of `config` computes on the devices of `mesh`; errors as `attention_backend`."""
+    return Compute(attention_backend(config, mesh), config.run.remat if training else "none")
+
+
 def encode(
     encoder: MemoryEncoder, batch: Batch, *, training: bool = False, rngs: nnx.Rngs | None = None
 ) -> Memory:
     """The memory of each sample's reference videos."""
-    references = batch["references"].astype(jnp.float32)
-    return encoder(references, batch["present"], training=training, rngs=rngs)
+    references = batch.references.astype(jnp.float32)
+    return encoder(references, batch.present, training=training, rngs=rngs)
 
 
 def keep_only(memory: Memory, keep: Bool[Array, " B"]) -> Memory:
@@ -59,61 +61,24 @@ def with_strength(memory: Memory, strength: float | Float[Array, ""]) -> Memory:
 
 
 def velocity(
-    dit: DiT,
+    backbone: DiT,
     memory: Memory | None,
     batch: Batch,
     sigma: Float[Array, " B"],
     noise: Float[Array, "B T H W C"],
-    *,
-    remat: Remat = "none",
-    backend: Backend = "xla",
-    unroll: bool = False,
 ) -> Float[Array, "B T H W C"]:
-    """Velocity of the batch's latents at noise level `sigma`, one per sample; for the options see `DiT`."""
-    noisy = add_noise(batch["latents"].astype(jnp.float32), noise, sigma)
-    return dit(
-        noisy, TRAIN_STEPS * sigma, batch["context"], memory, remat=remat, backend=backend, unroll=unroll
-    )
+    """Velocity of the batch's latents at noise level `sigma`, one per sample."""
+    noisy = add_noise(batch.latents.astype(jnp.float32), noise, sigma)
+    return backbone(noisy, TRAIN_STEPS * sigma, batch.conditioning, memory)
 
 
-def errors(
-    dit: DiT,
+def per_sample_mse(
+    backbone: DiT,
     memory: Memory | None,
     batch: Batch,
     sigma: Float[Array, " B"],
     noise: Float[Array, "B T H W C"],
-    *,
-    remat: Remat = "none",
-    backend: Backend = "xla",
-    unroll: bool = False,
 ) -> Float[Array, " B"]:
     """Mean squared error of the velocity, per sample."""
-    latents = batch["latents"].astype(jnp.float32)
-    predicted = velocity(dit, memory, batch, sigma, noise, remat=remat, backend=backend, unroll=unroll)
-    return jnp.square(predicted - target(latents, noise)).mean(axis=(1, 2, 3, 4))
-
-
-def predict(
-    dit: DiT,
-    encoder: MemoryEncoder,
-    batch: Batch,
-    sigma: Float[Array, " B"],
-    noise: Float[Array, "B T H W C"],
-    *,
-    training: bool = False,
-    rngs: nnx.Rngs | None = None,
-    keep: Bool[Array, " B"] | None = None,
-    remat: Remat = "none",
-    backend: Backend = "xla",
-    unroll: bool = False,
-) -> Float[Array, "B T H W C"]:
-    """Velocity with the memory of the batch's references.
-
-    Args:
-        training: statistics of the batch and dropout in the encoder (from `rngs.dropout`).
-        keep: samples that keep their memory; all of them by default.
-    """
-    memory = encode(encoder, batch, training=training, rngs=rngs)
-    if keep is not None:
-        memory = keep_only(memory, keep)
-    return velocity(dit, memory, batch, sigma, noise, remat=remat, backend=backend, unroll=unroll)
+    predicted = velocity(backbone, memory, batch, sigma, noise)
+    return jnp.square(predicted - target(batch.latents.astype(jnp.float32), noise)).mean(axis=(1, 2, 3, 4))

@@ -125,9 +125,7 @@ def check_mesh(config: Config, mesh: Mesh, batch_size: int | None = None) -> Non
             found=batch_size,
             fix=f"use {math.ceil(batch_size / parts) * parts}",
         )
-    video, patch = config.video, config.dit.patch_size
-    grid = config.vae.latent_grid(video.frames, video.height, video.width)
-    grid = [size // p for size, p in zip(grid, patch, strict=True)]
+    grid = config.token_grid
     for what, total, shown, axis in (
         ("tokens of a clip", math.prod(grid), " x ".join(map(str, grid)) + " = ", "context"),
         ("heads of the transformer", config.dit.num_heads, "", "tensor"),

@@ -17,6 +17,7 @@ from ditmem_jax.bank.features import Features
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError
+from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.parallel.mesh import batch_parts
 from ditmem_jax.sample.retrieval import Retrieved, retrieve
@@ -89,7 +90,7 @@ def make_clips(
     with Progress(*columns, console=Console(quiet=not processes.is_primary())) as progress:
         bar = progress.add_task("loading", total=None)
         sampler = Sampler.load(config, encoder, on_step, [prompt])
-        progress.console.print(f"attention by {sampler.backend}")
+        progress.console.print(f"attention by {compute_for(config, sampler.mesh).backend}")
         if references is not None and not isinstance(references, tuple):
             references = sampler.rows(references)  # once for all clips
         phases.end("load")

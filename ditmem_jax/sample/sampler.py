@@ -5,7 +5,6 @@ the compiler's cache keeps the program, as it would not if that called back to t
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +23,11 @@ from ditmem_jax.data.video import from_unit
 from ditmem_jax.diffusion import flow
 from ditmem_jax.diffusion.guidance import Latents, Velocity, guided
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.attention.kernels import Backend
-from ditmem_jax.models.ditmem import attention_backend, with_strength
+from ditmem_jax.models.backbone import Experts
+from ditmem_jax.models.ditmem import compute_for, with_strength
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.placement import place_on
-from ditmem_jax.models.wan.dit import DiT, Experts
+from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, decode
@@ -36,7 +35,7 @@ from ditmem_jax.parallel import compilation
 from ditmem_jax.parallel.mesh import check_mesh, divided, make_mesh, whole
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Conditioning, Memory
 
 Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
 """What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
@@ -104,7 +103,6 @@ class Sampler:
     ):
         self.config, self.vae, self._text = config, vae, text
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-        self.backend = attention_backend(config, self.mesh)
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
         parts = zip(dits, schedule(config), strict=True)
@@ -140,7 +138,8 @@ class Sampler:
             negative = config.sample.negative_prompt
             known = {negative: embed(text, [negative], allow_empty=True)[0]}
             text = known | {prompt: embed(text, [prompt])[0] for prompt in prompts}
-        dit, vae = load_dit(config, place_on(mesh, "dit")), load_vae(config, place_on(mesh, "vae"))
+        dit = load_dit(config, place_on(mesh, "dit"), compute=compute_for(config, mesh))
+        vae = load_vae(config, place_on(mesh, "vae"))
         return cls(config, dit, vae, text, memory, on_step, mesh)
 
     def generate(
@@ -181,8 +180,7 @@ class Sampler:
 
     def noise(self, seeds: Sequence[int]) -> Latents:
         """What the clips of these seeds begin with."""
-        video, vae = self.config.video, self.config.vae
-        shape = (*vae.latent_grid(video.frames, video.height, video.width), vae.z_dim)
+        shape = self.config.latent_shape
         noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
         return divided(self.mesh, noise, "batch", *[None] * 4)
 
@@ -211,8 +209,8 @@ class Sampler:
             if references is not None:
                 mixed = [_mix(*pair, strength) for pair in zip(self._encoders, rows, strict=True)]
                 memories = mixed * (len(self._stages) // len(mixed))
-            positive = self._embed(prompts)
-            texts = positive, jnp.repeat(self._negative, len(prompts), axis=0)
+            texts = self._embed(prompts), jnp.repeat(self._negative, len(prompts), axis=0)
+            texts = tuple(map(Conditioning, texts))
             return [
                 (self._step(stage, *texts, memory), stage.sigmas, stage.end)
                 for stage, memory in zip(self._stages, memories, strict=True)
@@ -223,8 +221,8 @@ class Sampler:
         """The compiled step of a stage with the texts and the memory that it takes."""
         sizes = tuple(jnp.shape(x) for x in jax.tree.leaves(given))
         if sizes not in stage.programs:
-            x = self.noise([0] * len(given[0]))
-            step = make_step(self.config, stage.graph, self.backend, stage.scale)
+            x = self.noise([0] * len(given[0].text))
+            step = make_step(self.config, stage.graph, stage.scale)
             step = jax.jit(step, out_shardings=x.sharding)
             levels = np.float32(1), np.float32(-1)
             stage.programs[sizes] = compilation.compile_for(step, stage.weights, x, *levels, *given)
@@ -258,7 +256,7 @@ class Sampler:
         return jnp.stack([self._text[prompt] for prompt in prompts])
 
 
-def make_step(config: Config, graph: Any, backend: Backend, scale: float) -> Callable[..., Latents]:
+def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Latents]:
     """The pure program (weights, latents, sigma, its change, positive, negative, memory or None) -> latents.
 
     Args:
@@ -267,9 +265,10 @@ def make_step(config: Config, graph: Any, backend: Backend, scale: float) -> Cal
     """
 
     def step(weights, x, sigma, change, positive, negative, memory):
-        dit = functools.partial(nnx.merge(graph, weights), backend=backend)
         options = dict(memory_in_negative=config.sample.memory_in_negative)
-        return euler(guided(dit, positive, negative, memory, scale, **options))(x, sigma, change)
+        return euler(guided(nnx.merge(graph, weights), positive, negative, memory, scale, **options))(
+            x, sigma, change
+        )
 
     return step
 

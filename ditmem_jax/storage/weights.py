@@ -21,14 +21,16 @@ from flax import nnx
 
 from ditmem_jax.config import Config, build, to_dict
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.layers import to_int8
+from ditmem_jax.models.backbone import Experts
+from ditmem_jax.models.quantised import to_int8
 from ditmem_jax.models.state import Arrays, abstract
-from ditmem_jax.models.wan.dit import DiT, Experts
+from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE
 from ditmem_jax.storage.tensors import DTYPES as STORED_DTYPES
 from ditmem_jax.storage.tensors import cast, open_tensors
+from ditmem_jax.types import Compute
 
 FORMAT, VERSION = "ditmem_jax", 1
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -46,7 +48,10 @@ def on_default_device(path: str, array: np.ndarray) -> jax.Array:
 
 
 def load_dit(
-    config: Config, place: Place = on_default_device, experts: Literal["both", "high", "low"] = "both"
+    config: Config,
+    place: Place = on_default_device,
+    experts: Literal["both", "high", "low"] = "both",
+    compute: Compute = Compute(),
 ) -> DiT | Experts:
     """The transformer of `config.weights`, in its dtype; for int8 its matrices are rounded as they are read.
 
@@ -56,7 +61,7 @@ def load_dit(
         UserError: if the folder is missing or broken, or holds a network of another configuration.
     """
     names = stored_dits(config, experts)
-    loaded = [_load(config, "dit", lambda: _new_dit(config), place, name) for name in names]
+    loaded = [_load(config, "dit", lambda: _new_dit(config, compute), place, name) for name in names]
     return Experts(*loaded) if len(loaded) > 1 else loaded[0]
 
 
@@ -67,17 +72,20 @@ def stored_dits(config: Config, experts: Literal["both", "high", "low"] = "both"
     return {"both": ("dit_high", "dit"), "high": ("dit_high",), "low": ("dit",)}[experts]
 
 
-def new_dit(config: Config, experts: Literal["both", "high", "low"] = "both") -> DiT | Experts:
+def new_dit(
+    config: Config, experts: Literal["both", "high", "low"] = "both", compute: Compute = Compute()
+) -> DiT | Experts:
     """A network of the structure that `load_dit` loads, to be made abstractly."""
     if config.experts.boundary is None or experts != "both":
-        return _new_dit(config)
-    return Experts(_new_dit(config), _new_dit(config))
+        return _new_dit(config, compute)
+    return Experts(_new_dit(config, compute), _new_dit(config, compute))
 
 
-def _new_dit(config: Config) -> DiT:
+def _new_dit(config: Config, compute: Compute) -> DiT:
     weights = config.weights
     dtype = DTYPES[weights.computed_in]
-    return DiT(config.dit, int8=weights.dtype == "int8", rngs=nnx.Rngs(0), dtype=dtype)
+    int8 = weights.dtype == "int8"
+    return DiT(config.dit, int8=int8, compute=compute, rngs=nnx.Rngs(0), dtype=dtype)
 
 
 def load_vae(config: Config, place: Place = on_default_device) -> VAE:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ditmem_jax.config import Config
+from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.train import folder as runs
 from ditmem_jax.train.checkpoints import TrainingCheckpoints
@@ -42,7 +43,7 @@ def train(config: Config, *, warm: bool = False) -> Path:
             state, notes = setup.initial_state(), {"gains": {}, "best": None}
         with runs.Monitor(setup.folder, start, options.steps) as monitor:
             monitor.console.print(describe(setup.backbone, state))
-            monitor.console.print(f"attention by {setup.backend}")
+            monitor.console.print(f"attention by {compute_for(config, setup.mesh).backend}")
             phases.end("load")
             train_step, validator = setup.compile()
             phases.end("compile")
@@ -60,7 +61,7 @@ def train(config: Config, *, warm: bool = False) -> Path:
                     jax.block_until_ready(metrics)
                     phases.end("first batch")
                     monitor.console.print(phases)
-                monitor.add(step, metrics, batch["id"])
+                monitor.add(step, metrics, batch.ids)
 
                 last = step == options.steps
                 validate, save = (

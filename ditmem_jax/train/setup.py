@@ -17,7 +17,7 @@ from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import References
 from ditmem_jax.diffusion import objective
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.ditmem import Batch, Networks, attention_backend
+from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.placement import place_on
 from ditmem_jax.models.state import Arrays, abstract, split
 from ditmem_jax.parallel import compilation, processes
@@ -28,9 +28,9 @@ from ditmem_jax.train import folder as runs
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_encoder, state_layout
 from ditmem_jax.train.validation import Validator
+from ditmem_jax.types import Batch, Conditioning
 
 SMALL = 2**28  # bytes of frozen weights: up to here memory goes to speed, beyond it is scarce
-ON_DEVICE = ("latents", "context", "references", "present")
 
 
 class Setup:
@@ -51,7 +51,6 @@ class Setup:
             found.append(matches.read(held_out, config.data.bank, config.data.references))
         references = [each.references(config.data.references) for each in found]
         check(config, self.mesh, [videos for videos, _ in references], *filter(None, (records, held_out)))
-        self.backend = attention_backend(config, self.mesh)
         self.networks, self.backbone = load_networks(config, self.mesh)
         if sum(x.nbytes for x in self.backbone.values()) <= SMALL:
             compilation.keep_freed_memory()
@@ -90,18 +89,17 @@ class Setup:
                 config.experts,
                 config.run.seed,
                 self.mesh,
-                self.backend,
             )
         return step, validator
 
-    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+    def put(self, batch: Batch) -> Batch:
         """The arrays of a batch on the devices, divided among them."""
         sharding, size = batch_sharding(self.mesh), self.config.data.batch_size
 
         def place(x: np.ndarray) -> jax.Array:
             return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
 
-        return {name: place(batch[name]) for name in ON_DEVICE}
+        return jax.tree.map(place, batch._replace(ids=None))
 
     def initial_state(self) -> TrainState:
         shardings = jax.tree.map(lambda x: x.sharding, self.state_layout)
@@ -118,32 +116,34 @@ class Setup:
 
     def _stream(
         self, records: RecordReader, bank: References, index: np.ndarray, **options: Any
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Batch]:
         options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=bank)
         options |= dict(rows=local_rows(self.mesh, self.config.data.batch_size))
         return iter(training_data(records, index, self.config.data.batch_size, **options))
 
 
-def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and places of the arrays of a batch whose records are stored in `dtype`."""
-    video, data = config.video, config.data
-    grid = (*config.vae.latent_grid(video.frames, video.height, video.width), config.vae.z_dim)
-    shapes = {
-        "latents": (grid, dtype),
-        "context": ((config.dit.text_len, config.dit.text_dim), dtype),
-        "references": ((data.references, *grid), dtype),
-        "present": ((data.references,), bool),
-    }
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
-    }
+def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> Batch:
+    """Shapes, dtypes and shardings of the arrays of a batch whose records are stored in `dtype`."""
+    data, latents, sharding = config.data, config.latent_shape, batch_sharding(mesh)
+
+    def array(*shape: int, dtype: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
+
+    return Batch(
+        array(*latents),
+        Conditioning(array(config.dit.text_len, config.dit.text_dim)),
+        array(data.references, *latents),
+        array(data.references, dtype=bool),
+    )
 
 
 def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
     """Structures of both networks, and the frozen weights on the mesh."""
-    dit, backbone = split(load_dit(config, place_on(mesh, "dit"), config.experts.trains))
+    dit, backbone = split(
+        load_dit(
+            config, place_on(mesh, "dit"), config.experts.trains, compute_for(config, mesh, training=True)
+        )
+    )
     encoder, _ = abstract(lambda: make_encoder(config))
     return Networks(dit, encoder), backbone
 
@@ -159,9 +159,7 @@ def check(config: Config, mesh: Mesh, references: Sequence[References], *streams
                 expected=f"some on the {config.experts.trains} side of {config.experts.boundary}",
                 fix="another objective.sigma_range, or the other expert",
             )
-    video = config.video
-    grid = config.vae.latent_grid(video.frames, video.height, video.width)
-    expected = ((*grid, config.vae.z_dim), config.text.dim)
+    expected = (config.latent_shape, config.text.dim)
     for records in (*references, *streams):
         if (found := (records.meta.latents, records.meta.text_dim)) != expected:
             raise UserError(

@@ -19,15 +19,15 @@ from jax.sharding import Mesh
 from ditmem_jax.config import Config
 from ditmem_jax.diffusion import objective
 from ditmem_jax.diffusion.objective import Baseline
-from ditmem_jax.models.attention.kernels import Backend
-from ditmem_jax.models.ditmem import Batch, Networks, attention_backend, encode, errors, keep_only
+from ditmem_jax.models.backbone import with_expert
+from ditmem_jax.models.ditmem import Networks, encode, keep_only, per_sample_mse
 from ditmem_jax.models.memory_encoder import MemoryEncoder, shuffle_videos
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import Arrays, split
-from ditmem_jax.models.wan.dit import DiT, with_expert
+from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.parallel.mesh import replicated, with_shardings
 from ditmem_jax.storage.weights import DTYPES
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Batch, Memory
 
 # What becomes of an array, by its path in the whole model; the first match wins.
 ROLES = (
@@ -53,39 +53,30 @@ def make_train_step(
     config: Config,
     networks: Networks,
     optimizer: optax.GradientTransformation,
-    *,
-    backend: Backend = "xla",
-    unroll: bool = False,
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure step (state, frozen weights, batch) -> (state, metrics).
-
-    Args:
-        backend: of attention.
-        unroll: lay out the blocks of the transformer, for counting operations.
-    """
+    """The pure step (state, frozen weights, batch) -> (state, metrics)."""
     goal = config.objective
 
     def train_step(state: TrainState, backbone: Arrays, batch: Batch):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.run.seed), state.step), 5)
-        size = len(batch["latents"])
+        size = len(batch.latents)
         sigma, high = objective.draw_sigma(goal, keys[0], size, config.experts)
-        noise = jax.random.normal(keys[1], batch["latents"].shape)
-        keep = jax.random.bernoulli(keys[2], 1 - goal.memory_dropout, (size,)) & batch["present"].any(axis=1)
+        noise = jax.random.normal(keys[1], batch.latents.shape)
+        keep = jax.random.bernoulli(keys[2], 1 - goal.memory_dropout, (size,)) & batch.present.any(axis=1)
         if goal.shuffle_references:
-            references, present = shuffle_videos(batch["references"], batch["present"], keys[3])
-            batch = batch | {"references": references, "present": present}
+            references, present = shuffle_videos(batch.references, batch.present, keys[3])
+            batch = batch._replace(references=references, present=present)
 
         def loss_and_gradients(dit: DiT):
-            def errors_with(memory: Memory | None) -> jax.Array:
-                options = dict(remat=config.run.remat, backend=backend, unroll=unroll)
-                return errors(dit, memory, batch, sigma, noise, **options)
+            def error_with(memory: Memory | None) -> jax.Array:
+                return per_sample_mse(dit, memory, batch, sigma, noise)
 
-            alone = errors_with(None) if goal.kind == "relative" else None
+            alone = error_with(None) if goal.kind == "relative" else None
 
             def loss(params: Arrays):
                 encoder = networks.encoder.merge(params | state.rest)
                 memory = encode(encoder, batch, training=True, rngs=nnx.Rngs(dropout=keys[4]))
-                error = errors_with(keep_only(memory, keep))
+                error = error_with(keep_only(memory, keep))
                 expected = state.baseline.expected(sigma, error) if alone is None else alone
                 _, arrays = split(encoder)  # its running statistics have moved
                 rest = {path: arrays[path] for path in state.rest}
@@ -140,7 +131,7 @@ def jit_train_step(
     """The compiled step, which takes the memory of the state that it is given."""
     shardings = jax.tree.map(lambda x: x.sharding, state_layout(config, optimizer, mesh))
     return jax.jit(
-        make_train_step(config, networks, optimizer, backend=attention_backend(config, mesh)),
+        make_train_step(config, networks, optimizer),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )

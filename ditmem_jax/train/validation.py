@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditmem_jax.config import ExpertsConfig
-from ditmem_jax.models.attention.kernels import Backend
-from ditmem_jax.models.ditmem import Batch, Networks, encode, errors
+from ditmem_jax.models.backbone import with_expert
+from ditmem_jax.models.ditmem import Networks, encode, per_sample_mse
 from ditmem_jax.models.state import Arrays
-from ditmem_jax.models.wan.dit import DiT, with_expert
+from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.parallel import compilation
 from ditmem_jax.parallel.mesh import replicated
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Batch, Memory
 
 
 class Validator:
@@ -40,7 +40,6 @@ class Validator:
         experts: ExpertsConfig,
         seed: int,
         mesh: Mesh,
-        backend: Backend,
     ):
         self.sigmas, self.backbone = tuple(filter(experts.trained_at, sigmas)), backbone
         self.batches = list(zip(batches, jax.random.split(jax.random.key(seed), len(batches)), strict=True))
@@ -48,15 +47,15 @@ class Validator:
         high = jnp.asarray([experts.is_high(sigma) for sigma in self.sigmas])
 
         def over_levels(backbone: Arrays, batch: Batch, key: jax.Array, memory: Memory | None) -> jax.Array:
-            dit, size = networks.dit.merge(backbone), len(batch["latents"])
+            dit, size = networks.dit.merge(backbone), len(batch.latents)
 
             def at_level(level):
                 sigma, high, key = level
-                noise = jax.random.normal(key, batch["latents"].shape)
+                noise = jax.random.normal(key, batch.latents.shape)
                 sigma = jnp.full((size,), sigma)
 
                 def use(dit: DiT) -> jax.Array:
-                    return errors(dit, memory, batch, sigma, noise, backend=backend)
+                    return per_sample_mse(dit, memory, batch, sigma, noise)
 
                 return with_expert(dit, high, use)
 

@@ -1,17 +1,15 @@
 """The operations of `case.OPERATIONS` in this library."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ditmem_jax.config import Config, MeshConfig
+from ditmem_jax.config import MeshConfig
 from ditmem_jax.diffusion.guidance import guided
-from ditmem_jax.models.attention.kernels import Backend
-from ditmem_jax.models.ditmem import Networks, attention_backend
+from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan import vae as vae_module
@@ -20,7 +18,7 @@ from ditmem_jax.models.wan.vae import VAE
 from ditmem_jax.parallel.mesh import make_mesh
 from ditmem_jax.sample.sampler import euler
 from ditmem_jax.storage.weights import DTYPES
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Batch, Conditioning, Memory
 from experiments.benchmarks.case import Case
 
 
@@ -53,14 +51,10 @@ def _weights(create: Callable[[], nnx.Module]):
     return structure, arrays
 
 
-def _transformer(case: Case):
-    config = case.config()
-    return _weights(lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=DTYPES[case.dtype]))
-
-
-def _backend(config: Config) -> Backend:
-    """That of training and sampling on one such device."""
-    return attention_backend(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+def _transformer(case: Case, *, training: bool = False):
+    config, mesh = case.config(), make_mesh(MeshConfig(), jax.devices()[:1])
+    compute = compute_for(config, mesh, training=training)  # as in training and sampling on one such device
+    return _weights(lambda: DiT(config.dit, compute=compute, rngs=nnx.Rngs(0), dtype=DTYPES[case.dtype]))
 
 
 def _references(case: Case) -> jax.Array:
@@ -73,18 +67,19 @@ def _train(case: Case, _: str) -> Callable[[], None]:
     from ditmem_jax.train.step import init_state, make_encoder, make_train_step
 
     config = case.config()
-    structure, backbone = _transformer(case)
+    structure, backbone = _transformer(case, training=True)
     encoder, _ = abstract(lambda: make_encoder(config))
     optimizer = make_optimizer(config.optim, 1)
-    train_step = make_train_step(config, Networks(structure, encoder), optimizer, backend=_backend(config))
+    train_step = make_train_step(config, Networks(structure, encoder), optimizer)
     step = jax.jit(train_step, donate_argnums=0)
     state = jax.jit(lambda: init_state(config, optimizer))()
-    batch = {
-        "latents": _random(1, 1, *case.grid, config.vae.z_dim),
-        "context": _random(2, 1, config.dit.text_len, config.dit.text_dim, dtype=DTYPES[case.dtype]),
-        "references": _references(case),
-        "present": jnp.ones((1, case.videos), bool),
-    }
+    text = _random(2, 1, config.dit.text_len, config.dit.text_dim, dtype=DTYPES[case.dtype])
+    batch = Batch(
+        _random(1, 1, *case.grid, config.vae.z_dim),
+        Conditioning(text),
+        _references(case),
+        jnp.ones((1, case.videos), bool),
+    )
 
     def run():
         nonlocal state
@@ -99,16 +94,17 @@ def _denoise(case: Case, without: str) -> Callable[[], None]:
     memory = None if without == "memory" else _encoder(case, "")()
     structure, backbone = _transformer(case)
     dtype = DTYPES[case.dtype]
-    contexts = [_random(i, 1, config.dit.text_len, config.dit.text_dim, dtype=dtype) for i in (1, 2)]
+    texts = [
+        Conditioning(_random(i, 1, config.dit.text_len, config.dit.text_dim, dtype=dtype)) for i in (1, 2)
+    ]
 
     @jax.jit
-    def step(backbone, noise, contexts, memory):
-        dit = partial(structure.merge(backbone), backend=_backend(config))
-        velocity = guided(dit, *contexts, memory, config.sample.guidance)
+    def step(backbone, noise, texts, memory):
+        velocity = guided(structure.merge(backbone), *texts, memory, config.sample.guidance)
         return euler(velocity)(noise, jnp.float32(0.8), -0.02)
 
     noise = _random(3, 1, *case.grid, config.vae.z_dim)
-    return lambda: jax.block_until_ready(step(backbone, noise, contexts, memory))
+    return lambda: jax.block_until_ready(step(backbone, noise, texts, memory))
 
 
 def _encoder(case: Case, _: str) -> Callable[[], Memory]:

@@ -20,11 +20,12 @@ from ditmem_jax.config import DiTConfig
 from ditmem_jax.config.files import read_config
 from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.encode.shards import embed
-from ditmem_jax.models.layers import to_int8
+from ditmem_jax.models.quantised import to_int8
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.storage.tensors import open_tensors
 from ditmem_jax.storage.weights import load_umt5
+from ditmem_jax.types import Conditioning
 
 SIGMAS = (0.1, 0.5, 0.9)
 WAN = dataclasses.replace(DIT_PRESETS["wan2.1-t2v-1.3b"], text_len=64)
@@ -77,7 +78,7 @@ def distances(
     def velocities(arrays: Arrays, int8: bool, dtype) -> list[np.ndarray]:
         structure, _ = abstract(lambda: DiT(config, int8=int8, rngs=nnx.Rngs(0), dtype=dtype))
         arrays = {name: x if x.dtype == np.int8 else x.astype(dtype) for name, x in arrays.items()}
-        run = jax.jit(lambda arrays, timestep: structure.merge(arrays)(latents, timestep, text))
+        run = jax.jit(lambda arrays, timestep: structure.merge(arrays)(latents, timestep, Conditioning(text)))
         return [np.asarray(run(arrays, jnp.full(samples, 1000 * sigma))) for sigma in SIGMAS]
 
     rounded = in_8_bits(arrays, config)
@@ -101,7 +102,7 @@ def main() -> None:
     stored, _ = open_tensors(Path(tiny.weights.path) / "dit.safetensors")
     trained = {name: x.read().astype(ml_dtypes.bfloat16) for name, x in stored.items()}
     prompt = embed(*load_umt5(tiny), ["A ball falls on planet Zorvex."])[0]
-    grid = tiny.vae.latent_grid(tiny.video.frames, tiny.video.height, tiny.video.width)
+    grid = tiny.latent_shape[:3]
     cases = [("trained tiny Wan", distances(tiny.dit, trained, grid, prompt))]
     cases += [(name, _of_random_weights(config)) for name, config in RANDOM.items()]
     for name, found in cases:

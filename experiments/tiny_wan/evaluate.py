@@ -16,12 +16,14 @@ import numpy as np
 from absl import app, flags
 
 from ditmem_jax.config import Config, build
+from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
 from ditmem_jax.diffusion import flow
 from ditmem_jax.models.wan.vae import decode, encode
 from ditmem_jax.sample.sampler import Sampler
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
+from ditmem_jax.types import Conditioning
 from ditmem_jax.worlds import PHENOMENA, RANGES, caption, measure, sample_clip
 from ditmem_jax.worlds.laws import sample_world
 
@@ -104,7 +106,8 @@ def spectrum(config: Config, vae, clips: dict[str, list]) -> dict:
     @jax.jit
     def losses(ids, clean, noise, sigma):
         levels = jnp.full(len(ids), sigma)
-        velocity = dit(flow.add_noise(clean, noise, levels), flow.TRAIN_STEPS * levels, text(ids, ids > 0))
+        noisy, given = flow.add_noise(clean, noise, levels), Conditioning(text(ids, ids > 0))
+        velocity = dit(noisy, TRAIN_STEPS * levels, given)
         return jnp.square(velocity - flow.target(clean, noise)).mean((1, 2, 3, 4))
 
     result = {"sigma": list(SIGMAS)}

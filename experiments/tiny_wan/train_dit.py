@@ -23,6 +23,7 @@ from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, encode_scan
+from ditmem_jax.types import Compute, Conditioning
 from ditmem_jax.worlds import caption
 from experiments.tiny_wan.common import (
     BUILD,
@@ -116,7 +117,7 @@ def order_numbers(text: UMT5) -> None:
 
 
 def train(latents: np.ndarray, ids: np.ndarray, empty: np.ndarray) -> None:
-    dit = initialise(lambda: DiT(DIT_CONFIG, rngs=nnx.Rngs(0)), seed=1)
+    dit = initialise(lambda: DiT(DIT_CONFIG, compute=Compute(remat="products"), rngs=nnx.Rngs(0)), seed=1)
     dit.head.kernel[...] = jnp.zeros_like(dit.head.kernel[...])
     text = initialise(lambda: UMT5(TEXT_CONFIG, rngs=nnx.Rngs(0)), seed=2)
     if CONTINUE.value:
@@ -144,7 +145,7 @@ def train(latents: np.ndarray, ids: np.ndarray, empty: np.ndarray) -> None:
     def loss_fn(state, running, clean, tokens, form, sigma, noise):
         dit, text = nnx.merge(graph, state)
         context = text(tokens, tokens > 0)
-        velocity = dit(flow.add_noise(clean, noise, sigma), 1000 * sigma, context, remat="products")
+        velocity = dit(flow.add_noise(clean, noise, sigma), 1000 * sigma, Conditioning(context))
         loss = jnp.square(velocity - flow.target(clean, noise)).mean((1, 2, 3, 4))
         level = jnp.minimum((sigma * BINS).astype(jnp.int32), BINS - 1)
         return (loss / running.mean(0)[level]).mean(), (loss, form // 2, level)

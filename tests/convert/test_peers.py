@@ -17,6 +17,7 @@ from ditmem_jax.convert.kinds import KINDS
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan import vae as vae_module
 from ditmem_jax.storage.weights import read_networks
+from ditmem_jax.types import Conditioning
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -115,15 +116,14 @@ def transformer(kind):
     given = {}
     if image:
         theirs["encoder_hidden_states_image"] = tokens
-        given = dict(condition=channels_last(condition), image=jnp.asarray(tokens))
+        given = dict(frames=channels_last(condition), image=jnp.asarray(tokens))
     return (
         model,
         {name: torch.from_numpy(x) for name, x in theirs.items()},
         dict(
             latents=channels_last(latents),
             timestep=jnp.asarray(timestep),
-            context=jnp.asarray(context),
-            **given,
+            conditioning=Conditioning(jnp.asarray(context), **given),
         ),
     )
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -36,36 +37,33 @@ def stream(records, count, matches=MATCHES, batch_size=3, seed=0, text_len=5, **
 
 
 def ids(batches):
-    return [batch["id"].tolist() for batch in batches]
+    return [batch.ids.tolist() for batch in batches]
 
 
 def assert_equal(got, want):
     for a, b in zip(got, want, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_a_batch_holds_what_the_records_say(records):
     (batch,) = stream(records, 1, shuffle=False)
-    assert batch["id"].tolist() == ["0", "1", "2"]
+    assert batch.ids.tolist() == ["0", "1", "2"]
     np.testing.assert_array_equal(
-        batch["latents"], np.ones((3, *META.latents)) * np.arange(3).reshape(3, 1, 1, 1, 1)
+        batch.latents, np.ones((3, *META.latents)) * np.arange(3).reshape(3, 1, 1, 1, 1)
     )
     np.testing.assert_array_equal(
-        batch["context"][:, :, 0], [[0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [2, 2, 2, 0, 0]]
+        batch.conditioning.text[:, :, 0], [[0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [2, 2, 2, 0, 0]]
     )
-    np.testing.assert_array_equal(batch["context_mask"].sum(1), [1, 2, 3])
-    np.testing.assert_array_equal(batch["present"], [[True, False]] * 3)
-    np.testing.assert_array_equal(batch["references"][:, :, 0, 0, 0, 0], [[1, 0], [2, 0], [3, 0]])
-    assert batch["references"].shape == (3, 2, *META.latents)
+    np.testing.assert_array_equal(batch.present, [[True, False]] * 3)
+    np.testing.assert_array_equal(batch.references[:, :, 0, 0, 0, 0], [[1, 0], [2, 0], [3, 0]])
+    assert batch.references.shape == (3, 2, *META.latents)
 
 
 def test_references_come_from_the_bank(records, tmp_path):
     bank = write(tmp_path, count=20, value=lambda index: 100 + index)
     (batch,) = stream(records, 1, matches=np.full((COUNT, 1), 19), bank=bank, shuffle=False)
-    np.testing.assert_array_equal(batch["references"], np.full((3, 1, *META.latents), 119))
-    np.testing.assert_array_equal(batch["latents"][:, 0, 0, 0, 0], [0, 1, 2])
+    np.testing.assert_array_equal(batch.references, np.full((3, 1, *META.latents), 119))
+    np.testing.assert_array_equal(batch.latents[:, 0, 0, 0, 0], [0, 1, 2])
 
 
 def test_every_epoch_holds_each_record_once_in_an_order_of_its_own(records):
@@ -99,7 +97,7 @@ def test_processes_share_each_batch(records):
 
 def test_a_small_data_set_fills_large_batches(records):
     (batch,) = stream(records, 1, batch_size=16)
-    assert len(batch["id"]) == 16
+    assert len(batch.ids) == 16
 
 
 @pytest.mark.parametrize("workers", [0, 1])

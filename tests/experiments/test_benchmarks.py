@@ -17,6 +17,7 @@ from ditmem_jax.convert.original import original
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.types import Conditioning
 from experiments.benchmarks.case import GRIDS, Case
 from tests.tiny import random_arrays
 
@@ -59,8 +60,8 @@ def test_the_peer_computes_what_we_do(tmp_path):
     with jax.default_matmul_precision("highest"):
         encoder = structure.merge({name: jnp.asarray(x) for name, x in arrays.items()})
         memory = encoder(jnp.asarray(references), training=False)
-        got = dit(*map(jnp.asarray, (latents, timestep, context)), memory)
-        without = dit(*map(jnp.asarray, (latents, timestep, context)))
+        inputs = jnp.asarray(latents), jnp.asarray(timestep), Conditioning(jnp.asarray(context))
+        got, without = dit(*inputs, memory), dit(*inputs)
     with torch.no_grad():
         rows = theirs(torch.from_numpy(np.moveaxis(references, -1, 2)))
         assert rows.shape[1] == 2 * 2 * 100

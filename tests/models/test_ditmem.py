@@ -13,12 +13,10 @@ from ditmem_jax.models.ditmem import keep_only, with_strength
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Batch, Compute, Conditioning, Memory
 from tests.tiny import random_arrays, tiny_config
 
-velocity, encode, predict = (
-    nnx.jit(function) for function in (ditmem.velocity, ditmem.encode, ditmem.predict)
-)
+velocity, encode = nnx.jit(ditmem.velocity), nnx.jit(ditmem.encode)
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +29,23 @@ def parts():
     ):
         structure, shapes = abstract(create)
         networks.append(structure.merge(jax.tree.map(jnp.asarray, random_arrays(shapes))))
-    batch = {
-        "latents": rng.standard_normal((2, 3, 4, 4, 4)),
-        "context": rng.standard_normal((2, 5, 16)),
-        "references": rng.standard_normal((2, 2, 3, 4, 4, 4)),
-    }
-    batch = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()} | {
-        "present": jnp.ones((2, 2), bool)
-    }
-    noise = jnp.asarray(rng.standard_normal((2, 3, 4, 4, 4)), jnp.float32)
+
+    def random(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    grid = 3, 4, 4, 4
+    batch = Batch(
+        random(2, *grid), Conditioning(random(2, 5, 16)), random(2, 2, *grid), jnp.ones((2, 2), bool)
+    )
+    noise = random(2, *grid)
     return *networks, batch, jnp.array([0.3, 0.8]), noise
 
 
 def test_a_sample_that_lost_its_memory_is_exactly_one_without(parts):
     dit, encoder, batch, sigma, noise = parts
     alone = velocity(dit, None, batch, sigma, noise)
-    some = predict(dit, encoder, batch, sigma, noise, keep=jnp.array([True, False]))
+    kept = keep_only(encode(encoder, batch), jnp.array([True, False]))
+    some = velocity(dit, kept, batch, sigma, noise)
     np.testing.assert_array_equal(some[1], alone[1])
     assert jnp.abs(some[0] - alone[0]).max() > 1e-3
 
@@ -84,7 +83,8 @@ def test_ten_memory_rows_cost_the_full_size_transformer_next_to_nothing():
     preset = DIT_PRESETS["wan2.1-t2v-1.3b"]
     config = type(preset)(**(vars(preset) | {"num_layers": 2}))
     encoder = MemoryConfig(dim=config.dim)
-    structure, weights = abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    compute = Compute(unroll=True)
+    structure, weights = abstract(lambda: DiT(config, compute=compute, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
 
     def encode_videos():
         memory = MemoryEncoder(encoder, rngs=nnx.Rngs(0))(jnp.zeros((1, 5, 21, 60, 104, 16)), training=False)
@@ -94,9 +94,8 @@ def test_ten_memory_rows_cost_the_full_size_transformer_next_to_nothing():
     assert rows[0].shape == (1, 10, config.dim)
 
     def forward(weights, latents, timestep, context, *rows):
-        return structure.merge(weights)(
-            latents, timestep, context, Memory(*rows) if rows else None, unroll=True
-        )
+        memory = Memory(*rows) if rows else None
+        return structure.merge(weights)(latents, timestep, Conditioning(context), memory)
 
     inputs = [
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 21, 60, 104, 16), (1,), (1, 512, 4096))

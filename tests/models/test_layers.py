@@ -8,15 +8,14 @@ from flax import nnx
 
 from ditmem_jax.models.layers import (
     FeedForward,
-    Int8Linear,
     LayerNorm,
     RMSNorm,
     layer_norm,
     rotary_angles,
     rotate,
     sinusoidal_embedding,
-    to_int8,
 )
+from ditmem_jax.models.quantised import Int8Linear, to_int8
 
 
 def test_layer_norm():

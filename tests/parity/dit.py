@@ -11,7 +11,7 @@ from ditmem_jax.config import DiTConfig, build
 from ditmem_jax.convert import dit as names
 from ditmem_jax.convert.engine import load
 from ditmem_jax.models.wan.dit import DiT
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Conditioning, Memory
 from tests.parity.golden import Check, GoldenFile
 
 FIELDS = (
@@ -48,8 +48,9 @@ def velocity(
 ) -> jax.Array:
     """The transformer's output, compiled."""
     graph, state = nnx.split(dit)
-    return jax.jit(lambda state, *inputs, **image: nnx.merge(graph, state)(*inputs, **image))(
-        state, latents, time, context, memory, **image
+    given = Conditioning(context, **image)
+    return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(
+        state, latents, time, given, memory
     )
 
 
@@ -82,7 +83,7 @@ def image_inputs(golden: GoldenFile) -> dict[str, jax.Array]:
     """What the image-to-video kinds take beside the others: condition and, in Wan 2.1, CLIP tokens."""
     tensors, inputs = golden.tensors, {}
     if "y" in tensors:
-        inputs["condition"] = channels_last(tensors["y"])
+        inputs["frames"] = channels_last(tensors["y"])
     if "clip_feature" in tensors:
         inputs["image"] = jnp.asarray(tensors["clip_feature"])
     return inputs
@@ -106,7 +107,8 @@ def check_memory(golden: GoldenFile) -> list[Check]:
         @jax.jit
         def gradients(state, latents, tokens, cotangent):
             def run(latents, tokens):
-                return nnx.merge(graph, state)(latents, time, context, plain_memory(tokens), **image)
+                given = Conditioning(context, **image)
+                return nnx.merge(graph, state)(latents, time, given, plain_memory(tokens))
 
             return jax.vjp(run, latents, tokens)[1](cotangent)
 

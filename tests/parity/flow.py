@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 import numpy as np
 
+from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.diffusion import flow
 from ditmem_jax.errors import UserError
 from tests.parity.golden import Check, GoldenFile
@@ -34,7 +35,7 @@ def _training(golden: GoldenFile) -> Iterator[Check]:
     sigmas = flow.shifted_sigmas(len(want["sigmas"]), shift)
     clean, noise = jnp.asarray(want["x0"]), jnp.asarray(want["noise"])
     yield Check("train/sigmas", sigmas, want["sigmas"])
-    yield Check("train/timesteps", flow.TRAIN_STEPS * sigmas, want["timesteps"])
+    yield Check("train/timesteps", TRAIN_STEPS * sigmas, want["timesteps"])
     yield Check("train/weights", flow.training_weights(shift), want["weights"])
     yield Check("train/target", flow.target(clean, noise), want["target"])
     for name, noised in want.items():
@@ -49,7 +50,7 @@ def _sampling(golden: GoldenFile) -> Iterator[Check]:
         steps, shift = key.removeprefix("sample/").split("_")
         sigmas = flow.shifted_sigmas(int(steps), float(shift))
         yield Check(f"{key}/sigmas", sigmas, want["sigmas"])
-        yield Check(f"{key}/timesteps", flow.TRAIN_STEPS * sigmas, want["timesteps"])
+        yield Check(f"{key}/timesteps", TRAIN_STEPS * sigmas, want["timesteps"])
         steps = flow.euler_steps(sigmas).reshape(-1, *[1] * (want["v"].ndim - 1))
         moved = want["x"][0] + np.cumsum(steps * want["v"], axis=0)
         yield Check(f"{key}/x", np.concatenate([want["x"][:1], moved]), want["x"])

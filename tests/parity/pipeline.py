@@ -8,12 +8,14 @@ import numpy as np
 from flax import nnx
 
 from ditmem_jax.config import ObjectiveConfig
+from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.diffusion import flow, objective
 from ditmem_jax.diffusion.guidance import guided
-from ditmem_jax.models.ditmem import predict
+from ditmem_jax.models.ditmem import encode, velocity
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.sample.sampler import denoise, euler
+from ditmem_jax.types import Batch, Conditioning
 from tests.parity.dit import channels_first, channels_last, make_dit
 from tests.parity.golden import Check, GoldenFile
 from tests.parity.memory import compare_gradients, make_encoder, released_layout, videos
@@ -36,13 +38,13 @@ def check_training(golden: GoldenFile) -> list[Check]:
     """The released loss through the frozen transformer, and its gradient for every weight of the encoder."""
     tensors = golden.tensors
     dit, encoder, references = _networks(golden)
-    noise, sigma = channels_last(tensors["noise"]), jnp.asarray(tensors["timestep"]) / flow.TRAIN_STEPS
-    batch = {
-        "latents": channels_last(tensors["latents"]),
-        "context": jnp.asarray(tensors["context"]),
-        "references": references,
-        "present": jnp.ones(references.shape[:2], bool),
-    }
+    noise, sigma = channels_last(tensors["noise"]), jnp.asarray(tensors["timestep"]) / TRAIN_STEPS
+    batch = Batch(
+        channels_last(tensors["latents"]),
+        Conditioning(jnp.asarray(tensors["context"])),
+        references,
+        jnp.ones(references.shape[:2], bool),
+    )
     frozen, dit_state = nnx.split(dit)
     structure, params, rest = nnx.split(encoder, nnx.Param, ...)
 
@@ -50,8 +52,9 @@ def check_training(golden: GoldenFile) -> list[Check]:
     def step(params, rest, dit_state):
         def loss(params):
             encoder = nnx.merge(structure, params, rest, copy=True)
-            prediction = predict(nnx.merge(frozen, dit_state), encoder, batch, sigma, noise, training=True)
-            error = jnp.square(prediction - flow.target(batch["latents"], noise)).mean((1, 2, 3, 4))
+            memory = encode(encoder, batch, training=True)
+            prediction = velocity(nnx.merge(frozen, dit_state), memory, batch, sigma, noise)
+            error = jnp.square(prediction - flow.target(batch.latents, noise)).mean((1, 2, 3, 4))
             return objective.loss(ObjectiveConfig(kind="released"), sigma, error, error), prediction
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -68,14 +71,16 @@ def check_sampling(golden: GoldenFile) -> list[Check]:
     """Memory tokens of the sibling's encoder in evaluation mode, and clips with and without them."""
     tensors, meta = golden.tensors, golden.meta
     dit, encoder, references = _networks(golden.sibling("train_loss"))
-    positive, negative = (jnp.asarray(tensors[f"context_{name}"]) for name in ("positive", "negative"))
+    positive, negative = (
+        Conditioning(jnp.asarray(tensors[f"context_{name}"])) for name in ("positive", "negative")
+    )
     sigmas = flow.shifted_sigmas(int(meta["steps"]), float(meta["shift"]))
     graph, state = nnx.split(dit)
 
     @jax.jit
     def sample(state, noise, memory):
-        velocity = guided(nnx.merge(graph, state), positive, negative, memory, float(meta["cfg_scale"]))
-        return denoise(euler(velocity), noise, sigmas)
+        guide = guided(nnx.merge(graph, state), positive, negative, memory, float(meta["cfg_scale"]))
+        return denoise(euler(guide), noise, sigmas)
 
     memory = nnx.jit(lambda encoder, x: encoder(x, training=False))(encoder, references)
     checks = [Check("tokens", np.asarray(released_layout(memory, encoder.config)), tensors["tokens"])]

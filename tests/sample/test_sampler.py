@@ -23,7 +23,7 @@ from ditmem_jax.sample.retrieval import retrieve
 from ditmem_jax.sample.sampler import Sampler, denoise, euler
 from ditmem_jax.storage.encoders import load_encoder, save_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Conditioning, Memory
 from tests.tiny import make_tiny, random_arrays, replace, with_experts
 
 PROMPT = "A ball falls on planet Brux"
@@ -69,10 +69,12 @@ def test_denoise_is_exact_for_straight_paths():
     np.testing.assert_allclose(out, clean, atol=1e-5)
 
 
-def echo(latents, time, context, memory):
+def echo(latents, time, conditioning, memory):
     """A stand-in for the transformer that shows what it is given."""
     rows = jnp.zeros(len(latents)) if memory is None else jnp.exp(memory.bias).sum(1)
-    return jnp.broadcast_to((context.sum((1, 2)) + 10 * rows + time).reshape(-1, 1, 1, 1, 1), latents.shape)
+    return jnp.broadcast_to(
+        (conditioning.text.sum((1, 2)) + 10 * rows + time).reshape(-1, 1, 1, 1, 1), latents.shape
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def echo(latents, time, context, memory):
 )
 def test_guidance_by_hand(in_negative, scale, expected):
     x = jnp.zeros((1, 1, 2, 2, 1))
-    positive, negative = jnp.full((1, 1, 1), 1.0), jnp.full((1, 1, 1), 3.0)
+    positive, negative = (Conditioning(jnp.full((1, 1, 1), x)) for x in (1.0, 3.0))
     memory = Memory(jnp.ones((1, 2, 4)), jnp.zeros((1, 2)))
     velocity = guided(echo, positive, negative, memory, scale, memory_in_negative=in_negative)
     np.testing.assert_allclose(velocity(x, jnp.float32(0.5)), np.full(x.shape, float(expected)), rtol=1e-6)
@@ -174,7 +176,7 @@ def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
     def denoised(kind, scale, noise, sigmas, end):
         dit, encoder = load_dit(config, experts=kind), load_encoder(files[kind])
         part = Sampler(single, dit, load_vae(config), text, encoder)
-        positive, negative = part._embed([PROMPT]), part._negative
+        positive, negative = map(Conditioning, (part._embed([PROMPT]), part._negative))
         memory = encoder(jnp.asarray(references), training=False)
         return denoise(euler(guided(dit, positive, negative, memory, scale)), noise, sigmas, end=end)
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from ditmem_jax.config import MemoryConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.layers import to_int8
 from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.quantised import to_int8
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
 from ditmem_jax.storage.weights import check_weights, load_dit, load_umt5

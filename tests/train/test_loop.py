@@ -34,10 +34,11 @@ from ditmem_jax.config import (
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.diffusion.objective import draw_sigma
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.ditmem import Networks, encode, errors
+from ditmem_jax.models.backbone import Experts
+from ditmem_jax.models.ditmem import Networks, encode, per_sample_mse
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import abstract, split
-from ditmem_jax.models.wan.dit import DiT, Experts
+from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.parallel.mesh import batch_sharding, make_mesh, with_shardings
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
 from ditmem_jax.storage.weights import load_dit
@@ -45,6 +46,7 @@ from ditmem_jax.train import folder as runs
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.setup import Setup, batch_layout, check, load_networks
 from ditmem_jax.train.step import init_state, jit_train_step, make_encoder, make_train_step, state_layout
+from ditmem_jax.types import Batch, Compute, Conditioning
 from tests.tiny import make_bank, make_tiny, random_arrays, replace, tiny_config, with_experts, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -61,12 +63,14 @@ def config(tmp_path_factory):
 def some_batch(config, size=8, seed=0):
     rng = np.random.default_rng(seed)
     grid = (*config.memory.latent_grid, config.vae.z_dim)
-    return {
-        "latents": rng.standard_normal((size, *grid)).astype(np.float32),
-        "context": rng.standard_normal((size, config.dit.text_len, config.dit.text_dim)).astype(np.float32),
-        "references": rng.standard_normal((size, config.data.references, *grid)).astype(np.float32),
-        "present": rng.random((size, config.data.references)) < 0.8,
-    }
+    return Batch(
+        rng.standard_normal((size, *grid)).astype(np.float32),
+        Conditioning(
+            rng.standard_normal((size, config.dit.text_len, config.dit.text_dim)).astype(np.float32)
+        ),
+        rng.standard_normal((size, config.data.references, *grid)).astype(np.float32),
+        rng.random((size, config.data.references)) < 0.8,
+    )
 
 
 def first_state(config):
@@ -145,9 +149,10 @@ def test_eight_devices_compute_what_one_does(config, change, mesh, shard):
 )
 def test_weights_are_gathered_block_by_block(config, int8, remat, mesh, held, kernels):
     """Over `fsdp` and `context`, forward and backward, every gathered weight is that of one block, inside the loop."""
-    config = replace(replace(config, "dit", num_layers=5), "run", remat=remat)
+    config = replace(config, "dit", num_layers=5)
     mesh, optimizer = make_mesh(mesh), make_optimizer(config.optim, 3)
-    dit, shapes = abstract(lambda: DiT(config.dit, int8=int8, rngs=nnx.Rngs(0)))
+    compute = Compute(remat=remat)
+    dit, shapes = abstract(lambda: DiT(config.dit, int8=int8, compute=compute, rngs=nnx.Rngs(0)))
     networks = Networks(dit, abstract(lambda: make_encoder(config))[0])
     backbone = with_shardings(shapes, tree_shardings(shapes, mesh))
     inputs = state_layout(config, optimizer, mesh), backbone, batch_layout(config, mesh, np.float32)
@@ -232,7 +237,7 @@ def test_a_step_costs_at_most_twice_the_forward_pass(config):
         memory=dataclasses.replace(config.memory, dim=96),
         objective=ObjectiveConfig(kind="released"),
     )
-    dit, backbone = abstract(lambda: DiT(config.dit, rngs=nnx.Rngs(0)))
+    dit, backbone = abstract(lambda: DiT(config.dit, compute=Compute(unroll=True), rngs=nnx.Rngs(0)))
     networks = Networks(dit, abstract(lambda: make_encoder(config))[0])
     optimizer = make_optimizer(config.optim, 10)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
@@ -240,16 +245,14 @@ def test_a_step_costs_at_most_twice_the_forward_pass(config):
 
     def forward(arrays, backbone, batch, sigma, noise):
         memory = encode(networks.encoder.merge(arrays), batch)
-        return errors(networks.dit.merge(backbone), memory, batch, sigma, noise, unroll=True)
+        return per_sample_mse(networks.dit.merge(backbone), memory, batch, sigma, noise)
 
     def operations(function, *inputs):
         return jax.jit(function).lower(*inputs).compile().cost_analysis()["flops"]
 
-    step = operations(make_train_step(config, networks, optimizer, unroll=True), state, backbone, batch)
+    step = operations(make_train_step(config, networks, optimizer), state, backbone, batch)
     sigma = jax.ShapeDtypeStruct((8,), jnp.float32)
-    assert step <= 2.2 * operations(
-        forward, state.params | state.rest, backbone, batch, sigma, batch["latents"]
-    )
+    assert step <= 2.2 * operations(forward, state.params | state.rest, backbone, batch, sigma, batch.latents)
 
 
 def test_a_step_of_two_experts_holds_no_copy_of_weights(tmp_path):
@@ -437,10 +440,10 @@ def test_a_run_goes_on_with_the_references_it_began_with(config, tmp_path, capsy
     bank.remove(began.table["matches"][0].as_py())
     match()
     assert "note" not in capsys.readouterr().out
-    np.testing.assert_array_equal(next(Setup(config).data)["references"], first["references"])
+    np.testing.assert_array_equal(next(Setup(config).data).references, first.references)
     assert "matched with version 1 of the bank" in capsys.readouterr().out
     other = Setup(replace(config, "run", out=str(tmp_path / "other")))
-    assert (next(other.data)["references"] != first["references"]).any()
+    assert (next(other.data).references != first.references).any()
 
 
 def test_missing_and_unfit_matches_name_the_command(config, tmp_path):

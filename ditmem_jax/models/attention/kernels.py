@@ -19,7 +19,7 @@ is several per cent of a weight. A bias for the memory rows instead would be as 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ditmem_jax.errors import UserError
+from ditmem_jax.types import Backend
 
 Rows = tuple[Array, Array, Array] | None
 """A memory's keys [B, M, N, K], values [B, M, N, K] and biases [B, M]."""
 
-Backend = Literal["xla", "cudnn", "splash"]
 PLATFORM: dict[Backend, str] = {"cudnn": "gpu", "splash": "tpu"}
 
 QUERIES = 256  # of one block: enough for matrix products at full speed, with scores that stay in the cache

@@ -38,7 +38,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ditmem_jax.models.attention import ring as rings
-from ditmem_jax.models.attention.kernels import KERNELS, Backend, Kernel, Rows, mean_gradient
+from ditmem_jax.models.attention.kernels import KERNELS, Kernel, Rows, mean_gradient
+from ditmem_jax.types import Backend
 
 SMALL = 2**22  # so many scores, 16 MiB of them, are computed at once
 KEPT = (

@@ -8,7 +8,6 @@ noisy ones.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,13 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Float, Float32
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.attention.kernels import Backend
 from ditmem_jax.models.attention.with_memory import KEPT, attention
 from ditmem_jax.models.layers import (
     FeedForward,
-    Int8Linear,
     LayerNorm,
     RMSNorm,
     layer_norm,
@@ -33,12 +30,11 @@ from ditmem_jax.models.layers import (
     sinusoidal_embedding,
 )
 from ditmem_jax.models.placement import gathered
+from ditmem_jax.models.quantised import Int8Linear
 from ditmem_jax.parallel.mesh import constrain
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Backend, Compute, Conditioning, Memory, Remat
 
-T = TypeVar("T")
 Linear = type[nnx.Linear] | type[Int8Linear]
-Remat = Literal["none", "products", "attention", "blocks", "offload"]
 INPUT = "input of a block"
 _policies = jax.checkpoint_policies
 _ATTENTION_KEPT = _policies.save_only_these_names(KEPT)
@@ -163,7 +159,8 @@ class DiT(nnx.Module):
     Blocks are stacked along a leading axis and scanned, so that compile time does not grow with depth.
 
     Args:
-        int8: hold the matrices of the blocks, nearly all of the weights, in 8 bits (`layers.Int8Linear`).
+        int8: hold the matrices of the blocks, nearly all of the weights, in 8 bits (`quantised.Int8Linear`).
+        compute: kernels and rematerialisation, which are no part of the function computed.
         dtype: of weights and matrix products. Norms, angles, modulation and the sum of blocks stay float32.
     """
 
@@ -172,6 +169,7 @@ class DiT(nnx.Module):
         config: DiTConfig,
         *,
         int8: bool = False,
+        compute: Compute = Compute(),
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ):
@@ -195,49 +193,38 @@ class DiT(nnx.Module):
         self.head_modulation = nnx.Param(
             jax.random.normal(rngs.params(), (2, config.dim), dtype) * config.dim**-0.5
         )
-        self.int8, self.dtype = int8, dtype
+        self.int8, self.compute, self.dtype = int8, compute, dtype
 
     def __call__(
         self,
         latents: Float[Array, "B T H W C"],
         timestep: Float[Array, " B"] | Float[Array, "B G"],
-        context: Float[Array, "B L E"],
+        conditioning: Conditioning,
         memory: Memory | None = None,
-        *,
-        condition: Float[Array, "B T H W Y"] | None = None,
-        image: Float[Array, "B I P"] | None = None,
-        remat: Remat = "none",
-        backend: Backend = "xla",
-        unroll: bool = False,
     ) -> Float[Array, "B T H W C"]:
-        """Velocity of `latents` at `timestep` (1000 sigma) given text embeddings (zero past their length).
+        """Return the velocity of `latents` at `timestep` (1000 sigma).
 
         Args:
             timestep: one per sample, or G of them for G equal runs of tokens in the order of (t, h, w): one per
-                latent frame, or even one per token. Memory rows take the highest.
-            condition: `config.condition_dim` channels; in Wan a mask of 4 channels, 1 where a frame is given, then
-                the latents of the given frames.
-            image: CLIP tokens of the given frame, `config.image_dim` wide.
-            remat: what the backward pass finds kept. "none" computes nothing again; "products" keeps matrix
-                products only, which saves half of the memory and on CPUs even time; "attention" keeps the inputs
-                of blocks and the outputs of kernels of attention; "blocks" the inputs only; "offload" has these in
-                the memory of the host, where the device can reach that (GPUs and TPUs).
-            backend: of attention, see `models.kernels`.
-            unroll: lay the blocks out instead of scanning them (for counting operations).
+                latent frame, or even one per token. Memory tokens take the highest.
+            conditioning: text, and for kinds with a condition `frames` of `config.condition_dim` channels: in Wan a mask
+                of 4 channels, 1 where a frame is given, then the latents of the given frames; and, where
+                `config.image_dim` says so, CLIP tokens of the given frame.
         Raises:
             UserError: if something is missing, not wanted, or of another size than the configuration says.
         """
-        config = self.config
-        _check_inputs(config, latents, memory, condition, image)
+        config, compute = self.config, self.compute
+        text, frames, image = conditioning
+        _check_inputs(config, latents, memory, frames, image)
         grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
         angles = rotary_angles(grid, config.head_dim)
 
-        if condition is not None:
-            latents = jnp.concatenate([latents, condition.astype(latents.dtype)], axis=-1)
+        if frames is not None:
+            latents = jnp.concatenate([latents, frames.astype(latents.dtype)], axis=-1)
         x = self.patch_embedding(_patchify(latents.astype(self.dtype), config.patch_size))
         # The sum that blocks add to stays float32, as in Wan's own code: in bfloat16 three roundings a block pile up.
         x = constrain(x.astype(jnp.float32), "batch", "tokens", None)
-        context = constrain(self.text_embedding(context.astype(self.dtype)), "batch", None, None)
+        context = constrain(self.text_embedding(text.astype(self.dtype)), "batch", None, None)
         image = None if image is None else self.image_embedding(image.astype(self.dtype))
         timestep = timestep.reshape(len(timestep), -1)
         time, modulation, memory_modulation = self._embed_time(timestep, tokens=x.shape[1])
@@ -255,10 +242,11 @@ class DiT(nnx.Module):
             x = checkpoint_name(x, INPUT)
             if self.int8:  # while they are in 8 bits: XLA would send them as what they become
                 layer = gathered(layer)
-            x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, backend)
+            x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, compute.backend)
             return constrain(x, "batch", "tokens", None), None
 
-        x, _ = jax.lax.scan(REMAT[remat](block), x, layers, unroll=config.num_layers if unroll else 1)
+        unroll = config.num_layers if compute.unroll else 1
+        x, _ = jax.lax.scan(REMAT[compute.remat](block), x, layers, unroll=unroll)
 
         shift, scale = _parts(self.head_modulation[...].astype(jnp.float32)[None, None] + time[:, :, None])
         x = _modulate(layer_norm(x, config.eps), shift, scale)
@@ -286,29 +274,12 @@ class DiT(nnx.Module):
         return time.astype(jnp.float32).reshape(batch, runs, -1), modulation, highest
 
 
-class Experts(nnx.Module):
-    """Two transformers for one model: one for high noise and one for low (Wan 2.2 A14B)."""
-
-    def __init__(self, high: DiT, low: DiT):
-        self.high, self.low = high, low
-
-
-def with_expert(dit: DiT | Experts, high: bool | Bool[Array, ""], use: Callable[[DiT], T]) -> T:
-    """`use(dit)`; of two experts with the one that `high` tells, and only that one is computed.
-
-    Gradients are to be taken in `use`: the backward pass of a choice gets copies of the weights that were chosen.
-    """
-    if isinstance(dit, DiT):
-        return use(dit)
-    return jax.lax.cond(high, lambda: use(dit.high), lambda: use(dit.low))
-
-
 def _check_inputs(
-    config: DiTConfig, latents: Array, memory: Memory | None, condition: Array | None, image: Array | None
+    config: DiTConfig, latents: Array, memory: Memory | None, frames: Array | None, image: Array | None
 ) -> None:
     """What the configuration wants is there, as wide as it says, and nothing else."""
     _check_width("latents", latents, config.out_dim)
-    _check_width("the condition", condition, config.condition_dim)
+    _check_width("given frames", frames, config.condition_dim)
     _check_width("image tokens", image, config.image_dim or 0)
     if memory is not None:
         _check_width("memory rows", memory.tokens, config.dim)

@@ -15,12 +15,13 @@ from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.convert import dit as names
 from ditmem_jax.convert.engine import assign, targets
 from ditmem_jax.errors import UserError
+from ditmem_jax.models.backbone import Experts, with_expert
 from ditmem_jax.models.layers import layer_norm, rotary_angles, rotate
 from ditmem_jax.models.placement import sharding_for
 from ditmem_jax.models.state import abstract
-from ditmem_jax.models.wan.dit import Block, DiT, Experts, _patchify, _unpatchify, with_expert
+from ditmem_jax.models.wan.dit import Block, DiT, _patchify, _unpatchify
 from ditmem_jax.parallel.mesh import make_mesh
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Compute, Conditioning, Memory
 from tests.tiny import random_arrays
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
@@ -42,12 +43,12 @@ def inputs():
     keys = jax.random.split(jax.random.key(0), 3)
     latents, context = jax.random.normal(keys[0], (B, 3, 4, 6, 4)), jax.random.normal(keys[1], (B, 6, 8))
     memory = Memory(jax.random.normal(keys[2], (B, M, 24)), jnp.zeros((B, M)))
-    return latents, jnp.array([900.0, 20.0]), context, memory
+    return latents, jnp.array([900.0, 20.0]), Conditioning(context), memory
 
 
-def run(network, *inputs, **options):
+def run(network, *inputs):
     structure, arrays = network
-    return jax.jit(lambda arrays, *inputs: structure.merge(arrays)(*inputs, **options))(arrays, *inputs)
+    return jax.jit(lambda arrays, *inputs: structure.merge(arrays)(*inputs))(arrays, *inputs)
 
 
 FILES = {
@@ -105,18 +106,17 @@ def test_memory_rows_have_no_order(network, inputs):
 
 
 def test_each_sample_is_its_own(network, inputs):
-    latents, time, context, memory = inputs
     whole = run(network, *inputs)
-    last = run(network, latents[1:], time[1:], context[1:], Memory(memory.tokens[1:], memory.bias[1:]))
+    last = run(network, *jax.tree.map(lambda x: x[1:], inputs))
     np.testing.assert_allclose(whole[1:], last, atol=1e-5)
 
 
 def test_remat_and_unrolling_change_nothing(network, inputs):
-    structure, arrays = network
-
     def value_and_gradient(**options):
+        structure, _ = abstract(lambda: DiT(CONFIG, compute=Compute(**options), rngs=nnx.Rngs(0)))
+
         def loss(memory):
-            return jnp.square(structure.merge(arrays)(*inputs[:3], memory, **options)).mean()
+            return jnp.square(structure.merge(network[1])(*inputs[:3], memory)).mean()
 
         return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(inputs[3]))
 
@@ -138,18 +138,19 @@ def test_wrong_channels_and_widths_are_named(network, inputs):
 
 def test_an_image_is_given_exactly_to_the_kinds_that_want_one(network, inputs):
     latents, time, context, _ = inputs
-    condition, image = jnp.zeros((B, 3, 4, 6, 2)), jnp.zeros((B, 7, 5))
+    frames, image = jnp.zeros((B, 3, 4, 6, 2)), jnp.zeros((B, 7, 5))
     config = dataclasses.replace(CONFIG, in_dim=6, image_dim=5)
     model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
 
     def shape(model, **given):
-        return jax.eval_shape(lambda model, given: model(latents, time, context, **given), model, given).shape
+        given = context._replace(**given)
+        return jax.eval_shape(lambda model, given: model(latents, time, given), model, given).shape
 
-    assert shape(model, condition=condition, image=image) == latents.shape
-    with pytest.raises(UserError, match=r"the condition.*\n.*width 2.*\n.*nothing"):
+    assert shape(model, frames=frames, image=image) == latents.shape
+    with pytest.raises(UserError, match=r"given frames.*\n.*width 2.*\n.*nothing"):
         shape(model, image=image)
     with pytest.raises(UserError, match=r"image tokens.*\n.*width 5.*\n.*7, 4"):
-        shape(model, condition=condition, image=image[..., :4])
+        shape(model, frames=frames, image=image[..., :4])
     with pytest.raises(UserError, match=r"image tokens.*\n.*nothing"):
         shape(network[0].merge(network[1]), image=image)
 
@@ -229,7 +230,7 @@ def test_the_sum_of_blocks_is_float32():
     inputs = (
         jax.random.normal(keys[0], (B, 3, 4, 6, 4)),
         jnp.array([900.0, 20.0]),
-        jax.random.normal(keys[1], (B, 6, 8)),
+        Conditioning(jax.random.normal(keys[1], (B, 6, 8))),
     )
     want = run((structure, {name: x.astype(jnp.float32) for name, x in arrays.items()}), *inputs)
     error = jnp.linalg.norm(run((half, arrays), *inputs) - want) / jnp.linalg.norm(want)
