@@ -5,6 +5,7 @@ configuration raises in its constructor.
 """
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -166,6 +167,35 @@ class MemoryConfig:
         for _, kernel, stride, pool in self.stages:
             grid = tuple(((n + 2 * (kernel // 2) - kernel) // stride + 1) // pool for n in grid)
         return grid
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters of the transformer's linear layers: x W becomes x W + (alpha / rank) x A B.
+
+    `targets` are regular expressions that are searched in the paths of linear layers, "blocks.self_attention.q" for
+    one; the default is the projections that peers adapt first.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = (r"\b(self|cross)_attention\.[qkvo]$",)
+
+    def __post_init__(self):
+        _require(self.rank >= 1, "adapter.rank", expected="at least 1", found=self.rank)
+        _require(len(self.targets) > 0, "adapter.targets", expected="some linear layers", found="none")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise UserError(
+                    "adapter.targets", expected="regular expressions", found=f"{target}: {error}"
+                ) from error
+
+    @property
+    def scale(self) -> float:
+        """The factor of A B."""
+        return self.alpha / self.rank
 
 
 # Statistics of Wan 2.1's latents over its training videos, one pair per channel.

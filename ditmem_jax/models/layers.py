@@ -49,6 +49,16 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+class Linear(nnx.Linear):
+    """A linear layer that may have a low-rank adapter (`adapters.attach`), which adds to its output."""
+
+    lora: nnx.Module | None = None
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        y = super().__call__(x)
+        return y if self.lora is None else y + self.lora(x.astype(y.dtype))
+
+
 class FeedForward(nnx.Module):
     """Two linear layers around a GELU, which is approximated by a tanh unless it is to be `exact`.
 

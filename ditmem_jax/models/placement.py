@@ -25,6 +25,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\b(q|k|v|up|gate|fc1)\.(kernel|scale)$", ("fsdp", "tensor")),
     (r"\b(o|down|fc2)\.(kernel|scale)$", ("tensor", "fsdp")),
     (r"\b(q|k|v|up)\.bias$", ("tensor",)),
+    # Adapters: A is divided like the inputs of its matrix, B like the outputs.
+    (r"\b(q|k|v|up)\.lora\.a$", ("fsdp", None)),
+    (r"\b(q|k|v|up)\.lora\.b$", (None, "tensor")),
+    (r"\b(o|down)\.lora\.a$", ("tensor", None)),
+    (r"\b(o|down)\.lora\.b$", (None, "fsdp")),
     (r"\btoken_embedding\.embedding$", ("fsdp", None)),
     (r"\bkernel$", ("fsdp",)),
     (r"", ()),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Float32, Int8
 
 GROUP = 32  # inputs that share a factor in 8 bits: the largest of fewer weights is nearer to the others
 
@@ -15,8 +15,10 @@ class Int8Linear(nnx.Module):
     """A frozen linear layer whose matrix is held in 8 bits, with a factor per output and group of inputs (`to_int8`).
 
     Before the product it is multiplied out to `dtype`. Not a layer of qwix, which holds a matrix and its factors in one
-    variable: on a mesh ours have paths of their own.
+    variable: on a mesh ours have paths of their own. May have an adapter, like `layers.Linear`.
     """
+
+    lora: nnx.Module | None = None
 
     def __init__(
         self, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
@@ -28,10 +30,11 @@ class Int8Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
-        scale = jnp.repeat(self.scale[...].astype(jnp.float32), _group(x.shape[-1]), axis=0)
-        kernel = (self.kernel[...].astype(jnp.float32) * scale).astype(self.dtype)
+        kernel = from_int8(self.kernel[...], self.scale[...]).astype(self.dtype)
         bias = self.bias[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return x.astype(self.dtype) @ kernel + bias
+        x = x.astype(self.dtype)
+        y = x @ kernel + bias
+        return y if self.lora is None else y + self.lora(x)
 
 
 def _group(inputs: int) -> int:
@@ -55,3 +58,11 @@ def to_int8(
         jnp.bfloat16
     )
     return np.rint(groups / scale[:, None].astype(np.float32)).astype(np.int8).reshape(kernel.shape), scale
+
+
+def from_int8(
+    kernel: Int8[Array, "*layers D E"], scale: Float[Array, "*layers G E"]
+) -> Float32[Array, "*layers D E"]:
+    """The matrix that 8 bits and their factors stand for."""
+    scale = jnp.repeat(scale.astype(jnp.float32), _group(kernel.shape[-2]), axis=-2)
+    return kernel.astype(jnp.float32) * scale

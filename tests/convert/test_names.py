@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ditmem_jax.config import MemoryConfig, UMT5Config
+from ditmem_jax.config import DiTConfig, MemoryConfig, UMT5Config
 from ditmem_jax.config.presets import DIT_PRESETS, VAE_PRESETS
+from ditmem_jax.convert.adapters import from_peft
 from ditmem_jax.convert.engine import Table, canonical
 from ditmem_jax.convert.kinds import configure, detect
 from ditmem_jax.convert.names_diffusers import aliases, pairs, renamed
+from ditmem_jax.errors import UserError
 
 MANIFESTS = sorted((Path(__file__).parents[1] / "manifests").glob("*.json"))
 CONFIGS = {
@@ -99,3 +102,21 @@ def test_nested_levels_by_hand():
     ):
         assert original in names
         assert renamed(found, original) == other
+
+
+def test_adapters_that_do_not_fit_a_transformer_are_named():
+    config = DiTConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=2, text_dim=8, freq_dim=8)
+    tensors = {
+        f"transformer.blocks.{i}.attn1.to_q.lora_{part}.weight": np.ones(shape, np.float32)
+        for i in range(2)
+        for part, shape in (("A", (3, 8)), ("B", (8, 3)))
+    }
+    assert from_peft(config, tensors, 3.0)[0].targets == (r"^blocks\.self_attention\.q$",)
+    with pytest.raises(UserError, match=r"unknown tensor transformer.blocks.0.attn3.to_q.lora_A.weight"):
+        from_peft(config, tensors | {"transformer.blocks.0.attn3.to_q.lora_A.weight": np.ones((3, 8))}, 3.0)
+    with pytest.raises(UserError, match=r"blocks.1.self_attn.q.lora_B.weight is missing"):
+        del tensors["transformer.blocks.1.attn1.to_q.lora_B.weight"]
+        from_peft(config, tensors, 3.0)
+    with pytest.raises(UserError, match=r"one rank(.|\n)*\[3, 4\]"):
+        other = {name.replace("to_q", "to_k"): np.ones((4, 8)) for name in tensors if "lora_A" in name}
+        from_peft(config, tensors | other, 3.0)

@@ -23,6 +23,7 @@ from ditmem_jax.models.attention.with_memory import KEPT, attention
 from ditmem_jax.models.layers import (
     FeedForward,
     LayerNorm,
+    Linear,
     RMSNorm,
     layer_norm,
     rotary_angles,
@@ -34,7 +35,7 @@ from ditmem_jax.models.quantised import Int8Linear
 from ditmem_jax.parallel.mesh import constrain
 from ditmem_jax.types import Backend, Compute, Conditioning, Memory, Remat
 
-Linear = type[nnx.Linear] | type[Int8Linear]
+LinearKind = type[Linear] | type[Int8Linear]
 INPUT = "input of a block"
 _policies = jax.checkpoint_policies
 _ATTENTION_KEPT = _policies.save_only_these_names(KEPT)
@@ -60,7 +61,7 @@ class Projections(nnx.Module):
     """Query, key, value and output projections, or some of them; RMS norm over the full width of query and key."""
 
     def __init__(
-        self, config: DiTConfig, names: str = "qkvo", *, linear: Linear, rngs: nnx.Rngs, dtype: DTypeLike
+        self, config: DiTConfig, names: str = "qkvo", *, linear: LinearKind, rngs: nnx.Rngs, dtype: DTypeLike
     ):
         for name in names:
             setattr(self, name, linear(config.dim, config.dim, rngs=rngs, dtype=dtype, param_dtype=dtype))
@@ -101,7 +102,7 @@ class Block(nnx.Module):
         self,
         config: DiTConfig,
         *,
-        linear: Linear = nnx.Linear,
+        linear: LinearKind = Linear,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ):
@@ -185,7 +186,7 @@ class DiT(nnx.Module):
         self.image_embedding = (
             None if config.image_dim is None else ImageEmbedding(config, rngs=rngs, dtype=dtype)
         )
-        kind = Int8Linear if int8 else nnx.Linear
+        kind = Int8Linear if int8 else Linear
         self.blocks = nnx.vmap(lambda rngs: Block(config, linear=kind, rngs=rngs, dtype=dtype))(
             rngs.split(config.num_layers)
         )
