@@ -386,12 +386,16 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW on float32 master weights; or Muon for matrices and convolutions, NAdamW for the rest.
+    """How the encoder's float32 weights are updated.
+
+    `kind` is a name in `train.optimizer.OPTIMIZERS`: "adamw"; "muon" for matrices and convolutions, with NAdam for the
+    rest; "lion", which wants a learning rate of about a tenth and a `b2` of 0.99; "adafactor", which keeps of the
+    second moments of large matrices sums over rows and columns, and reads neither `b1` nor `b2`.
 
     For the memory of the tiny Wan, Muon at 3e-3 learned in 400 steps what AdamW, at 1e-3 and 3e-3, did not begin to.
     """
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: str = "adamw"
     learning_rate: float = 1e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 0

@@ -43,6 +43,7 @@ class Setup:
     def __init__(self, config: Config):
         check_weights(config, *stored_dits(config, config.experts.trains))
         self.config, self.mesh = config, make_mesh(config.mesh)
+        self.optimizer = make_optimizer(config.optim, config.run.steps)
         records = RecordReader(config.data.records)
         held_out = RecordReader(config.data.validation) if config.data.validation else None
         begun = Path(config.run.out) / matches.FILE
@@ -63,7 +64,6 @@ class Setup:
             self.data = self._stream(records, *references[0], **options)
         for each in found:
             each.warn_if_stale()
-        self.optimizer = make_optimizer(config.optim, config.run.steps)
         self.state_layout = state_layout(config, self.optimizer, self.mesh)
         self.held_out: list[Batch] = []
         if held_out:
