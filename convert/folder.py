@@ -55,7 +55,7 @@ def converted(source: str | Path) -> str:
             # Processes that begin together make one each, and the first one's stays.
             with tempfile.TemporaryDirectory(dir=target.parent) as own:
                 made = Path(own, target.name)
-                convert_folder(source, made)
+                convert_checkpoint(source, made)
                 try:
                     made.rename(target)
                 except OSError:
@@ -70,8 +70,15 @@ def converted(source: str | Path) -> str:
     return str(target)
 
 
-def convert_folder(source: str | Path, target: str | Path) -> None:
-    """Writes the converted form of everything in `source` to the folder `target`."""
+def convert_checkpoint(source: str | Path, target: str | Path) -> None:
+    """Convert all weights in `source` that are known, to the folder `target` for `config.weights.path`.
+
+    Args:
+        source: folder or file of original Wan or DiT-Mem weights, or of a diffusers model (.safetensors, .pth).
+        target: a new folder, or one of converted weights that lacks them.
+    Raises:
+        UserError: with every finding: tensors that are unknown, missing or of another shape, and as `write_folder`.
+    """
     opened = open_source(source)
     write_folder(opened, plan(opened), target)
 

@@ -10,8 +10,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from ditmem_jax.bank import Bank, Table, make_embedder, matches
-from ditmem_jax.bank.rows import rows_of_records
+from ditmem_jax.bank import Bank, matches
 from ditmem_jax.config import (
     Config,
     DataConfig,
@@ -28,7 +27,7 @@ from ditmem_jax.config import (
     to_dict,
 )
 from ditmem_jax.convert import dit, umt5, vae
-from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.original import original
 from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
 from ditmem_jax.models.state import abstract
@@ -97,7 +96,7 @@ def make_tiny(folder: str | Path, seed: int = 0) -> Config:
     folder = Path(folder)
     config = tiny_config(folder)
     write_original(folder / "original", config, seed)
-    convert_folder(folder / "original", config.weights.path)
+    convert_checkpoint(folder / "original", config.weights.path)
     for name, number, count in (("records", 1, 16), ("library", 2, 12), ("validation", 3, 8)):
         write_records(folder / name, config, count, seed=number)
     bank = make_bank(config.data.bank, folder / "library")
@@ -109,9 +108,7 @@ def make_tiny(folder: str | Path, seed: int = 0) -> Config:
 
 def make_bank(uri: str | Path, *folders: str | Path) -> Bank:
     """A bank of folders of records."""
-    rows = rows_of_records(folders)
-    Table.create(uri, make_embedder("lexical", rows["caption"].to_pylist()), rows)
-    return Bank.open(uri)
+    return Bank.build(uri, folders)
 
 
 def with_experts(config: Config, folder: str | Path, trains: str = "both") -> Config:

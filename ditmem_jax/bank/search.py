@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from ditmem_jax.bank.embedders import Embedder, load_embedder
+from ditmem_jax.bank.embedders import Embedder, load_embedder, make_embedder
 from ditmem_jax.bank.index import IVF, Exact
+from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.table import Table, to_matrix, unit
+from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 
 QUERIES_AT_ONCE = 256
@@ -39,6 +41,15 @@ class Results:
     def rows(self) -> list[list[dict[str, Any]]]:
         """All columns but the vector, fetched when they are first asked for."""
         return self.columns()
+
+    @functools.cached_property
+    def latents(self) -> Float32[np.ndarray, "P k T H W C"]:
+        """Latents of the videos, read from their records when they are first asked for.
+
+        Raises:
+            UserError: for a video without a record, or whose record is gone or altered.
+        """
+        return np.stack([References.of(videos).latents() for videos in self.rows])
 
     def columns(self, names: Sequence[str] | None = None) -> list[list[dict[str, Any]]]:
         """The named columns of each video."""
@@ -79,6 +90,21 @@ class Bank:
             UserError: if there is no such bank or version.
         """
         return cls(Table.open(uri, version), ivf_above)
+
+    @classmethod
+    def build(
+        cls, uri: str | Path, records: str | Path | Sequence[str | Path], embedder: str = "lexical"
+    ) -> "Bank":
+        """Write a new bank of the videos of folders of records, and open it.
+
+        Args:
+            embedder: "lexical", or "sentence-transformers:NAME_OR_FOLDER[@REVISION]", what makes captions comparable.
+        Raises:
+            UserError: if there is a bank, or for a folder that is not of records.
+        """
+        rows = rows_of_records([records] if isinstance(records, (str, Path)) else records)
+        Table.create(uri, make_embedder(embedder, rows["caption"].to_pylist()), rows)
+        return cls.open(uri)
 
     def __len__(self) -> int:
         return int(self._alive.sum())

@@ -2,7 +2,7 @@
 
 import ast
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,25 @@ from ditmem_jax.config.strict import build, to_dict
 from ditmem_jax.errors import UserError, nearest
 
 
-def read_config(config: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the strict `Config` of a file, after overrides such as "optim.learning_rate=1e-4".
+def load_config(config: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
+    """Return the strict `Config` of a file, after overrides.
 
     Args:
         config: a file with `get_config()`, or the name of one in `ditmem_jax.configs`, such as "wan".
+        overrides: values by name, such as `{"optim.learning_rate": 1e-4}`, or as the command line spells them, such
+            as `["optim.learning_rate=1e-4"]`.
     Raises:
         UserError: if there is no such file, or it or an override does not fit `Config`.
     """
     values = to_dict(build(Config, _run_config(find_config(config))))
-    for override in overrides:
-        _override(values, *override.partition("=")[::2])
+    if isinstance(overrides, Mapping):
+        for name, value in overrides.items():
+            part, key = _find(values, name, value)
+            part[key] = value
+    else:
+        for name, _, text in (override.partition("=") for override in overrides):
+            part, key = _find(values, name, text)
+            part[key] = text if isinstance(part[key], str) else _literal(text)
     return build(Config, values)
 
 
@@ -54,8 +62,8 @@ def _run_config(path: Path) -> dict[str, Any] | ConfigDict:
     return values
 
 
-def _override(values: dict[str, Any], name: str, text: str) -> None:
-    """Sets the value with the dotted `name` in the nested `values` to what `text` says."""
+def _find(values: dict[str, Any], name: str, value: Any) -> tuple[dict[str, Any], str]:
+    """Return the part of the nested `values` that the dotted `name` is in, and its key there, to be set to `value`."""
     where, path = "config", name.split(".")
     for depth, part in enumerate(path, start=1):
         if part not in values:
@@ -63,13 +71,13 @@ def _override(values: dict[str, Any], name: str, text: str) -> None:
         where += f".{part}"
         if isinstance(values[part], dict) != (depth < len(path)):
             raise UserError(
-                f"{where} cannot be set to {text!r}",
+                f"{where} cannot be set to {value!r}",
                 expected="--config.part.name=value",
                 found=f"--config.{name}",
             )
         if depth < len(path):
             values = values[part]
-    values[part] = text if isinstance(values[part], str) else _literal(text)
+    return values, part
 
 
 def _literal(text: str) -> Any:

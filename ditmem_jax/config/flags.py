@@ -9,8 +9,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from ditmem_jax.config import Config
-from ditmem_jax.config.files import read_config
+from ditmem_jax.config import Config, files
 from ditmem_jax.errors import UserError
 
 
@@ -91,7 +90,7 @@ def load_config(holder: flags.FlagHolder) -> Config:
     """Return the strict `Config` of the file behind a `define_config` flag, with the command line's overrides."""
     if holder.value is None:
         raise UserError("--config is missing", expected="a name such as tiny, or a file")
-    return read_config(holder.value, flags.FLAGS.set)
+    return files.load_config(holder.value, flags.FLAGS.set)
 
 
 def run(main: Callable[..., None], arguments: str = "") -> None:

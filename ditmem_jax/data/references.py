@@ -4,6 +4,9 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
+import numpy as np
+from jaxtyping import Float32
+
 from ditmem_jax.data.records import Record, RecordReader, checksum
 from ditmem_jax.errors import UserError
 
@@ -67,6 +70,10 @@ class References:
         record = self._readers[pointer.records][pointer.row]
         self._require(pointer, checksum(record.latents))
         return record
+
+    def latents(self) -> Float32[np.ndarray, "R T H W C"]:
+        """Return the latents of all, in float32; raises UserError for a record that is gone or altered."""
+        return np.stack([record.latents.astype(np.float32) for record in self])
 
     def _require(self, pointer: Pointer, found: str) -> None:
         if found != pointer.checksum:

@@ -15,46 +15,26 @@ are listed with the reason in `skipped.csv` beside the records. Records that wer
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 from absl import flags
 
-from ditmem_jax.config import Config
 from ditmem_jax.config import flags as cli
-from ditmem_jax.data.sources import Row, Videos, expand, read_table
-from ditmem_jax.encode.dataset import encode_dataset
-from ditmem_jax.encode.engines import Engine, Local, OnRay
+from ditmem_jax.encode.dataset import encode_videos
+from ditmem_jax.encode.engines import OnRay
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.weights import load_umt5, load_vae
-
-
-def _rows() -> list[Row]:
-    """What --table and --videos name."""
-    if TABLE.value is None:
-        if not VIDEOS.value:
-            raise UserError("nothing to encode", expected="--table, --videos or both", fix="see --help")
-        return Videos(expand(VIDEOS.value)).rows()
-    table = read_table(TABLE.value)
-    return Videos(expand(VIDEOS.value or [str(Path(TABLE.value).parent)])).rows(table)
-
-
-def _engine(config: Config) -> Engine:
-    if cluster := CLUSTER():
-        return OnRay(*cluster)
-    return Local((load_vae(config), load_umt5(config)))
 
 
 def main() -> None:
     config = cli.load_config(CONFIG)
     if RESIZE.value:
         config = dataclasses.replace(config, video=dataclasses.replace(config.video, resize=RESIZE.value))
-    weights = os.path.abspath(config.weights.path)  # workers may run in other folders
-    config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, path=weights))
-    rows = _rows()
-    summary = encode_dataset(
-        rows, OUT.value, config, _engine(config), batch=BATCH.value, minimum=MINIMUM.value
-    )
+    if TABLE.value is None and not VIDEOS.value:
+        raise UserError("nothing to encode", expected="--table, --videos or both", fix="see --help")
+    cluster = CLUSTER()
+    engine = OnRay(*cluster) if cluster else None
+    options = dict(batch=BATCH.value, minimum=MINIMUM.value)
+    summary = encode_videos(config, OUT.value, VIDEOS.value, TABLE.value, engine, **options)
     print(f"{summary}: {OUT.value}")
     if summary.skipped:
         reasons = Path(OUT.value) / "skipped.csv"

@@ -1,20 +1,23 @@
-"""Videos and captions of a table to records."""
+"""Videos and captions of a folder or table to records."""
 
 import contextlib
 import csv
 import dataclasses
 import io
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ditmem_jax.config import Config
 from ditmem_jax.data.records import RecordWriter
-from ditmem_jax.data.sources import Row
-from ditmem_jax.encode.engines import Engine
+from ditmem_jax.data.sources import Row, Videos, expand, read_table
+from ditmem_jax.encode.engines import Engine, Local
 from ditmem_jax.encode.shards import Job, Part, find_part
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.files import write_text
+from ditmem_jax.storage.weights import load_umt5, load_vae
 
 SHARD_SIZE = 64  # rows at least; a multiple of the batch
 
@@ -29,6 +32,40 @@ class Summary:
 
     def __str__(self) -> str:
         return f"{self.made} videos encoded, {self.found} found encoded, {len(self.skipped)} skipped"
+
+
+def encode_videos(
+    config: Config,
+    out: str | Path,
+    videos: str | Path | Sequence[str | Path] = (),
+    table: str | Path | None = None,
+    engine: Engine | None = None,
+    **options: Any,
+) -> Summary:
+    """Encode the videos of a folder, or of a table, to the records in `out`; a second call takes up what is new.
+
+    Args:
+        config: its `weights` are loaded, its `video` decides the size of the clips.
+        videos: folders, zip or tar files, folders of input records, or patterns such as "part*.zip"; by default the
+            table's own folder.
+        table: CSV, parquet or JSON lines with columns video and caption; by default each video takes its caption from
+            the text file beside it.
+        engine: where to encode, such as `encode.engines.OnRay()`; by default in this process.
+        options: `batch`, `minimum` and `shard_size` as `encode_dataset` takes them.
+    Raises:
+        UserError: if there are no such videos or weights, and as `encode_dataset`.
+    """
+    places = [videos] if isinstance(videos, (str, Path)) else list(videos)
+    if table is not None:
+        rows = Videos(expand(map(str, places or [Path(table).parent]))).rows(read_table(table))
+    elif places:
+        rows = Videos(expand(map(str, places))).rows()
+    else:
+        raise UserError("nothing to encode", expected="a table, videos or both")
+    weights = os.path.abspath(config.weights.path)  # workers of an engine may run in other folders
+    config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, path=weights))
+    engine = engine or Local((load_vae(config), load_umt5(config)))
+    return encode_dataset(rows, out, config, engine, **options)
 
 
 def encode_dataset(

@@ -23,7 +23,7 @@ class Retrieved:
     @functools.cached_property
     def latents(self) -> Float[np.ndarray, "R T H W C"]:
         """Raises UserError for a video without a record, or whose record is gone or altered."""
-        return np.stack([record.latents.astype(np.float32) for record in References.of(self.videos)])
+        return References.of(self.videos).latents()
 
     @property
     def checksums(self) -> list[str]:

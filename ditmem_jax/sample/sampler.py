@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
+from ditmem_jax.bank import Results
 from ditmem_jax.bank.features import encode_video
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.data.video import from_unit
@@ -146,10 +147,10 @@ class Sampler:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
-        """One clip per prompt, as pixels; arguments and errors as `latents`."""
+        """Return one clip per prompt, as pixels; arguments and errors as `latents`."""
         return self.pixels(self.latents(prompts, seeds, references, strength))
 
     def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B F H8 W8 3"]:
@@ -160,18 +161,21 @@ class Sampler:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
     ) -> Latents:
-        """One clip per prompt, as normalised latents.
+        """Return one clip per prompt, as normalised latents.
 
         Args:
             seeds: of each clip's noise; a clip does not depend on the others of its batch.
-            references: latents of the reference videos of each prompt, or their `rows`; None is no memory.
+            references: the reference videos of each prompt: what a bank found for it, their latents, or their `rows`;
+                None is no memory.
             strength: instead of `config.sample.strength`.
         Raises:
-            UserError: for an empty prompt, or references that do not fit the encoder.
+            UserError: for an empty prompt, for seeds or references that are not one for each prompt, and for
+                references that do not fit the encoder.
         """
+        _check_count("seeds", len(seeds), prompts)
         steps, x = self.steps(prompts, references, strength), self.noise(seeds)
         with jax.set_mesh(self.mesh):
             for step, sigmas, end in steps:
@@ -187,7 +191,7 @@ class Sampler:
     def steps(
         self,
         prompts: Sequence[str],
-        references: Float[np.ndarray, "B R t h w C"] | Rows | None = None,
+        references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
     ) -> list[tuple[Step, Float[np.ndarray, " steps"], float]]:
         """What `latents` goes through: of each transformer its compiled step, its noise levels and where they end.
@@ -204,6 +208,7 @@ class Sampler:
                     expected=f"those of {sum(x is not None for x in self._encoders)} encoders",
                     found=f"of {len(rows)}",
                 )
+            _check_count("references", len(rows[0]), prompts)
             rows = [divided(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
         with jax.set_mesh(self.mesh):
             if references is not None:
@@ -229,7 +234,7 @@ class Sampler:
         program = stage.programs[sizes]
         return lambda x, sigma, change: program(stage.weights, x, sigma, change, *given)
 
-    def rows(self, references: Float[np.ndarray, "B R t h w C"]) -> Rows:
+    def rows(self, references: Float[np.ndarray, "B R t h w C"] | Results) -> Rows:
         """What the encoders make of each reference video, to the last bit as `bank.features` stores it.
 
         Raises:
@@ -237,6 +242,8 @@ class Sampler:
         """
         if None in self._encoders:
             raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
+        if isinstance(references, Results):
+            references = references.latents
         return tuple(
             np.stack([[whole(encode_video(encoder, x), self.mesh) for x in videos] for videos in references])
             for encoder in self._encoders
@@ -254,6 +261,14 @@ class Sampler:
                 fix="load it with this one, or without prompts",
             )
         return jnp.stack([self._text[prompt] for prompt in prompts])
+
+
+def _check_count(what: str, found: int, prompts: Sequence[str]) -> None:
+    """Raise a UserError unless there is one for each prompt."""
+    if found != len(prompts):
+        raise UserError(
+            f"the {what} do not fit the prompts", expected=f"{len(prompts)}, one a prompt", found=found
+        )
 
 
 def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Latents]:

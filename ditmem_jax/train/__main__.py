@@ -10,14 +10,14 @@ from absl import flags
 
 from ditmem_jax.config import flags as cli
 from ditmem_jax.parallel import compilation, processes
-from ditmem_jax.train.loop import train
+from ditmem_jax.train.loop import train_memory
 
 
 def main() -> None:
     config = cli.load_config(CONFIG)
     compilation.enable_cache(CACHE.value)
     with processes.Program(**PROCESSES()):
-        path = train(config, warm=WARM.value)
+        path = train_memory(config, warm=WARM.value)
         if processes.is_primary():
             print(f"all is compiled for the run in {path}" if WARM.value else f"the encoder is in {path}")
 

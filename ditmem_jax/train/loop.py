@@ -19,7 +19,7 @@ from ditmem_jax.train.step import TrainState, describe
 from ditmem_jax.train.validation import Validator
 
 
-def train(config: Config, *, warm: bool = False) -> Path:
+def train_memory(config: Config, *, warm: bool = False) -> Path:
     """Trains, or continues, the run in `config.run.out`; returns the file of the encoder.
 
     Args:

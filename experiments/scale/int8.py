@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditmem_jax.config import DiTConfig
-from ditmem_jax.config.files import read_config
+from ditmem_jax.config.files import load_config
 from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.encode.shards import embed
 from ditmem_jax.models.quantised import to_int8
@@ -98,7 +98,7 @@ def main() -> None:
     table = Table(
         "network", "int8 to bfloat16", "bfloat16 to float32", "both in float32", title="0.1, 0.5, 0.9"
     )
-    tiny = read_config("configs/tiny.py")
+    tiny = load_config("configs/tiny.py")
     stored, _ = open_tensors(Path(tiny.weights.path) / "dit.safetensors")
     trained = {name: x.read().astype(ml_dtypes.bfloat16) for name, x in stored.items()}
     prompt = embed(*load_umt5(tiny), ["A ball falls on planet Zorvex."])[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ditmem_jax.config.files import read_config
+from ditmem_jax.config.files import load_config
 from ditmem_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -52,13 +52,28 @@ def test_help_has_an_example(module):
 def test_overrides_of_every_type(config):
     overrides = ["optim.learning_rate=1e-4", "memory.tokens=(1, 3, 6)", "run.validation_sigmas=[0.5]"]
     overrides += ["data.records=123", "data.cache=true", "sample.steps=3", "sample.steps=7"]
-    got = read_config(config, overrides)
+    got = load_config(config, overrides)
     assert got.optim.learning_rate == 1e-4
     assert got.memory.tokens == (1, 3, 6)
     assert got.run.validation_sigmas == (0.5,)
     assert (got.data.records, got.data.cache) == ("123", True)
     assert got.sample.steps == 7
     assert got.dit.num_layers == 2
+
+
+def test_overrides_by_value(config):
+    got = load_config(config, {"memory.tokens": [1, 3, 6], "data.records": "123", "optim.learning_rate": 1})
+    assert got.memory.tokens == (1, 3, 6)
+    assert got.data.records == "123"
+    assert got.optim.learning_rate == 1.0
+    for override in (
+        {"sample.steps": "3"},
+        {"data.records": 123},
+        {"sample": {"steps": 3}},
+        {"sample.step": 3},
+    ):
+        with pytest.raises(UserError, match=next(iter(override)).partition(".")[0]):
+            load_config(config, override)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +90,7 @@ def test_overrides_of_every_type(config):
 )
 def test_bad_overrides(config, override, messages):
     with pytest.raises(UserError) as error:
-        read_config(config, [override])
+        load_config(config, [override])
     assert all(message in str(error.value) for message in messages)
 
 
@@ -94,25 +109,25 @@ def test_bad_config_files(tmp_path, text, message):
     path = tmp_path / "config.py"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        read_config(path)
+        load_config(path)
 
 
 def test_no_config_file(tmp_path):
     with pytest.raises(UserError, match=r"no config file .*absent\.py"):
-        read_config(tmp_path / "absent.py")
+        load_config(tmp_path / "absent.py")
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("wan*.py")])
 def test_a_name_is_the_file_that_ships(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()  # such as a folder of weights
-    assert read_config(name) == read_config(ROOT / "configs" / f"{name}.py")
+    assert load_config(name) == load_config(ROOT / "configs" / f"{name}.py")
 
 
 @pytest.mark.parametrize(("given", "nearest"), [("wan_15b", "wan_14b"), ("configs/tiny2.py", "tiny")])
 def test_a_wrong_name_names_the_nearest(given, nearest):
     with pytest.raises(UserError, match=f"no config file {given}\n.*one of: {nearest}"):
-        read_config(given)
+        load_config(given)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ditmem_jax.config import (
     build,
     to_dict,
 )
-from ditmem_jax.config.files import read_config
+from ditmem_jax.config.files import load_config
 from ditmem_jax.config.presets import DIT_PRESETS, VAE_PRESETS
 from ditmem_jax.errors import UserError, nearest
 
@@ -147,7 +147,7 @@ WAN = sorted((Path(__file__).parents[2] / "configs").glob("wan*.py"))
 
 @pytest.mark.parametrize("path", WAN, ids=[path.stem for path in WAN])
 def test_configs_of_wan_fit_together(path):
-    config = read_config(path)
+    config = load_config(path)
     video = config.video
     assert config.memory.latent_grid == config.vae.latent_grid(video.frames, video.height, video.width)
     assert config.dit in DIT_PRESETS.values() and config.vae in VAE_PRESETS.values()

@@ -15,7 +15,7 @@ from flax import nnx
 from ditmem_jax.config import DiTConfig, MemoryConfig, to_dict
 from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.convert.export import _model_type, export_encoder, export_folder
-from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.kinds import KINDS
 from ditmem_jax.convert.original import original as original_tensors
 from ditmem_jax.errors import UserError
@@ -43,9 +43,9 @@ def original(tmp_path_factory):
 
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_networks_come_back_bit_for_bit(original, tmp_path, naming):
-    convert_folder(original, tmp_path / "first")
+    convert_checkpoint(original, tmp_path / "first")
     export_folder(tmp_path / "first", tmp_path / "exported", naming)
-    convert_folder(tmp_path / "exported", tmp_path / "second")
+    convert_checkpoint(tmp_path / "exported", tmp_path / "second")
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("first", "second")
     )
@@ -89,14 +89,14 @@ def test_other_kinds_come_back_bit_for_bit(tmp_path, name, naming):
         safetensors.numpy.save_file(tensors, path / "model.safetensors")
         described = to_dict(config) if kind == "dit" else {kind: to_dict(config)}
         (path / "config.json").write_text(json.dumps(described))
-    convert_folder(tmp_path / "source", tmp_path / "first")
+    convert_checkpoint(tmp_path / "source", tmp_path / "first")
     export_folder(tmp_path / "first", tmp_path / "exported", naming)
     exported = (tmp_path / "exported").rglob("*.safetensors")
     assert (
         sorted(str(path.relative_to(tmp_path / "exported").with_suffix("")) for path in exported)
         == (FILES_OF_NETWORKS[name, naming])
     )
-    convert_folder(tmp_path / "exported", tmp_path / "second")
+    convert_checkpoint(tmp_path / "exported", tmp_path / "second")
     for path in (tmp_path / "first").glob("*.safetensors"):
         assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
     first, second = (read_networks(tmp_path / name) for name in ("first", "second"))
@@ -119,7 +119,7 @@ def test_the_word_for_a_kind_of_transformer(config, word):
 
 
 def test_original_tensors_are_the_source(original, tmp_path):
-    convert_folder(original, tmp_path / "converted")
+    convert_checkpoint(original, tmp_path / "converted")
     export_folder(tmp_path / "converted", tmp_path / "exported", "original")
     for name, file in (("dit", "diffusion_pytorch_model"), ("text", "models_t5_umt5-xxl-enc-bf16")):
         source = safetensors.numpy.load_file(original / f"{name}.safetensors")
@@ -134,7 +134,7 @@ def test_original_tensors_are_the_source(original, tmp_path):
 
 
 def test_a_damaged_folder_is_not_exported(original, tmp_path):
-    convert_folder(original, tmp_path / "converted")
+    convert_checkpoint(original, tmp_path / "converted")
     path = tmp_path / "converted" / "vae.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -174,11 +174,11 @@ def released_tensors() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_an_encoder_has_no_place_among_other_names(original, tmp_path, naming):
     safetensors.numpy.save_file(released_tensors(), tmp_path / "DiT-Mem.safetensors")
-    convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
+    convert_checkpoint(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
     with pytest.raises(UserError, match=rf"holds no network that has {naming} names(.|\n)*--export dit-mem"):
         export_folder(tmp_path / "converted", tmp_path / "exported", naming)
     assert not (tmp_path / "exported").exists()
-    convert_folder(original / "text.safetensors", tmp_path / "converted")
+    convert_checkpoint(original / "text.safetensors", tmp_path / "converted")
     assert export_folder(tmp_path / "converted", tmp_path / "exported", naming) == ["memory"]
 
 
@@ -188,7 +188,7 @@ def test_a_released_encoder_in_and_out(tmp_path, prefix, left_out):
     tensors = released_tensors()
     given = {prefix + name: x for name, x in tensors.items() if left_out is None or left_out not in name}
     safetensors.numpy.save_file(given, tmp_path / "DiT-Mem.safetensors")
-    convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
+    convert_checkpoint(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
     assert load_encoder(tmp_path / "converted" / "encoder.safetensors").config == RELEASED
     export_encoder(tmp_path / "converted", tmp_path / "out.safetensors", prefix=prefix)
     found = safetensors.numpy.load_file(tmp_path / "out.safetensors")
@@ -206,7 +206,7 @@ def test_a_trained_encoder_has_every_released_name(tmp_path):
     assert found.keys() == json.loads(MANIFEST.read_text())["tensors"].keys()
     assert found["low_pass_module.cnn.1.bn.num_batches_tracked"].dtype == np.int64
     assert found["low_pass_module.cnn.1.bn.num_batches_tracked"].shape == ()
-    convert_folder(tmp_path / "out.safetensors", tmp_path / "again")
+    convert_checkpoint(tmp_path / "out.safetensors", tmp_path / "again")
     again = safetensors.numpy.load_file(tmp_path / "again" / "encoder.safetensors")
     assert all(again[name].tobytes() == arrays[name].tobytes() for name in arrays)
 
@@ -231,7 +231,7 @@ def test_dtypes_that_no_weights_have(tmp_path, name):
     tensors[name] = tensors[name].astype(np.uint32)
     safetensors.numpy.save_file(tensors, tmp_path / "DiT-Mem.safetensors")
     with pytest.raises(UserError, match=f"{name} has dtype U32"):
-        convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
+        convert_checkpoint(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
 
 
 def test_aliases_that_differ_are_refused(tmp_path):
@@ -239,7 +239,7 @@ def test_aliases_that_differ_are_refused(tmp_path):
     tensors["high_pass_module.cnn.0.conv.bias"] = tensors["high_pass_module.cnn.0.conv.bias"] + 1
     safetensors.numpy.save_file(tensors, tmp_path / "DiT-Mem.safetensors")
     with pytest.raises(UserError, match=r"high_pass_module\.conv_block1\.conv\.bias are names of one tensor"):
-        convert_folder(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
+        convert_checkpoint(tmp_path / "DiT-Mem.safetensors", tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 
 

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from ditmem_jax.convert import folder as folders
-from ditmem_jax.convert.folder import convert_folder, converted, damage, deviations, write_folder
+from ditmem_jax.convert.folder import convert_checkpoint, converted, damage, deviations, write_folder
 from ditmem_jax.convert.plan import plan
 from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
@@ -42,7 +42,7 @@ def copy(original, tmp_path):
 
 def test_every_network_loads_with_its_weights(original, tmp_path):
     config = replace(tiny_config(tmp_path), "weights", path=str(tmp_path / "converted"))
-    convert_folder(original, config.weights.path)
+    convert_checkpoint(original, config.weights.path)
     assert {path.name for path in (tmp_path / "converted").iterdir()} == {
         "config.json", "dit.safetensors", "vae.safetensors", "text.safetensors", "tokenizer.json",
     }  # fmt: skip
@@ -65,7 +65,7 @@ def test_every_network_loads_with_its_weights(original, tmp_path):
 def test_converted_is_made_once_and_again_when_weights_change(copy, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = converted(copy)
-    monkeypatch.setattr(folders, "convert_folder", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(folders, "convert_checkpoint", lambda *_: pytest.fail("converted again"))
     assert converted(copy) == first
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -80,11 +80,11 @@ def test_of_two_processes_that_convert_at_once_the_first_one_counts(copy, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def slow(source, target):
-        convert_folder(source, target)
-        monkeypatch.setattr(folders, "convert_folder", convert_folder)
+        convert_checkpoint(source, target)
+        monkeypatch.setattr(folders, "convert_checkpoint", convert_checkpoint)
         converted(copy)  # the other one
 
-    monkeypatch.setattr(folders, "convert_folder", slow)
+    monkeypatch.setattr(folders, "convert_checkpoint", slow)
     made = Path(converted(copy))
     assert (made / "config.json").is_file() and list(made.parent.iterdir()) == [made]
 
@@ -102,8 +102,8 @@ def split_in_two(folder):
 
 def test_sharded_transformer(original, copy, tmp_path):
     split_in_two(copy)
-    convert_folder(original, tmp_path / "whole")
-    convert_folder(copy, tmp_path / "converted")
+    convert_checkpoint(original, tmp_path / "whole")
+    convert_checkpoint(copy, tmp_path / "converted")
     assert (
         contents(tmp_path / "converted")["dit.safetensors"] == contents(tmp_path / "whole")["dit.safetensors"]
     )
@@ -193,7 +193,7 @@ def damage_values(folder):
 def test_bad_originals_leave_nothing_behind(copy, tmp_path, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=f"(?s){message}"):
-        convert_folder(copy, tmp_path / "converted")
+        convert_checkpoint(copy, tmp_path / "converted")
     assert not list(tmp_path.glob("*converted*"))
 
 
@@ -202,7 +202,7 @@ def test_every_finding_of_every_file_in_one_message(copy, tmp_path):
     damage_pointer(copy)
     damage_config(copy)
     with pytest.raises(UserError, match=r"3 findings") as error:
-        convert_folder(copy, tmp_path / "converted")
+        convert_checkpoint(copy, tmp_path / "converted")
     for name in ("config.json", "dit.safetensors", "vae.safetensors"):
         assert str(copy / name) in str(error.value)
 
@@ -213,7 +213,7 @@ def test_every_finding_in_values_in_one_message(copy, tmp_path):
     tensors["head.head.bias"][3] = np.inf
     safetensors.numpy.save_file(tensors, copy / "dit.safetensors")
     with pytest.raises(UserError, match=r"head\.head\.bias holds values(.|\n)*norm\.weight holds values"):
-        convert_folder(copy, tmp_path / "converted")
+        convert_checkpoint(copy, tmp_path / "converted")
 
 
 def index_of(folder, shards):
@@ -239,10 +239,10 @@ def test_an_index_and_its_shards_agree(copy, tmp_path, change, message):
     change(names)
     index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
     if message is None:
-        convert_folder(copy, tmp_path / "converted")
+        convert_checkpoint(copy, tmp_path / "converted")
         return
     with pytest.raises(UserError, match=message):
-        convert_folder(copy, tmp_path / "converted")
+        convert_checkpoint(copy, tmp_path / "converted")
 
 
 def test_a_tensor_in_two_shards(copy, tmp_path):
@@ -251,7 +251,7 @@ def test_a_tensor_in_two_shards(copy, tmp_path):
         safetensors.numpy.load_file(first) | safetensors.numpy.load_file(second), second
     )
     with pytest.raises(UserError, match=r"blocks\.0\.cross_attn\.k\.bias is in .*00001.* and in .*00002"):
-        convert_folder(copy, tmp_path / "converted")
+        convert_checkpoint(copy, tmp_path / "converted")
 
 
 # --- targets ----------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_a_tensor_in_two_shards(copy, tmp_path):
 
 def test_an_existing_target_is_not_touched(original, tmp_path):
     with pytest.raises(UserError, match="is no folder of converted weights"):
-        convert_folder(original, tmp_path)
+        convert_checkpoint(original, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -268,9 +268,9 @@ def contents(folder):
 
 
 def test_a_folder_is_put_together_in_several_calls(original, tmp_path):
-    convert_folder(original, tmp_path / "whole")
+    convert_checkpoint(original, tmp_path / "whole")
     for name in ("dit", "vae", "text"):
-        convert_folder(original / f"{name}.safetensors", tmp_path / "parts")
+        convert_checkpoint(original / f"{name}.safetensors", tmp_path / "parts")
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert whole.keys() - parts.keys() == {"tokenizer.json"}
     indices = [json.loads(files.pop("config.json")) for files in (whole, parts)]
@@ -278,7 +278,7 @@ def test_a_folder_is_put_together_in_several_calls(original, tmp_path):
     assert indices[0] == indices[1]
     assert all(parts[name] == whole[name] for name in parts)
     with pytest.raises(UserError, match="exists and holds vae"):
-        convert_folder(original / "vae.safetensors", tmp_path / "parts")
+        convert_checkpoint(original / "vae.safetensors", tmp_path / "parts")
 
 
 def test_the_tokenizer_belongs_to_the_text_encoder(original, copy, tmp_path):
@@ -288,7 +288,7 @@ def test_the_tokenizer_belongs_to_the_text_encoder(original, copy, tmp_path):
     source, target = open_source(original), tmp_path / "converted"
     text = plan(source, kind="text")
     write_folder(source, text, target)
-    convert_folder(copy, target)
+    convert_checkpoint(copy, target)
     assert (target / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
     assert damage(target) == []
     (target / "tokenizer.json").write_text("{}")
@@ -296,7 +296,7 @@ def test_the_tokenizer_belongs_to_the_text_encoder(original, copy, tmp_path):
     (target / "tokenizer.json").unlink()
     assert damage(target) == ["tokenizer.json is missing"]
 
-    convert_folder(copy, tmp_path / "other")
+    convert_checkpoint(copy, tmp_path / "other")
     assert (tmp_path / "other" / "tokenizer.json").read_text() == "{}"
     with pytest.raises(UserError, match="is not the tokenizer of this text encoder"):
         write_folder(source, text, tmp_path / "other")
@@ -344,12 +344,12 @@ def two_experts(folder, names):
 def test_two_experts_are_two_transformers(copy, tmp_path, names, what):
     two_experts(copy, names)
     if what == "root":
-        convert_folder(copy, tmp_path / "converted")
+        convert_checkpoint(copy, tmp_path / "converted")
     else:
         for name in names:
             source = copy / name
             source = source / "diffusion_pytorch_model.safetensors" if what == "files" else source
-            convert_folder(source, tmp_path / "converted")
+            convert_checkpoint(source, tmp_path / "converted")
     high, low = (
         safetensors.numpy.load_file(tmp_path / "converted" / f"{name}.safetensors")
         for name in ("dit_high", "dit")
@@ -368,7 +368,7 @@ def test_one_expert_of_two(copy, tmp_path, monkeypatch):
 
 
 def test_provenance_and_checksums(original, tmp_path):
-    convert_folder(original, tmp_path / "converted")
+    convert_checkpoint(original, tmp_path / "converted")
     index = json.loads((tmp_path / "converted" / "config.json").read_text())
     digest = hashlib.sha256((original / "vae.safetensors").read_bytes()).hexdigest()
     assert index["provenance"]["vae"]["files"][0] == {
@@ -380,7 +380,7 @@ def test_provenance_and_checksums(original, tmp_path):
 
 
 def test_a_changed_bit_is_found(original, tmp_path):
-    convert_folder(original, tmp_path / "converted")
+    convert_checkpoint(original, tmp_path / "converted")
     networks = plan(open_source(original))
     assert not [problem for *_, problem in deviations(networks, tmp_path / "converted") if problem]
     path = tmp_path / "converted" / "dit.safetensors"
@@ -407,7 +407,7 @@ def dies(*arguments):
     return function(*arguments)
 function = getattr(folder, sys.argv[3])
 setattr(folder, sys.argv[3], dies)
-folder.convert_folder(sys.argv[1], sys.argv[2])
+folder.convert_checkpoint(sys.argv[1], sys.argv[2])
 """
 
 
@@ -419,15 +419,15 @@ def test_killed_and_run_again(original, tmp_path, function, calls):
     command = [sys.executable, "-c", KILLED, original, target, function, str(calls)]
     assert subprocess.run(command, check=False, cwd=ROOT).returncode == -signal.SIGKILL
     assert not target.exists()
-    convert_folder(original, target)
-    convert_folder(original, tmp_path / "undisturbed")
+    convert_checkpoint(original, target)
+    convert_checkpoint(original, tmp_path / "undisturbed")
     assert contents(target) == contents(tmp_path / "undisturbed")
     assert {path.name for path in tmp_path.iterdir()} == {"converted", "undisturbed"}
 
 
 def test_killed_while_a_network_is_added(original, tmp_path, monkeypatch):
     target = tmp_path / "converted"
-    convert_folder(original / "dit.safetensors", target)
+    convert_checkpoint(original / "dit.safetensors", target)
     before = (target / "config.json").read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         replace_file = os.replace
@@ -438,9 +438,9 @@ def test_killed_while_a_network_is_added(original, tmp_path, monkeypatch):
             replace_file(source, destination)
 
         patch.setattr(folders.os, "replace", interrupt)
-        convert_folder(original / "vae.safetensors", target)
+        convert_checkpoint(original / "vae.safetensors", target)
     assert (target / "config.json").read_bytes() == before
-    convert_folder(original / "vae.safetensors", target)
+    convert_checkpoint(original / "vae.safetensors", target)
     assert damage(target) == [] and "vae.safetensors" in contents(target)
 
 
@@ -451,7 +451,7 @@ def test_a_disk_that_is_full(original, tmp_path, monkeypatch, function):
 
     monkeypatch.setattr(os, function, full)
     with pytest.raises(UserError, match=r"cannot write .*converted(.|\n)*No space left on device"):
-        convert_folder(original, tmp_path / "converted")
+        convert_checkpoint(original, tmp_path / "converted")
     monkeypatch.undo()
     assert not list(tmp_path.glob("*converted*"))
 
@@ -476,4 +476,4 @@ def test_a_source_that_vanishes_is_no_full_disk(copy, tmp_path, monkeypatch, nam
 def test_a_disk_without_room(original, tmp_path, monkeypatch):
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 2, 7))
     with pytest.raises(UserError, match=r"no room for .*converted(.|\n)*7 bytes free"):
-        convert_folder(original, tmp_path / "converted")
+        convert_checkpoint(original, tmp_path / "converted")

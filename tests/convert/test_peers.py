@@ -12,7 +12,7 @@ from flax import nnx
 
 from ditmem_jax.config import build
 from ditmem_jax.convert.export import export_folder
-from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.kinds import KINDS
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan import vae as vae_module
@@ -52,7 +52,7 @@ def randomised(model):
 def converted(model, part, tmp_path, dtype=jnp.float32):
     """The same network here, after a check that its export has exactly the tensors that the model was saved with."""
     model.save_pretrained(tmp_path / "source" / part)
-    convert_folder(tmp_path / "source", tmp_path / "converted")
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     export_folder(tmp_path / "converted", tmp_path / "exported", "diffusers")
     (saved,) = (tmp_path / "source" / part).glob("*.safetensors")
     tensors, exported = (

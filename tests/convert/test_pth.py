@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
 from tests.convert.test_sources import random_text
@@ -47,7 +47,7 @@ def test_a_torch_file_reads_like_safetensors(torch, tmp_path, dtype, zipped):
     save(torch, tmp_path / "text.pth", tensors, _use_new_zipfile_serialization=zipped)
     safetensors.numpy.save_file(tensors, tmp_path / "text.safetensors")
     for name in ("text.pth", "text.safetensors"):
-        convert_folder(tmp_path / name, tmp_path / f"from {name}")
+        convert_checkpoint(tmp_path / name, tmp_path / f"from {name}")
     first, second = (
         (tmp_path / f"from {name}" / "text.safetensors").read_bytes()
         for name in ("text.pth", "text.safetensors")
@@ -62,7 +62,7 @@ def test_a_file_that_wants_to_run_code_is_refused_and_named(torch, tmp_path, zip
     with pytest.raises(
         UserError, match=r"Wan2\.1_VAE\.pth is no plain file of tensors; nothing in it was run.*mkdir"
     ):
-        convert_folder(path, tmp_path / "converted")
+        convert_checkpoint(path, tmp_path / "converted")
     assert {p.name for p in tmp_path.iterdir()} == {path.name}
 
 

@@ -6,7 +6,7 @@ import safetensors.numpy
 
 from ditmem_jax.config import UMT5Config
 from ditmem_jax.convert.engine import convert
-from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.plan import FILES, plan
 from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
@@ -44,7 +44,7 @@ def converts_exactly_or_not_at_all(content: bytes, folder) -> bool:
     source, target = folder / "text.safetensors", folder / "converted"
     source.write_bytes(content)
     try:
-        convert_folder(source, target)
+        convert_checkpoint(source, target)
     except UserError as error:
         assert not list(folder.glob("*converted*")), error
         return False

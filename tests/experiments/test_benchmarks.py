@@ -12,7 +12,7 @@ import safetensors.numpy
 from flax import nnx
 
 from ditmem_jax.convert import memory as names
-from ditmem_jax.convert.folder import convert_folder
+from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.original import original
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
@@ -44,7 +44,7 @@ def test_the_peer_computes_what_we_do(tmp_path):
     torch.manual_seed(0)
     transformer = peer.Transformer(config.dit).eval()
     transformer.dit.save_pretrained(tmp_path / "source" / "transformer")
-    convert_folder(tmp_path / "source", tmp_path / "converted")
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     dit, _ = abstract(lambda: DiT(config.dit, rngs=nnx.Rngs(0)))
     dit = dit.merge(
         {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ditmem_jax.bank import Bank
 from ditmem_jax.config import ExpertsConfig
 from ditmem_jax.data.video import read_video
 from ditmem_jax.diffusion import flow
@@ -207,6 +208,22 @@ def test_rows_are_those_of_the_encoders(sampler, config):
     for each, given in ((sampler, rows * 2), (bare, rows)):
         with pytest.raises(UserError, match="the rows do not fit the sampler"):
             each.latents([PROMPT], [0], given)
+
+
+def test_what_a_bank_finds_is_read_as_references(sampler, config):
+    prompts = [PROMPT, "A ball falls on planet Cyta"]
+    found = Bank.open(config.data.bank).search(prompts, config.data.references)
+    expected = [retrieve(config, prompt).latents for prompt in prompts]
+    np.testing.assert_array_equal(found.latents, expected)
+    for got, want in zip(sampler.rows(found), sampler.rows(np.stack(expected)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_seeds_and_references_are_one_a_prompt(sampler, config):
+    references = retrieve(config, PROMPT).latents[None]
+    for what, given in (("seeds", ([0, 1], None)), ("references", ([0], np.repeat(references, 2, axis=0)))):
+        with pytest.raises(UserError, match=f"the {what} do not fit the prompts"):
+            sampler.latents([PROMPT], *given)
 
 
 def test_an_expert_without_a_step_is_not_compiled(two):
