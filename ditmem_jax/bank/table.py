@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float32, UInt64
 
 from ditmem_jax.bank.embedders import Embedder
+from ditmem_jax.bank.filters import checked
 from ditmem_jax.errors import UserError, nearest
 
 FORMAT = 1
@@ -161,7 +162,7 @@ class Table:
         schema = self._table.schema
         new = [field for field in rows.schema if field.name not in schema.names]
         rows = conform(rows, pa.schema([*schema, *new]))
-        if there := self.rows(f"id IN ({_quoted(rows['id'].to_pylist())})", ["id"])["id"].to_pylist():
+        if there := self.known(rows["id"].to_pylist(), ["id"])["id"].to_pylist():
             raise UserError(
                 f"the bank holds {len(there)} of these {len(rows)} videos already; none was added",
                 found=", ".join(map(repr, there[:5])),
@@ -190,8 +191,10 @@ class Table:
         self._newest()
         if ids is not None:
             self.by_id(ids)
-            where = f"id IN ({_quoted(ids)})"
-        if not self.row_ids(where).size:
+            where = _among(ids)
+        elif where is not None:
+            where = checked(where, self.columns)
+        if not len(self._select(where, ["_rowid"])):
             return 0
         with lance_errors(f"cannot remove from the bank {self.uri}"):
             return self._table.delete(where).num_deleted_rows
@@ -222,9 +225,13 @@ class Table:
         """The rows that a filter such as "motion > 0.5" leaves, without vectors.
 
         Raises:
-            UserError: if the filter does not parse or names an unknown column.
+            UserError: if the filter is none (see `bank.filters`) or names an unknown column.
         """
-        return self._select(where, self.columns if columns is None else list(columns))
+        return self._filtered(where, self.columns if columns is None else list(columns))
+
+    def known(self, ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of those of the ids that are there, in any order, without vectors."""
+        return self._select(_among(ids), self.columns if columns is None else list(columns))
 
     def by_id(self, ids: Sequence[str]) -> pa.Table:
         """The rows of these ids in this order, without vectors.
@@ -232,7 +239,7 @@ class Table:
         Raises:
             UserError: if one is not there.
         """
-        found = self.rows(f"id IN ({_quoted(ids)})") if len(ids) else self.rows("false")
+        found = self.known(ids)
         order = pc.index_in(pa.array(ids, pa.string()), found["id"])
         if order.null_count:
             missing = [name for name, place in zip(ids, order, strict=True) if not place.is_valid]
@@ -245,7 +252,7 @@ class Table:
 
     def row_ids(self, where: str | None = None) -> UInt64[np.ndarray, " N"]:
         """Lance's numbers of the rows that a filter leaves. A number stands for one row for ever."""
-        return self._select(where, ["_rowid"])["_rowid"].to_numpy()
+        return self._filtered(where, ["_rowid"])["_rowid"].to_numpy()
 
     def take(self, row_ids: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of these numbers in this order, without vectors unless named."""
@@ -275,14 +282,18 @@ class Table:
                 part, waiting = waiting.result(), pool.submit(read, start + size)
                 yield part
 
+    def _filtered(self, where: str | None, columns: list[str]) -> pa.Table:
+        return self._select(None if where is None else checked(where, self.columns), columns)
+
     def _select(self, where: str | None, columns: list[str]) -> pa.Table:
+        """The rows of a filter that is checked, or made here."""
         query = self._table.search().select(columns)
         if where is None:
             with lance_errors(f"cannot read the bank {self.uri}"):
                 return query.to_arrow()
         with lance_errors(
             f"the filter {where[:200]!r} does not fit the bank {self.uri}",
-            expected=f"SQL over {', '.join(self.columns)}, such as: duration > 2 AND caption LIKE '%ball%'",
+            expected=f"comparisons that fit the columns {', '.join(self.columns)}",
         ):
             return query.where(where).to_arrow()
 
@@ -399,6 +410,7 @@ def lance_errors(what: str, **advice: str) -> Iterator[None]:
         raise UserError(what, found=found[0] if found else repr(error), **advice) from error
 
 
-def _quoted(texts: Iterable[str]) -> str:
-    """Texts as SQL literals."""
-    return ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
+def _among(ids: Iterable[str]) -> str:
+    """The filter that leaves these ids."""
+    listed = ", ".join("'" + text.replace("'", "''") + "'" for text in ids)
+    return f"id IN ({listed})" if listed else "false"
