@@ -309,7 +309,9 @@ if __name__ == "__main__":
         "cache", None, "serve: folder of decoded clips; one of the user's by default."
     )
     HOST = flags.DEFINE_string(
-        "host", "127.0.0.1", "serve: address to answer at; 0.0.0.0 lets other machines in."
+        "host",
+        "127.0.0.1",
+        "serve: address to answer at, and names that browsers call it by: 0.0.0.0,NAME lets other machines in.",
     )
     PORT = flags.DEFINE_integer("port", 7860, "serve: port to answer at; 0 takes a free one.", 0, 65535)
     cli.run(main, "COMMAND [ARGUMENT]")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64, UInt64
 
 from ditmem_jax.bank.embedders import Embedder, load_embedder, make_embedder
 from ditmem_jax.bank.index import IVF, Exact
@@ -123,12 +123,13 @@ class Bank:
         queries: Sequence[str] | Float32[np.ndarray, "P D"],
         k: int | None = None,
         *,
-        where: str | None = None,
+        where: str | UInt64[np.ndarray, " _"] | None = None,
     ) -> Results:
         """The k videos nearest to each query, a text or a vector, among those that the filter `where` leaves.
 
         Args:
             k: how many; None is five, or all if fewer are left.
+            where: a filter, or the row ids that `Table.row_ids` has given for one.
         Raises:
             UserError: if fewer than k are left or none is, a text has no words, or the filter does not parse.
         """
@@ -143,7 +144,7 @@ class Bank:
             raise UserError(
                 "no video passes the filter",
                 expected=f"some of the {len(self)} in the bank {self.table.uri}",
-                found=where,
+                found=where if isinstance(where, str) else None,
             )
         if k is None:
             k = min(5, left)
@@ -218,10 +219,11 @@ class Bank:
         """The vectors at these places in memory, such as `Results.places`."""
         return self.index.vectors(places)
 
-    def _allowed(self, where: str | None) -> Bool[np.ndarray, " N"]:
+    def _allowed(self, where: str | UInt64[np.ndarray, " _"] | None) -> Bool[np.ndarray, " N"]:
         if where is None:
             return self._alive
-        return self._alive & np.isin(self.row_ids, self.table.row_ids(where))
+        row_ids = self.table.row_ids(where) if isinstance(where, str) else where
+        return self._alive & np.isin(self.row_ids, row_ids)
 
     def _ranked(
         self, queries: Float32[np.ndarray, "P D"], candidates: Sequence[Int64[np.ndarray, " _"]], k: int

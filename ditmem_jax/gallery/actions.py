@@ -22,16 +22,18 @@ class Actions:
         except UserError as error:
             return views.notice(error, "error")
 
-    def search(self, prompt: str, where: str, k: int, version: int | None) -> tuple[Html, Html]:
-        """A sentence about what was found, and the cards."""
+    def search(self, prompt: str, where: str, k: int, version: int | None) -> tuple[Html, Html | None]:
+        """A sentence about what was found, and the cards; None keeps those that are shown."""
         try:
             found = self.gallery.search(prompt, where, int(k), version)
         except UserError as error:
-            return views.notice(error, "error"), Html("")
+            return views.notice(error, "error"), None
         cards = views.cards(found, self.gallery.clips, editable=version is None)
         return views.told(found, prompt, where), cards
 
-    def remove(self, name: str, prompt: str, where: str, k: int, version: int | None) -> tuple[Html, Html]:
+    def remove(
+        self, name: str, prompt: str, where: str, k: int, version: int | None
+    ) -> tuple[Html, Html | None]:
         """Removes a video and searches again."""
         try:
             self._require_newest(version)

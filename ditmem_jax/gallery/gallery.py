@@ -114,20 +114,21 @@ class Gallery:
         where = where.strip() or None
         with self._lock:
             table = self._table(version)
-            row_ids = table.row_ids(where)
+        row_ids = table.row_ids(where)  # without the lock: nobody waits for another's filter
+        with self._lock:
             count = min(k, len(row_ids))
             if not count:
                 return Found(table.version, [], [], 0)
             if not prompt.strip():
                 rows = table.take(row_ids[:count]).to_pylist()
                 return Found(table.version, rows, [None] * count, len(row_ids))
-            results = self._bank(version).search([prompt], count, where=where)
+            results = self._bank(version).search([prompt], count, where=where and row_ids)
             return Found(table.version, results.rows[0], results.scores[0].tolist(), len(row_ids))
 
     def row(self, name: str, version: int | None = None) -> dict[str, Any]:
         """The row of an id."""
         with self._lock:
-            found = self._table(version).rows(f"id = {_sql(name)}").to_pylist()
+            found = self._table(version).known([name]).to_pylist()
         if not found:
             raise UserError(f"the bank has no video {name[:100]!r} any more", fix="search again")
         return found[0]
@@ -170,6 +171,7 @@ class Gallery:
     def remove(self, name: str) -> None:
         """Removes a video from the newest version."""
         with self._lock:
+            self.row(name)  # says that it is gone without looking for names like it
             self._bank(None).remove([name])
 
     @property
@@ -226,7 +228,7 @@ class Gallery:
     def _free_id(self, name: str) -> str:
         """The name, or the first of name#2, name#3, ... that the bank does not have."""
         with self._lock:
-            known = self._table(None).rows(f"starts_with(id, {_sql(name)})", ["id"])["id"].to_pylist()
+            known = set(self._table(None).rows(columns=["id"])["id"].to_pylist())
         candidates = (name if number == 1 else f"{name}#{number}" for number in range(1, len(known) + 2))
         return next(candidate for candidate in candidates if candidate not in known)
 
@@ -244,10 +246,6 @@ class Gallery:
                 expected=f"the {', '.join(names) or 'shape'} of {others[0]}",
                 fix="start the page with the --config that made the bank",
             )
-
-
-def _sql(text: str) -> str:
-    return "'{}'".format(text.replace("'", "''"))
 
 
 def _change(before: int | None, rows: int) -> str:

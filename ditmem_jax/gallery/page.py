@@ -38,7 +38,9 @@ def blocks(gallery: Gallery) -> gr.Blocks:
     script = _SCRIPT.read_text(encoding="utf-8")
     columns = list(actions.columns(None))
 
-    with gr.Blocks(title=f"{Path(gallery.about().uri).name} · memory bank", analytics_enabled=False) as page:
+    title = f"{Path(gallery.about().uri).name} · memory bank"
+    hourly = (600, 3600)  # seconds: how often uploads are looked at, and how long they are kept
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=hourly) as page:
         version = gr.State(None)
         heading = _html(js_on_load=script)
         with gr.Tabs():
@@ -77,16 +79,18 @@ def blocks(gallery: Gallery) -> gr.Blocks:
         asked = [prompt, where, k, version]
         head, search = dict(fn=actions.heading, inputs=version, outputs=heading), [message, results]
         page.load(**head, **_QUIET)
-        gr.on(
-            [page.load, go.click, prompt.submit, where.submit, k.release],
-            actions.search,
-            asked,
-            search,
-            **_QUIET,
-        )
 
-        def changed(event: gr.EventData, *asked: object) -> tuple[str, str]:
-            return actions.remove(str(event.key), *asked)
+        def kept(told: str, cards: str | None) -> tuple:
+            return told, gr.skip() if cards is None else cards
+
+        def found(*asked: object) -> tuple:
+            return kept(*actions.search(*asked))
+
+        asking = [page.load, go.click, prompt.submit, where.submit, k.release]
+        gr.on(asking, found, asked, search, concurrency_limit=4, **_QUIET)
+
+        def changed(event: gr.EventData, *asked: object) -> tuple:
+            return kept(*actions.remove(str(event.key), *asked))
 
         results.select(changed, asked, search, **_QUIET).then(**head, **_QUIET)
 
@@ -119,7 +123,7 @@ def blocks(gallery: Gallery) -> gr.Blocks:
         for place in (heading, versions):
             after = place.select(opened, None, version, **_QUIET)
             after.then(**head, **_QUIET).then(actions.versions, version, versions, **_QUIET).then(
-                actions.search, asked, search, **_QUIET
+                found, asked, search, **_QUIET
             )
             after.then(actions.map, [column, version], chart, **_QUIET)
     return page

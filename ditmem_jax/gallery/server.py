@@ -1,7 +1,8 @@
 """What the page's server answers: the page, what Gradio needs for it, and clips of the bank by id. Nothing else.
 
 Gradio has routes of its own for files, proxies and run histories. They are closed here, so that no address leads
-to a file but that of a row of the bank, and the browser is told to load nothing from elsewhere.
+to a file but that of a row of the bank, and the browser is told to load nothing from elsewhere. What requests name
+as files is seen to in `gallery.uploads`.
 """
 
 import mimetypes
@@ -10,16 +11,20 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from ditmem_jax.errors import UserError
+from ditmem_jax.gallery import views
 from ditmem_jax.gallery.gallery import Gallery
+from ditmem_jax.gallery.uploads import JOIN, UPLOAD, Uploads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+ANY = ("0.0.0.0", "::")
 # Exact paths, or beginnings where they end in "/".
 ROUTES = (
     "/", "/config", "/clip", "/theme.css", "/favicon.ico", "/assets/", "/static/", "/svelte/",
-    "/gradio_api/startup-events", "/gradio_api/heartbeat/", "/gradio_api/queue/join", "/gradio_api/queue/data",
-    "/gradio_api/upload", "/gradio_api/upload_progress", "/gradio_api/reset", "/gradio_api/cancel",
+    "/gradio_api/startup-events", "/gradio_api/heartbeat/", JOIN, "/gradio_api/queue/data",
+    UPLOAD, "/gradio_api/upload_progress", "/gradio_api/reset", "/gradio_api/cancel",
 )  # fmt: skip
 HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -34,11 +39,11 @@ class Gate:
     """Lets through what the page needs, and only from the page itself (an ASGI middleware).
 
     Args:
-        hosts: names under which the server may be asked for, which keeps other sites' names for this address out;
-            None for any.
+        hosts: names under which the server may be asked for, beside the address that a request came to. That keeps
+            out other sites' names for this address (DNS rebinding).
     """
 
-    def __init__(self, app: Any, hosts: Sequence[str] | None):
+    def __init__(self, app: Any, hosts: Sequence[str]):
         self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
@@ -61,8 +66,12 @@ class Gate:
         """Why a request is refused, or ""."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        if self.hosts is not None and host.rsplit(":", 1)[0].strip("[]") not in self.hosts:
-            return "unknown host"
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:  # brackets without an address
+            name = None
+        if name not in (*self.hosts, scope["server"][0]):
+            return "unknown host; a name of this server is made known by --host ADDRESS,NAME"
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
             return "another site's request"
@@ -74,7 +83,7 @@ class Gate:
         return "" if inside and ".." not in path else "the bank's page has nothing here"
 
 
-def application(gallery: Gallery, hosts: Sequence[str] | None = LOCAL) -> Any:
+def application(gallery: Gallery, hosts: Sequence[str] = LOCAL) -> Any:
     """The page and the clips as an ASGI application; for `hosts` see `Gate`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -94,12 +103,16 @@ def application(gallery: Gallery, hosts: Sequence[str] | None = LOCAL) -> Any:
         try:
             path = gallery.clips.file(gallery.row(id, version))
         except UserError as error:
-            return PlainTextResponse(str(error), 404)
+            return PlainTextResponse(views.without_folders(str(error)), 404)
         return FileResponse(path, media_type=mimetypes.guess_type(path.name)[0])
 
+    app.add_middleware(Uploads)
     app.add_middleware(Gate, hosts=hosts)
+    page = blocks(gallery)
+    # Gradio checks the files that requests name on launched pages only, and this one is mounted.
+    page.has_launched = True
     return gradio.mount_gradio_app(
-        app, blocks(gallery), "/", footer_links=[], run_history=False, show_error=False, max_file_size="1gb",
+        app, page, "/", footer_links=[], run_history=False, show_error=False, max_file_size="1gb",
         css=STYLE.read_text(encoding="utf-8"), theme=theme(), ssr_mode=False, mcp_server=False, enable_monitoring=False,
     )  # fmt: skip
 
@@ -108,10 +121,13 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serves the page until it is interrupted.
 
     Args:
+        host: the address to answer at, and after commas further names under which browsers know it.
         port: 0 for any that is free.
     Raises:
         UserError: if the address cannot be had, or gradio is not installed.
     """
+    host, *names = host.lower().split(",")
+    names += [*LOCAL, socket.gethostname().lower() if host in ANY else host]
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
@@ -121,7 +137,7 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int = 7860) -> None:
         ) from error
     with listener, tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        app = application(gallery, LOCAL if host in LOCAL else None)
+        app = application(gallery, names)
         import uvicorn
 
         class Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """The parts of the page as markup: whatever comes from a bank is escaped here."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -12,6 +13,12 @@ from ditmem_jax.report.html import Html, tag
 
 SHORT = 160  # letters of a caption that are shown at once
 WIDTH, HEIGHT, MARGIN = 640, 380, 16
+_FOLDERS = re.compile(r"""(?<![\w/])(\w+:)?/+([^/\s'"][^/\n'"]*/)*(?=[^\s/])""")  # before a name
+
+
+def without_folders(text: str) -> str:
+    """Text with the last names of its absolute paths and addresses: visitors need not know the machine's folders."""
+    return _FOLDERS.sub("", text)
 
 
 def heading(about: About, newest: int, old: bool) -> Html:
@@ -24,7 +31,7 @@ def heading(about: About, newest: int, old: bool) -> Html:
     name = about.uri.rstrip("/").rpartition("/")[2]
     parts = [
         tag("p", "memory bank", class_="kicker"),
-        tag("h1", name, title=about.uri),
+        tag("h1", name),
         tag("p", *facts, class_="facts"),
     ]
     if old:
@@ -36,7 +43,7 @@ def heading(about: About, newest: int, old: bool) -> Html:
 
 def notice(text: object, kind: str = "note") -> Html:
     """A sentence to the user; further lines, as errors have, follow small."""
-    first, *rest = str(text).split("\n")
+    first, *rest = without_folders(str(text)).split("\n")
     first = first[:1].upper() + first[1:]
     lines = [tag("p", tag("b", first))] + [tag("p", line.strip()) for line in rest]
     return tag("div", *lines, class_=f"notice {kind}", role="alert" if kind == "error" else "status")
@@ -72,7 +79,7 @@ def card(row: dict[str, Any], score: float | None, version: int, clips: Clips, *
 
 def _player(row: dict[str, Any], version: int, clips: Clips) -> Html:
     if reason := clips.missing(row):
-        return tag("div", tag("p", reason.split("\n")[0]), class_="placeholder")
+        return tag("div", tag("p", without_folders(reason).split("\n")[0]), class_="placeholder")
     source = f"./clip?{urlencode({'version': version, 'id': row['id']})}"
     return tag(
         "video", src=source, controls=True, muted=True, loop=True, autoplay=True, playsinline=True, preload="metadata",

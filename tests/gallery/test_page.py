@@ -4,7 +4,6 @@ import http.client
 import shutil
 import socket
 import sys
-import threading
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -12,47 +11,12 @@ import pytest
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.errors import UserError
 from ditmem_jax.gallery import server
-from ditmem_jax.gallery.gallery import Gallery
-from tests.gallery.small import COUNT, NASTY, config, load_random, make_bank
+from tests.gallery.small import COUNT, NASTY
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 WAIT = 120_000  # milliseconds: the machine may be busy
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_bank(tmp_path_factory.mktemp("page"))
-
-
-@pytest.fixture(scope="module")
-def gallery(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        load_random(patch, folder)
-        yield Gallery.open(
-            str(folder / "bank"),
-            videos=str(folder / "videos"),
-            config=config(folder),
-            cache=str(folder / "cache"),
-        )
-
-
-@pytest.fixture(scope="module")
-def address(gallery, folder):
-    """Host and port of the page, served by a thread."""
-    import uvicorn
-
-    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
-        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        serving = uvicorn.Server(
-            uvicorn.Config(server.application(gallery), log_level="warning", timeout_graceful_shutdown=1)
-        )
-        thread = threading.Thread(target=serving.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        serving.should_exit = True
-        thread.join()
 
 
 def ask(address, path, method="GET", **headers):
@@ -128,7 +92,7 @@ def test_only_the_page_itself_may_ask(address):
     for origin in ("http://elsewhere.example", "null", f"http://127.0.0.1:{int(port) + 1}"):
         assert ask(address, "/gradio_api/queue/join", "POST", Origin=origin)[0] == 403
     assert (
-        ask(address, "/gradio_api/queue/join", "POST", Origin=f"http://{address}")[0] == 422
+        ask(address, "/gradio_api/queue/join", "POST", Origin=f"http://{address}")[0] == 400
     )  # nothing was said
 
 
@@ -217,7 +181,7 @@ def test_search_filter_and_play(page):
     search(page, "a red ball", "motoin > 0.5")
     page.wait_for_selector(".notice.error")
     told = page.locator(".notice.error").inner_text()
-    assert "motoin" in told and "motion" in told and "caption" in told and ids(page) == []
+    assert "motoin" in told and "motion" in told and "caption" in told and len(ids(page)) == 2  # as before
     search(page, "a red ball", "motion < 0")
     page.get_by_text("No video passes this filter.").wait_for()
 
