@@ -1,10 +1,12 @@
 """What can be configured: one frozen dataclass per part, built strictly from a ConfigDict.
 
-Files under `configs/` hold values; this file holds their types, defaults and checks. An impossible
-configuration raises in its constructor.
+Files under `configs/` hold values; this file holds their types, defaults, meanings and checks. An impossible
+configuration raises in its constructor. The string below a field says what it means, after its unit in brackets;
+`--help_config` reads it from here.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any, Literal
 
@@ -21,29 +23,59 @@ def _require(condition: bool, what: str, **details: Any) -> None:
         raise UserError(what, **details)
 
 
+RANGES = {
+    "a finite number": math.isfinite,
+    "above 0": lambda x: 0 < x < math.inf,
+    "0 or more": lambda x: 0 <= x < math.inf,
+    "at least 1": lambda x: 1 <= x < math.inf,
+    "at least 1, or -1": lambda x: x == -1 or 1 <= x < math.inf,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+}
+"""Ranges of numbers, as messages name them. None of them holds an infinity or a NaN."""
+
+
+def _check(part: str, config: Any, expected: str, *names: str) -> None:
+    """Raise a UserError unless each number in the fields `names` is in the range `expected`; None is in each."""
+    for name in names:
+        value = getattr(config, name)
+        if not all(x is None or RANGES[expected](x) for x in np.ravel(value)):
+            raise UserError(f"{part}.{name}", expected=expected, found=value)
+
+
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """The Wan video transformer.
-
-    Channels of `in_dim` beyond `out_dim` are those of a condition, such as a given first frame, that enters beside
-    the noisy latents (the image-to-video kinds). `image_dim` is the width of CLIP image tokens, which
-    cross-attention then reads as well as the text; None is a kind without them.
-    """
+    """The Wan video transformer."""
 
     dim: int
+    """[channels] Width of the tokens."""
     ffn_dim: int
+    """[channels] Width inside the feed-forward layers."""
     num_heads: int
+    """Attention heads."""
     num_layers: int
+    """Transformer blocks."""
     in_dim: int = 16
+    """[channels] Channels of the noisy latents, and beyond `out_dim` a condition beside them, such as a first frame."""
     out_dim: int = 16
+    """[channels] Channels of the predicted velocity: those of the latents."""
     text_dim: int = 4096
+    """[channels] Width of the text embeddings."""
     text_len: int = 512
+    """[tokens] Length that text embeddings are cut and padded to."""
     freq_dim: int = 256
+    """[channels] Width of the sinusoidal embedding of a timestep."""
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    """[latents] Latent cells along time, height and width in one video token."""
     eps: float = 1e-6
+    """Added to variances in normalisation layers."""
     image_dim: int | None = None
+    """[channels] Width of CLIP image tokens that cross-attention reads beside the text; None: a kind
+    without them."""
 
     def __post_init__(self):
+        _check("dit", self, "at least 1", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")
+        _check("dit", self, "at least 1", "text_dim", "text_len", "freq_dim", "patch_size", "image_dim")
+        _check("dit", self, "above 0", "eps")
         _require(
             self.in_dim >= self.out_dim,
             "dit.in_dim holds the noisy latents and a condition",
@@ -71,13 +103,14 @@ class DiTConfig:
 class ExpertsConfig:
     """Two transformers as one model (Wan 2.2 A14B).
 
-    From noise level `boundary` on, the network "dit_high" of the weights serves, below it "dit"; None is a single
-    transformer. `trains` names the expert for which a run trains a memory encoder, on the noise levels that fall to
-    it; "both" is one encoder that feeds the two.
+    The network "dit_high" of the weights serves at high noise, "dit" below it.
     """
 
     boundary: float | None = None
+    """[noise level] Noise level from which on the expert for high noise serves; None: a single transformer."""
     trains: Literal["both", "high", "low"] = "both"
+    """Expert whose memory encoder a run trains, on the noise levels that fall to it; both: one encoder
+    for the two."""
 
     def __post_init__(self):
         _require(
@@ -111,32 +144,44 @@ class ExpertsConfig:
 class MemoryConfig:
     """The DiT-Mem memory encoder.
 
-    `stages` lists (channels, kernel, stride, pool) of each convolution. `tokens` is either the released
-    scheme, adaptive pooling over time to that many nominal tokens per band and video, of which equal ones
-    are kept once, or a grid (t, h, w) of distinct cells per band and video. `strength` is the weight of the
-    memory in attention before training, which then learns it, band by band; None is the released way, weight 1
-    for good. A new memory says nothing true: the less it weighs, the less it harms until it does.
+    A new memory says nothing true: the less it weighs in attention (`strength`), the less it harms until it does.
     """
 
     dim: int
+    """[channels] Width of the memory tokens: that of the transformer."""
     in_dim: int = 16
+    """[channels] Channels of a reference video's latents."""
     stages: tuple[tuple[int, int, int, int], ...] = ((512, 7, 4, 2), (768, 3, 1, 2))
+    """(channels, kernel, stride, pool) of each convolution, the last three in cells along every axis."""
     latent_grid: tuple[int, int, int] = (21, 60, 104)
+    """[latents] Size of a reference's latents along time, height and width."""
     filter: Literal["released", "radial"] = "released"
+    """How a band filters frequencies. released: stored weights, for one grid only. radial: by the true
+    distance from frequency zero, for any grid."""
     tokens: int | tuple[int, int, int] = 100
+    """[tokens] Tokens per band and video. A number: the released scheme, pooled over time to that many, of
+    which equal ones are kept once. A grid (t, h, w): distinct cells."""
     num_heads: int = 8
+    """Heads of the self-attention over the tokens of all references."""
     norm: Literal["batch", "group"] = "batch"
+    """Normalisation after a convolution."""
     dropout: float = 0.5
+    """[probability] Dropout of what the filters let through, in training."""
     strength: float | None = None
+    """Weight of the memory in attention before training, which learns it band by band; None: 1 for
+    good, as released."""
     eps: float = 1e-6
+    """Added to mean squares in the normalisation of tokens."""
 
     def __post_init__(self):
         _require(
-            self.strength is None or self.strength > 0,
+            self.strength is None or 0 < self.strength < math.inf,
             "memory.strength is a weight to begin with",
             expected="above 0, or None",
             found=self.strength,
         )
+        _check("memory", self, "at least 1", "dim", "in_dim", "stages", "latent_grid", "tokens", "num_heads")
+        _check("memory", self, "above 0", "eps")
         _require(
             self.dim % self.num_heads == 0,
             "memory.dim must divide into memory.num_heads",
@@ -171,18 +216,19 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Low-rank adapters of the transformer's linear layers: x W becomes x W + (alpha / rank) x A B.
-
-    `targets` are regular expressions that are searched in the paths of linear layers, "blocks.self_attention.q" for
-    one; the default is the projections that peers adapt first.
-    """
+    """Low-rank adapters of the transformer's linear layers: x W becomes x W + (alpha / rank) x A B."""
 
     rank: int = 16
+    """Columns of A and rows of B."""
     alpha: float = 16.0
+    """Scale of what adapters add, times `rank`."""
     targets: tuple[str, ...] = (r"\b(self|cross)_attention\.[qkvo]$",)
+    """Regular expressions that are searched in the paths of linear layers, such as
+    "blocks.self_attention.q". By default the projections of attention, which peers adapt first."""
 
     def __post_init__(self):
-        _require(self.rank >= 1, "adapter.rank", expected="at least 1", found=self.rank)
+        _check("adapter", self, "at least 1", "rank")
+        _check("adapter", self, "a finite number", "alpha")
         _require(len(self.targets) > 0, "adapter.targets", expected="some linear layers", found="none")
         for target in self.targets:
             try:
@@ -211,25 +257,35 @@ WAN21_LATENT_STD = (
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The causal video VAE of Wan; the defaults are those of Wan 2.1.
-
-    `patch_size` pixels along each side become channels before the first convolution. `decoder_dim` is the width of
-    the decoder where it is not that of the encoder, `dim`. `shortcuts` lays a shortcut without parameters around
-    each level (Wan 2.2); otherwise upsampling halves the channels.
-    """
+    """The causal video VAE of Wan; the defaults are those of Wan 2.1."""
 
     dim: int = 96
+    """[channels] Width of the first level of the encoder."""
     z_dim: int = 16
+    """[channels] Channels of the latents."""
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    """Width of each level as a multiple of `dim`. Between two levels, height and width are halved."""
     num_res_blocks: int = 2
+    """Residual blocks of a level."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    """Whether time is halved as well, for each step between two levels."""
     mean: tuple[float, ...] = WAN21_LATENT_MEAN
+    """Mean of each latent channel over the training videos of the VAE."""
     std: tuple[float, ...] = WAN21_LATENT_STD
+    """Standard deviation of each latent channel over the same videos."""
     patch_size: int = 1
+    """[px] Pixels along each side that become channels before the first convolution."""
     decoder_dim: int | None = None
+    """[channels] `dim` of the decoder; None: that of the encoder."""
     shortcuts: bool = False
+    """A shortcut without parameters around each level (Wan 2.2); otherwise upsampling halves the
+    channels."""
 
     def __post_init__(self):
+        sizes = ("dim", "z_dim", "dim_mult", "num_res_blocks", "patch_size", "decoder_dim")
+        _check("vae", self, "at least 1", *sizes)
+        _check("vae", self, "a finite number", "mean")
+        _check("vae", self, "above 0", "std")
         _require(
             len(self.mean) == len(self.std) == self.z_dim,
             "vae.mean and vae.std need one number per latent channel",
@@ -278,39 +334,65 @@ class UMT5Config:
     """The UMT5 text encoder."""
 
     dim: int = 4096
+    """[channels] Width of the embeddings."""
     dim_attn: int = 4096
+    """[channels] Width of all attention heads together."""
     dim_ffn: int = 10240
+    """[channels] Width inside the feed-forward layers."""
     num_heads: int = 64
+    """Attention heads."""
     num_layers: int = 24
+    """Transformer blocks."""
     vocab: int = 256384
+    """[tokens] Size of the vocabulary."""
     num_buckets: int = 32
+    """Ranges of distance that relative positions are told apart by."""
     max_dist: int = 128
+    """[tokens] Distance from which on all relative positions are one."""
+
+    def __post_init__(self):
+        _check("text", self, "at least 1", *(field.name for field in dataclasses.fields(self)))
+        _require(
+            self.dim_attn % self.num_heads == 0,
+            "text.dim_attn must divide into text.num_heads",
+            expected=f"a multiple of {self.num_heads}",
+            found=self.dim_attn,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig:
-    """Size of the clips in pixels, frames and frames per second."""
+    """Size of the clips."""
 
     frames: int = 81
+    """[frames] Length of a clip."""
     height: int = 480
+    """[px] Height of a clip."""
     width: int = 832
+    """[px] Width of a clip."""
     fps: int = 16
+    """[frames per second] Frame rate of the clips that are written."""
     resize: Literal["stretch", "crop"] = "stretch"
+    """How videos of another shape become clips: both sides scaled by themselves, or a centre of the
+    clip's shape."""
+
+    def __post_init__(self):
+        _check("video", self, "at least 1", "frames", "height", "width", "fps")
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-    """Folder of converted weights (`ditmem convert`), and how the frozen ones are held.
-
-    `hub` is the repository on the Hugging Face hub that they were published in, for the message when they are missing.
-
-    "int8" is bfloat16 with the matrices of the transformer's blocks in 8 bits: half the memory. Training saves it only
-    with a `run.remat` other than "none", which keeps these matrices in full for the backward pass.
-    """
+    """The frozen networks: where their weights are, and how they are held."""
 
     path: str = ""
+    """Folder that `ditmem convert` wrote."""
     hub: str = ""
+    """Repository on the Hugging Face hub that they were published in, for the message when they are
+    missing."""
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Type of the weights. int8: bfloat16 with the matrices of the transformer's blocks in 8 bits, half
+    the memory. Training saves it only with a `run.remat` other than "none", which keeps these matrices
+    in full for the backward pass."""
 
     @property
     def computed_in(self) -> Literal["float32", "bfloat16"]:
@@ -323,39 +405,50 @@ class DataConfig:
     """Records to train on, records that serve as the bank, and how they are read."""
 
     records: str = ""
+    """Folder of records to train on, made by `ditmem encode`."""
     bank: str = ""
+    """Bank that references come from: a folder, or an address such as s3://bucket/bank."""
     validation: str = ""
+    """Folder of records to validate on; empty: no validation."""
     references: int = 5
+    """[videos] Reference videos of a sample."""
     batch_size: int = 1
+    """[clips] Size of a batch, of all devices together."""
     workers: int = 0
+    """[processes] Processes that read ahead; 0: none but the one that trains."""
     cache: bool = False
+    """Keep all records that were read in memory, in each worker."""
 
     def __post_init__(self):
-        _require(self.references >= 1, "data.references", expected="at least 1", found=self.references)
-        _require(self.batch_size >= 1, "data.batch_size", expected="at least 1", found=self.batch_size)
+        _check("data", self, "at least 1", "references", "batch_size")
+        _check("data", self, "0 or more", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What a training step minimises.
-
-    `kind`: "released" is the published loss, squared error times a bell-shaped weight over timesteps;
-    "relative" divides each sample's squared error by its error without memory under the same noise;
-    "running" divides by a running mean per noise level instead, at no extra cost.
-    `density`: "shifted" draws the published shifted steps uniformly; "uniform" draws sigma uniformly from
-    `sigma_range`; "spectrum" draws sigma from the histogram in `spectrum`, evenly spaced bins over [0, 1].
-    `memory_dropout` is the chance that a sample trains without any memory.
-    """
+    """What a training step minimises."""
 
     kind: Literal["released", "relative", "running"] = "released"
+    """released: the published loss, squared error times a bell-shaped weight over timesteps. relative:
+    each sample's squared error divided by its error without memory under the same noise. running:
+    divided by a running mean per noise level instead, at no extra cost."""
     density: Literal["shifted", "uniform", "spectrum"] = "shifted"
+    """How noise levels are drawn. shifted: uniformly from the published shifted steps. uniform:
+    uniformly from `sigma_range`. spectrum: from the histogram in `spectrum`."""
     shift: float = 5.0
+    """Shift of the noise schedule of "shifted"; more than 1 moves its steps to high noise."""
     sigma_range: tuple[float, float] = (0.0, 1.0)
+    """[noise level] Lowest and highest noise level of "uniform"."""
     spectrum: tuple[float, ...] = ()
+    """Histogram of "spectrum": weights of evenly spaced bins of noise levels over [0, 1]."""
     memory_dropout: float = 0.1
+    """[probability] Chance that a sample trains without any memory."""
     shuffle_references: bool = True
+    """Give a sample its references in random order."""
 
     def __post_init__(self):
+        _check("objective", self, "above 0", "shift")
+        _check("objective", self, "a finite number", "spectrum")
         low, high = self.sigma_range
         _require(
             0 <= low < high <= 1,
@@ -388,88 +481,122 @@ class ObjectiveConfig:
 class OptimConfig:
     """How the encoder's float32 weights are updated.
 
-    `kind` is a name in `train.optimizer.OPTIMIZERS`: "adamw"; "muon" for matrices and convolutions, with NAdam for the
-    rest; "lion", which wants a learning rate of about a tenth and a `b2` of 0.99; "adafactor", which keeps of the
-    second moments of large matrices sums over rows and columns, and reads neither `b1` nor `b2`.
-
     For the memory of the tiny Wan, Muon at 3e-3 learned in 400 steps what AdamW, at 1e-3 and 3e-3, did not begin to.
     """
 
     kind: str = "adamw"
+    """A name in `train.optimizer.OPTIMIZERS`. adamw. muon: for matrices and convolutions, with NAdam for
+    the rest. lion: wants a learning rate of about a tenth and a `b2` of 0.99. adafactor: keeps of the
+    second moments of large matrices sums over rows and columns, and reads neither `b1` nor `b2`."""
     learning_rate: float = 1e-5
+    """[per update] Size of an update, the largest of the schedule."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: held, or lowered to 0 along half a cosine until the last
+    update."""
     warmup: int = 0
+    """[updates] Updates over which the learning rate rises from 0."""
     weight_decay: float = 0.0
+    """Share, times the learning rate, that an update takes from matrices and convolutions."""
     b1: float = 0.9
+    """Decay of the first moment of gradients, an average over about 1 / (1 - b1) updates."""
     b2: float = 0.999
+    """Decay of the second moment of gradients."""
     clip: float = 1.0
+    """Largest norm of all gradients together, which are scaled down to it; 0: none."""
     accumulate: int = 1
+    """[batches] Batches whose mean gradient makes one update."""
 
     def __post_init__(self):
-        _require(self.accumulate >= 1, "optim.accumulate", expected="at least 1", found=self.accumulate)
-        _require(self.clip >= 0, "optim.clip", expected="a norm, or 0 for none", found=self.clip)
+        _check("optim", self, "above 0", "learning_rate")
+        _check("optim", self, "0 or more", "warmup", "weight_decay", "clip")
+        _check("optim", self, "at least 0 and below 1", "b1", "b2")
+        _check("optim", self, "at least 1", "accumulate")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; -1 takes the devices that the other axes leave.
-
-    `attention` is what computes it on them: "auto" takes "splash" on TPUs, "cudnn" on GPUs for bfloat16 weights, and
-    "xla" otherwise.
-    """
+    """Devices along each axis of the mesh; -1, of one axis, takes the devices that the others leave."""
 
     data: int = -1
+    """[devices] Devices over which batches are divided."""
     fsdp: int = 1
+    """[devices] Devices over which batches and the weights are divided."""
     context: int = 1
+    """[devices] Devices over which the tokens of a clip are divided."""
     tensor: int = 1
+    """[devices] Devices over which attention heads and widths of layers are divided."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """What computes attention. auto: splash on TPUs, cudnn on GPUs for bfloat16 weights, xla
+    otherwise."""
+
+    def __post_init__(self):
+        axes = ("data", "fsdp", "context", "tensor")
+        _check("mesh", self, "at least 1, or -1", *axes)
+        rest = [f"mesh.{axis}" for axis in axes if getattr(self, axis) == -1]
+        _require(len(rest) <= 1, "mesh", expected="one -1 at most", found=f"-1 for {' and '.join(rest)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How clips are made. `strength` scales the attention weight of the memory: 0 is exactly no memory.
-
-    `guidance_high` is the guidance of the expert for high noise, where there are two; None is `guidance`.
-    """
+    """How clips are made."""
 
     steps: int = 40
+    """Denoising steps."""
     shift: float = 5.0
+    """Shift of the noise schedule; more than 1 moves its steps to high noise."""
     guidance: float = 5.0
+    """Scale of classifier-free guidance; 1: none."""
     guidance_high: float | None = None
+    """Guidance of the expert for high noise, where there are two; None: `guidance`."""
     strength: float = 1.0
+    """Scale of the memory's weight in attention; 0: exactly no memory."""
     memory_in_negative: bool = True
+    """Give the memory to the negative branch of guidance too, as released; otherwise guidance pushes
+    towards it."""
     negative_prompt: str = ""
+    """Text of the negative branch of guidance."""
     seed: int = 0
+    """Seed of the first clip; the next clips take the seeds after it."""
 
     def __post_init__(self):
-        _require(self.steps >= 1, "sample.steps", expected="at least 1", found=self.steps)
-        _require(self.strength >= 0, "sample.strength", expected="0 or more", found=self.strength)
+        _check("sample", self, "at least 1", "steps")
+        _check("sample", self, "above 0", "shift")
+        _check("sample", self, "a finite number", "guidance", "guidance_high")
+        _check("sample", self, "0 or more", "strength", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The training run: length, logging, checkpoints, generator.
-
-    `steps` counts batches, of which `optim.accumulate` make one update. `remat` is what the backward pass finds
-    kept of the forward pass (see `DiT`), from everything to nothing but the inputs of blocks, held by the host.
-    """
+    """The training run: length, logging, checkpoints, generator."""
 
     out: str = "runs/default"
+    """Folder of the run: checkpoints, curves and the trained encoder."""
     steps: int = 1000
+    """[batches] Length of the run; `optim.accumulate` of them make one update."""
     seed: int = 0
+    """Seed of everything random in a run: the encoder's first weights, noise, dropout, the order of the
+    data."""
     log_every: int = 10
+    """[steps] Steps between two lines of the log."""
     validate_every: int = 200
+    """[steps] Steps between two validations."""
     validation_batches: int = 4
+    """[batches] Batches of a validation."""
     validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
+    """[noise level] Noise levels at which a validation measures errors."""
     save_every: int = 200
+    """[steps] Steps between two checkpoints."""
     keep: int = 3
+    """[checkpoints] Latest checkpoints that are kept, beside the one with the best gain."""
     remat: Literal["none", "products", "attention", "blocks", "offload"] = "none"
+    """What the backward pass finds kept of the forward pass. none: everything, nothing is computed
+    again. products: results of matrix products and attention. attention: results of attention. blocks:
+    inputs of blocks. offload: those, held by the host."""
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep"):
-            _require(
-                getattr(self, name) >= 1, f"run.{name}", expected="at least 1", found=getattr(self, name)
-            )
+        positive = ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep")
+        _check("run", self, "at least 1", *positive)
+        _check("run", self, "0 or more", "seed")
         _require(
             len(self.validation_sigmas) > 0 and all(0 < sigma <= 1 for sigma in self.validation_sigmas),
             "run.validation_sigmas",

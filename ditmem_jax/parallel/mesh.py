@@ -39,8 +39,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = [getattr(config, axis) for axis in AXES]
     given = math.prod(size for size in sizes if size != -1)
     product = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    if min(sizes) < -1 or 0 in sizes or sizes.count(-1) > 1:
-        raise UserError("impossible mesh", expected="positive sizes, at most one of them -1", found=product)
     if len(devices) % given or (-1 not in sizes and len(devices) != given):
         raise UserError(
             "the mesh does not fit the devices",

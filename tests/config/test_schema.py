@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,33 @@ def test_bad_keys_and_types(parts, messages):
 def test_impossible_values(make, message):
     with pytest.raises(UserError, match=message.replace("+", r"\+")):
         make()
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("dit", {"num_heads": 0, "ffn_dim": 0, "num_layers": -1, "patch_size": (1, 0, 2), "eps": 0.0}),
+        ("memory", {"latent_grid": (0, 4, 4), "tokens": 0, "strength": math.inf, "dropout": math.nan}),
+        ("vae", {"std": (0.0,) * 16, "mean": (math.nan,) * 16, "dim": 0, "decoder_dim": -1}),
+        ("text", {"num_heads": 7, "dim": 0}),
+        ("video", {"fps": 0, "frames": -1, "height": 0, "width": -8}),
+        ("data", {"workers": -1, "references": 0, "batch_size": 0}),
+        ("objective", {"shift": 0.0, "sigma_range": (math.nan, 1.0), "memory_dropout": -0.1}),
+        (
+            "optim",
+            {"learning_rate": 0.0, "warmup": -3, "weight_decay": -1.0, "clip": math.inf, "accumulate": 0},
+        ),
+        ("optim", {"learning_rate": math.nan, "b1": 1.0, "b2": 2.0}),
+        ("mesh", {"data": 0, "fsdp": -2, "tensor": -1}),  # mesh.data is -1 as well
+        ("sample", {"steps": 0, "shift": -2.0, "guidance": math.nan, "guidance_high": math.inf, "seed": -1}),
+        ("run", {"steps": 0, "seed": -1, "validation_sigmas": (math.nan,), "keep": 0}),
+        ("experts", {"boundary": math.nan}),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_name(part, values):
+    for name, value in values.items():
+        with pytest.raises(UserError, match=rf"{part}(\.| .*\b){name}\b"):
+            small(**{part: SMALL.get(part, {}) | {name: value}})
 
 
 def test_grids():

@@ -38,8 +38,6 @@ def test_one_device_is_a_mesh_like_any_other():
     [
         MeshConfig(data=3),
         MeshConfig(data=-1, fsdp=3),
-        MeshConfig(data=-1, fsdp=-1),
-        MeshConfig(data=0),
         MeshConfig(data=4),
     ],
 )
