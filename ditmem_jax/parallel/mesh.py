@@ -10,8 +10,9 @@ of axes only: what they `constrain` is divided by the mesh of `jax.set_mesh`, an
 | heads | `tensor` |
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,8 +62,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def divided(mesh: Mesh, x: np.ndarray, *names: str | None) -> jax.Array:
-    """An array that every process has, on the devices as `constrain` would have it."""
+def shard(mesh: Mesh, x: np.ndarray, *names: str | None) -> jax.Array:
+    """Put an array that every process has on the devices, with the sharding that `constrain` would give it."""
     sharding = NamedSharding(mesh, partition_spec(x.shape, [ACTIVATIONS[name] for name in names], mesh))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -73,10 +74,21 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
     return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
 
 
-def whole(arrays: Any, mesh: Mesh) -> Any:
-    """The arrays of a pytree, gathered by every process to its host. All processes must reach it."""
-    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
-    return jax.device_get(gather(arrays))
+def all_gather_to_host(arrays: Any, mesh: Mesh) -> Any:
+    """Return the arrays of a pytree as NumPy arrays, in full, in every process. All processes must call it.
+
+    What lies on devices of this process alone, or in full on one of them, is copied; only the rest is gathered, by
+    a program that is compiled once for each mesh and structure of `arrays`.
+    """
+    if not all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(arrays)):
+        arrays = _gather(mesh)(arrays)
+    return jax.device_get(arrays)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    """The jitted identity that replicates arrays over `mesh`; one function, so that jit finds its programs again."""
+    return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
 
 
 def batch_parts(mesh: Mesh) -> int:

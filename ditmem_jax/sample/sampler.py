@@ -33,7 +33,7 @@ from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, decode
 from ditmem_jax.parallel import compilation
-from ditmem_jax.parallel.mesh import check_mesh, divided, make_mesh, whole
+from ditmem_jax.parallel.mesh import all_gather_to_host, check_mesh, make_mesh, shard
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, Memory
@@ -155,7 +155,7 @@ class Sampler:
 
     def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B F H8 W8 3"]:
         """The clips that these latents are of."""
-        return from_unit(whole(decode(self.vae, latents), self.mesh))
+        return from_unit(all_gather_to_host(decode(self.vae, latents), self.mesh))
 
     def latents(
         self,
@@ -186,7 +186,7 @@ class Sampler:
         """What the clips of these seeds begin with."""
         shape = self.config.latent_shape
         noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
-        return divided(self.mesh, noise, "batch", *[None] * 4)
+        return shard(self.mesh, noise, "batch", *[None] * 4)
 
     def steps(
         self,
@@ -209,7 +209,7 @@ class Sampler:
                     found=f"of {len(rows)}",
                 )
             _check_count("references", len(rows[0]), prompts)
-            rows = [divided(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
+            rows = [shard(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
         with jax.set_mesh(self.mesh):
             if references is not None:
                 mixed = [_mix(*pair, strength) for pair in zip(self._encoders, rows, strict=True)]
@@ -245,7 +245,12 @@ class Sampler:
         if isinstance(references, Results):
             references = references.latents
         return tuple(
-            np.stack([[whole(encode_video(encoder, x), self.mesh) for x in videos] for videos in references])
+            np.stack(
+                [
+                    [all_gather_to_host(encode_video(encoder, x), self.mesh) for x in videos]
+                    for videos in references
+                ]
+            )
             for encoder in self._encoders
         )
 

@@ -21,7 +21,7 @@ from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.placement import place_on
 from ditmem_jax.models.state import Arrays, abstract, split
 from ditmem_jax.parallel import compilation, processes
-from ditmem_jax.parallel.mesh import batch_sharding, check_mesh, local_rows, make_mesh, whole
+from ditmem_jax.parallel.mesh import all_gather_to_host, batch_sharding, check_mesh, local_rows, make_mesh
 from ditmem_jax.storage.encoders import save_encoder
 from ditmem_jax.storage.weights import check_weights, load_dit, stored_dits
 from ditmem_jax.train import folder as runs
@@ -109,7 +109,7 @@ class Setup:
         """Writes the encoder to the run's folder."""
         extra = {"step": step, "gains": gains, "backbone": self.fingerprint}
         extra |= {"expert": self.config.experts.trains}
-        arrays = whole(state.params | state.rest, self.mesh)
+        arrays = all_gather_to_host(state.params | state.rest, self.mesh)
         if processes.is_primary():
             save_encoder(self.folder / name, arrays, self.config.memory, extra)
         return self.folder / name

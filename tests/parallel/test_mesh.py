@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -12,7 +13,15 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.models.placement import sharding_for, tree_shardings
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
-from ditmem_jax.parallel.mesh import batch_sharding, check_mesh, constrain, make_mesh
+from ditmem_jax.parallel.mesh import (
+    _gather,
+    all_gather_to_host,
+    batch_sharding,
+    check_mesh,
+    constrain,
+    make_mesh,
+    shard,
+)
 from tests.tiny import tiny_config
 
 
@@ -64,6 +73,26 @@ def test_what_does_not_divide_is_refused_with_its_arithmetic(mesh, batch, messag
     check_mesh(config, make_mesh(MeshConfig(data=2, context=2, tensor=2)), 16)
     with pytest.raises(UserError, match=message):
         check_mesh(config, mesh, batch)
+
+
+def test_gathering_the_same_shapes_again_compiles_nothing():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    tree = {"batch": np.arange(16.0).reshape(8, 2), "bias": np.arange(8.0)}
+    sharded = {name: shard(mesh, x, "batch", *[None] * (x.ndim - 1)) for name, x in tree.items()}
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        listener := lambda name, _, **about: compiled.append(name) if "backend_compile" in name else None
+    )
+    try:
+        hosted = [all_gather_to_host(sharded, mesh) for _ in range(10)]
+        assert not compiled  # one process: all of it is a copy
+        gathered = [_gather(make_mesh(MeshConfig(data=4, fsdp=2)))(sharded) for _ in range(10)]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert len(compiled) == 1
+    for found in (*hosted, *gathered):
+        jax.tree.map(np.testing.assert_array_equal, found, tree)
+    assert gathered[0]["batch"].is_fully_replicated
 
 
 def test_constraints_are_those_of_the_mesh_around():
