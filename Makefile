@@ -23,7 +23,7 @@ help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## worlds, training, clips with and without memory, and a report to look at
-	$(BIN)/python -m experiments.demo
+	$(BIN)/ditmem demo
 
 test: $(INSTALLED) lint ## lint, then every test
 	$(BIN)/python -m pytest -q -n 2

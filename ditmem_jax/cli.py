@@ -9,6 +9,7 @@ import sys
 from ditmem_jax.errors import UserError, nearest
 
 COMMANDS = {
+    "demo": "make worlds, train on some, make clips of others with and without memory, and report",
     "worlds": "write clips of made-up worlds whose laws are known",
     "encode": "turn videos and captions into records",
     "bank": "build, search, change and show a bank of reference videos",

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32
 from rich.progress import track
 
-from ditmem_jax.bank.search import QUERIES_AT_ONCE, Bank, cosines
+from ditmem_jax.bank.search import QUERIES_AT_ONCE, WITH_RECORD, Bank, cosines
 from ditmem_jax.bank.table import Table
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.references import Pointer, References
@@ -141,12 +141,11 @@ def _find(
             f"the caption of {wordless[0].id!r} has nothing to search for",
             expected="words", found=repr(wordless[0].caption), fix="encode without it, or with another caption",
         )  # fmt: skip
-    pointed = "records IS NOT NULL"
-    most = len(bank.table.row_ids(pointed))
+    most = len(bank.table.row_ids(WITH_RECORD))
     done: dict[int, tuple[list[dict[str, Any]], list[str]]] = {}
     depth = min(k + 8, most)
     while waiting := [i for i in range(len(entries)) if i not in done]:
-        results = bank.search(queries[waiting], max(depth, 1), where=pointed)
+        results = bank.search_records(queries[waiting], max(depth, 1))
         hits = results.columns(["id", "source", "records", "row", "checksum"])
         for number, i in enumerate(waiting):
             near = cosines(documents[i], bank.vectors(results.places[number])) > threshold

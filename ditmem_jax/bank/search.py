@@ -26,6 +26,7 @@ from ditmem_jax.errors import UserError
 QUERIES_AT_ONCE = 256
 IVF_ABOVE = 1_000_000  # videos
 DIGITS = 6  # of scores
+WITH_RECORD = "records IS NOT NULL"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +162,19 @@ class Bank:
             parts += self._ranked(group, self.index.candidates(group, k, allowed), k)
         ids, scores, places = zip(*parts, strict=True)
         return Results(list(ids), np.array(scores, np.float32), list(places), self)
+
+    def search_records(self, queries: Sequence[str] | Float32[np.ndarray, "P D"], k: int) -> Results:
+        """Return the k nearest videos with a record, which alone can be references; arguments and errors as `search`.
+
+        This finds the references of prompts and, before what would give a record away is left out
+        (`bank.matches`), those of records.
+        """
+        if len(self) and not len(self.table.row_ids(WITH_RECORD)):
+            raise UserError(
+                f"no video of the bank {self.table.uri} has a record, only vectors",
+                fix="python -m ditmem_jax.bank build --records=FOLDER",
+            )
+        return self.search(queries, k, where=WITH_RECORD)
 
     def add(self, rows: pa.Table, vectors: np.ndarray | None = None) -> None:
         """Adds rows (see `Table.add`), embedded by the bank's embedder unless their vectors are given."""

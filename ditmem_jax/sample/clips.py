@@ -72,6 +72,11 @@ def make_clips(
             if processes.is_primary():
                 print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {id}  {caption}")
             about["memory"].append({"id": id, "caption": caption, "score": score})
+        if memory == "auto" and processes.is_primary():
+            print(
+                "memory: the nearest videos with a record, as in training; but there a record's own source, equal "
+                "latents and near duplicates are left out, and here nothing is"
+            )
         references = _references(retrieved, encoder, features)
         used = [
             {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in encoder

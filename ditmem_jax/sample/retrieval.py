@@ -31,12 +31,14 @@ class Retrieved:
 
 
 def retrieve(config: Config, prompt: str, ids: Sequence[str] | None = None) -> Retrieved:
-    """The `config.data.references` videos of the bank nearest to `prompt`, or those with the given ids.
+    """Return the `config.data.references` videos of the bank nearest to `prompt`, or those with the given ids.
+
+    The search is that of training (`bank.matches`), which then leaves out what would give a record away.
 
     Raises:
         UserError: if there is no bank, it is smaller than that, or has no such id.
     """
     if ids is None:
-        found = Bank.open(config.data.bank).search([prompt], config.data.references)
+        found = Bank.open(config.data.bank).search_records([prompt], config.data.references)
         return Retrieved(found.rows[0], found.scores[0].tolist())
     return Retrieved(Table.open(config.data.bank).by_id(ids).to_pylist(), [None] * len(ids))

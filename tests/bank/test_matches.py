@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ditmem_jax.bank import matches
@@ -11,7 +12,8 @@ from ditmem_jax.bank.verify import check
 from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
-from tests.tiny import make_bank
+from ditmem_jax.sample.retrieval import retrieve
+from tests.tiny import make_bank, replace, tiny_config
 
 SHAPE = (1, 2, 2, 1)
 
@@ -85,6 +87,25 @@ def test_stale_matches_say_so(library, tmp_path, capsys):
     library.remove(["far"])
     found.warn_if_stale()
     assert "matched with version 1 of the bank" in capsys.readouterr().out
+
+
+def test_a_prompt_finds_what_a_record_of_that_caption_is_given(library, tmp_path):
+    """But for what would give the record away; and videos without a record are no references for either."""
+    library.add(pa.table({name: [f"{name} of a vector"] for name in ("id", "caption", "source")}))
+    captions = {f"r{i}": caption for i, caption in enumerate(LIBRARY.values())} | {
+        "r99": "caption of a vector"
+    }
+    found = matches.find(write(tmp_path / "records", captions), library, 3, threshold=1.0)
+    config = tiny_config(tmp_path)
+    config = replace(config, "data", bank=library.table.uri, references=3)
+    for row, caption in zip(found.table.to_pylist(), captions.values(), strict=True):
+        asked = retrieve(config, caption)
+        assert [video["id"] for video in asked.videos] == row["matches"]
+        np.testing.assert_array_equal(np.float32(asked.scores), np.float32(row["scores"]))
+    assert library.search(["caption of a vector"], 1).ids == [["id of a vector"]]
+    library.remove(where="records IS NOT NULL")
+    with pytest.raises(UserError, match=r"no video of the bank .* has a record, only vectors"):
+        retrieve(config, "a ball")
 
 
 @pytest.mark.parametrize("altered", ["other", "gone", "fewer", "list"])

@@ -9,8 +9,9 @@ import math
 
 import numpy as np
 
+from ditmem_jax.demo.trials import ALL, SAMPLED, Findings
+from ditmem_jax.evaluate.laws import guess, law_error
 from ditmem_jax.worlds import RANGES
-from experiments.demo.trials import ALL, SAMPLED, Findings
 
 DRAWS = 4000
 AIM = 0.7  # of the error without memory
@@ -23,11 +24,13 @@ class Row:
     Attributes:
         clips: how many measurements are compared: those where all ways of making gave one; `of`: of how many.
         measured: how many each way gave.
-        error: mean error and its standard error, by way.
+        error: mean error and its standard error, by way; "guess" is that of always naming the middle of a constant's
+            range, "copy" that of showing the nearest reference instead, where this tells the constant.
         ratio: error with right and with wrong memory over the error without: value, and 95 % interval.
         correlation: of measured and true constants, by way; "other" is that of clips with wrong memory with the
             constants of the planet that this memory is from.
-        guess: the error of always naming the middle of a constant's range.
+        guess: the mean error of "guess".
+        over_guess: error with right memory over that of "guess": value, and 95 % interval.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Row:
     ratio: dict[str, tuple[float, float, float]]
     correlation: dict[str, float]
     guess: float
+    over_guess: tuple[float, float, float]
 
 
 def rows(findings: Findings) -> list[Row]:
@@ -54,27 +58,33 @@ def _row(name: str, findings: Findings, chosen: np.ndarray) -> Row:
     true, other, world = (values[compared] for values in (findings.true, findings.other, findings.world))
     constants = findings.constant[compared]
     measured = {way: findings.measured[way][compared] for way in SAMPLED}
-    errors = np.stack([np.abs(np.log(measured[way] / true)) for way in SAMPLED], axis=1)
-    mean, means = _bootstrap(errors, world)
-    spread = means.std(axis=0, ddof=1)
-    ratio = {}
-    for way in ("right", "wrong"):
-        one, base = SAMPLED.index(way), SAMPLED.index("without")
-        low, high = np.percentile(means[:, one] / means[:, base], [2.5, 97.5])
-        ratio[way] = (mean[one] / mean[base], low, high)
+    middles = np.array([guess(constant) for constant in constants])
+    values = measured | {"guess": middles}
+    mean, means = _bootstrap(np.stack([law_error(one, true) for one in values.values()], axis=1), world)
+    error = {way: (float(mean[i]), float(means[:, i].std(ddof=1))) for i, way in enumerate(values)}
+    copy = findings.measured["copy"][compared]
+    told = np.isfinite(copy)
+    copy_mean, copy_means = _bootstrap(law_error(copy[told], true[told])[:, None], world[told])
+    error["copy"] = (float(copy_mean[0]), float(copy_means.std(ddof=1)))
+
+    def over(way: str, base: str) -> tuple[float, float, float]:
+        one, other = (list(values).index(name) for name in (way, base))
+        low, high = np.percentile(means[:, one] / means[:, other], [2.5, 97.5])
+        return float(mean[one] / mean[other]), float(low), float(high)
+
     place = {way: _places(constants, values) for way, values in measured.items()}
     correlation = {way: _correlation(place[way], _places(constants, true)) for way in SAMPLED}
     correlation["other"] = _correlation(place["wrong"], _places(constants, other))
-    middles = np.array([RANGES[constant].at(0.5) for constant in constants])
     return Row(
         name,
         clips=int(compared.sum()),
         of=int(chosen.sum()),
         measured={way: int(np.isfinite(findings.measured[way][chosen]).sum()) for way in ALL},
-        error={way: (float(mean[i]), float(spread[i])) for i, way in enumerate(SAMPLED)},
-        ratio={way: tuple(map(float, values)) for way, values in ratio.items()},
+        error=error,
+        ratio={way: over(way, "without") for way in ("right", "wrong")},
         correlation=correlation,
-        guess=float(np.abs(np.log(middles / true)).mean()) if compared.any() else math.nan,
+        guess=error["guess"][0],
+        over_guess=over("right", "guess"),
     )
 
 
@@ -143,7 +153,8 @@ def evidence(row: Row, planets: int) -> str:
         f"Over {row.clips} constants in clips of {planets} unseen planets the error |ln(measured / true)| is "
         f"{without:.2f} ± {spread:.2f} without memory, {right[0]:.2f} ± {right[1]:.2f} with the right planet's clips "
         f"and {wrong[0]:.2f} ± {wrong[1]:.2f} with a wrong planet's. Right over none: {ratio:.2f}, 95 % interval "
-        f"{low:.2f} to {high:.2f}."
+        f"{low:.2f} to {high:.2f}. Always naming the middle of the range errs by {row.guess:.2f}; the nearest "
+        f"reference itself, shown as it is, by {row.error['copy'][0]:.2f}."
     )
 
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ditmem_jax import report
+from ditmem_jax.demo.score import AIM, Row, evidence, percent
+from ditmem_jax.demo.trials import ALL, SAMPLED, Findings, Trial
 from ditmem_jax.report import Html, tag
 from ditmem_jax.worlds import RANGES
 from ditmem_jax.worlds.render import CAMERA
 from ditmem_jax.worlds.track import track
-from experiments.demo.score import AIM, Row, evidence, percent
-from experiments.demo.trials import ALL, SAMPLED, Findings, Trial
 
 TONES = {"real": "grey", "without": "orange", "right": "blue", "wrong": "pink", "stated": "green"}
 SHOWN = ("real", "without", "right", "wrong")
@@ -27,6 +27,7 @@ NAMES = {
     "right": "right memory",
     "wrong": "wrong memory",
     "stated": "law stated",
+    "copy": "nearest copied",
 }
 
 
@@ -34,15 +35,22 @@ NAMES = {
 
 
 def print_tables(console: Console, rows: Sequence[Row]) -> None:
-    """Errors, and how well measured constants follow the true ones, in at most 80 columns."""
+    """Print errors, with and without a model, and how well constants follow the true ones, in at most 80 columns."""
     ways = ["none", "right", "wrong", "stated"]  # as SAMPLED
     errors = _table("law error, |ln(measured/true)|, by memory", *ways, "right / none", "clips")
     for row in rows:
-        errors.add_row(row.name, *(_error(row, way) for way in SAMPLED), _ratio(row, "right"), _clips(row))
+        errors.add_row(
+            row.name, *(_error(row, way) for way in SAMPLED), _interval(row, row.ratio["right"]), _clips(row)
+        )
+    bare = _table("law error without a model", "guess", "copy", "right / guess")
+    for row in rows:
+        bare.add_row(
+            row.name, *(_error(row, way) for way in ("guess", "copy")), _interval(row, row.over_guess)
+        )
     follow = _table("correlation of measured with true, by memory", *ways, "wrong, with its own")
     for row in rows:
         follow.add_row(row.name, *(_number(row.correlation[way]) for way in (*SAMPLED, "other")))
-    console.print("", errors, "", follow, "")
+    console.print("", errors, "", bare, "", follow, "")
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -59,11 +67,12 @@ def _number(value: float) -> str:
 
 
 def _error(row: Row, way: str) -> str:
-    return f"{row.error[way][0]:.2f}±{row.error[way][1]:.2f}" if row.clips else "-"
+    mean, spread = row.error[way]
+    return f"{mean:.2f}±{spread:.2f}" if np.isfinite(mean) else "-"
 
 
-def _ratio(row: Row, way: str) -> str:
-    value, low, high = row.ratio[way]
+def _interval(row: Row, ratio: tuple[float, float, float]) -> str:
+    value, low, high = ratio
     return f"{value:.2f} ({low:.2f}-{high:.2f})" if row.clips else "-"
 
 
@@ -204,16 +213,21 @@ def _tables(rows: Sequence[Row]) -> list[Html]:
             "law error",
             *(NAMES[way] for way in SAMPLED),
             "guess",
+            "copy",
             "right / none",
             "wrong / none",
+            "right / guess",
         ],
         [
             (
                 row.name,
                 *(_error(row, way) for way in SAMPLED),
-                _number(row.guess),
-                _ratio(row, "right"),
-                _ratio(row, "wrong"),
+                _error(row, "guess"),
+                _error(row, "copy"),
+                *(
+                    _interval(row, ratio)
+                    for ratio in (row.ratio["right"], row.ratio["wrong"], row.over_guess)
+                ),
             )
             for row in rows
         ],
@@ -291,8 +305,14 @@ def _reading(result: dict[str, Any], rows: Sequence[Row]) -> list[Html]:
     items = [
         (
             "Law error",
-            "is |ln(measured / true)| of a constant: 0.1 is about 10 % off, 0.7 a factor of two. Always naming the "
-            f"middle of the range would err by {_number(first.guess)} on average (column guess).",
+            "is |ln(measured / true)| of a constant: 0.1 is about 10 % off, 0.7 a factor of two.",
+        ),
+        (
+            "Guess and copy",
+            "need no model. Always naming the middle of a constant's range would err by "
+            f"{_number(first.guess)} on average. Showing the nearest reference itself, whatever the prompt asks for "
+            f"beside its planet, errs by {_number(first.error['copy'][0])}: what measuring and the choice of the "
+            "reference cost.",
         ),
         (
             "Four versions",
@@ -315,8 +335,9 @@ def _reading(result: dict[str, Any], rows: Sequence[Row]) -> list[Html]:
         ),
         (
             "The bank",
-            "holds clips of all planets, those in training among them. Of what it found for the prompts, "
-            f"{percent(result['retrieved'], 1)} were clips of the planet that was named. "
+            "holds clips of all planets, those in training among them. "
+            + references(result)
+            + " "
             + (
                 f"{result['leaked']} clips of unseen planets served as memory in training."
                 if result["leaked"]
@@ -325,6 +346,19 @@ def _reading(result: dict[str, Any], rows: Sequence[Row]) -> list[Html]:
         ),
     ]
     return [tag("ul", *(tag("li", tag("b", name), f" {text}") for name, text in items))]
+
+
+def references(result: dict[str, Any]) -> str:
+    """Tell how references are found in training and for prompts, and how far the two differ in what they find."""
+    training, prompts = (result["references"][name] for name in ("training", "prompts"))
+    out = [f"{reason} {count:,} times" for reason, count in training["left_out"].items() if count]
+    return (
+        "References are found by the same search in training and for the prompts: the nearest captions among clips with "
+        f"a record. Training leaves out what would give a record away ({', '.join(out) or 'nothing here'}); a prompt "
+        f"has nothing to leave out. Of the planet were {percent(training['planet'], 1)} of them in training and "
+        f"{percent(prompts['planet'], 1)} for the prompts; of planet and phenomenon "
+        f"{percent(training['planet and phenomenon'], 1)} and {percent(prompts['planet and phenomenon'], 1)}."
+    )
 
 
 def _making(result: dict[str, Any]) -> list[Html]:

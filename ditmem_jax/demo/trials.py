@@ -2,23 +2,24 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from rich.progress import track
 
 from ditmem_jax.bank import Bank
 from ditmem_jax.config import Config
 from ditmem_jax.data.references import References
+from ditmem_jax.evaluate.laws import told
 from ditmem_jax.sample.sampler import Sampler
 from ditmem_jax.storage.files import replacing
-from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, measure, sample_clip
-from ditmem_jax.worlds.measure import LAWLESS_PX
+from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, sample_clip
 
 SAMPLED = ("without", "right", "wrong", "stated")  # ways to make a clip
-ALL = ("real", *SAMPLED)
+ALL = ("real", *SAMPLED, "copy")  # and the clip of the planet itself, and the nearest reference as it is
 BATCH = 24  # clips that are made at once
 STREAM = 10  # of random numbers; none that `worlds` draws from
 
@@ -72,28 +73,24 @@ def draw(worlds: Sequence[World], counts: dict[str, int], known: set[str], seed:
     return trials
 
 
-def find(bank: str, prompts: Sequence[str], k: int) -> tuple[list[list[str]], np.ndarray]:
-    """The captions and the latents [P, k, T, H, W, C] of the k clips that the bank finds for each prompt."""
-    found = Bank.open(bank).search(prompts, k)
+def find(
+    bank: str, prompts: Sequence[str], k: int
+) -> tuple[list[list[str]], Float32[np.ndarray, "P k T H W C"]]:
+    """Return the ids and the latents of the k clips that the bank finds for each prompt, the nearest first."""
+    found = Bank.open(bank).search_records(prompts, k)
     rows = {row["id"]: row for hits in found.rows for row in hits}
     latents = {record.id: record.latents.astype(np.float32) for record in References.of(rows.values())}
-    captions = [[rows[id]["caption"] for id in ids] for ids in found.ids]
-    return captions, np.stack([[latents[id] for id in ids] for ids in found.ids])
+    return found.ids, np.stack([[latents[id] for id in ids] for ids in found.ids])
 
 
 def make(
     config: Config, encoder: str, trials: Sequence[Trial]
-) -> tuple[dict[str, UInt8[np.ndarray, "..."]], float]:
-    """Clips [trial, T, H, W, 3] by the way they were made; which share of the right memory is of its planet."""
+) -> tuple[dict[str, UInt8[np.ndarray, "..."]], np.ndarray]:
+    """Return clips [trial, T, H, W, 3] by the way they were made, and the ids [trial, k] of the right memory."""
     k, bank = config.data.references, config.data.bank
     prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
-    captions, right = find(bank, prompts, k)
+    ids, right = find(bank, prompts, k)
     _, wrong = find(bank, [trial.asks_other for trial in trials], k)
-    hits = [
-        trial.world.name in text.split()
-        for trial, found in zip(trials, captions, strict=True)
-        for text in found
-    ]
     ways = {
         "without": (prompts, None),
         "right": (prompts, right),
@@ -112,7 +109,25 @@ def make(
             None if references is None else references[rows],
         )
         clips[way].append(made[: len(trials) - start])
-    return {way: np.concatenate(parts) for way, parts in clips.items()}, float(np.mean(hits))
+    return {way: np.concatenate(parts) for way, parts in clips.items()}, np.array(ids)
+
+
+class Kind(NamedTuple):
+    """What a clip is of."""
+
+    planet: str
+    phenomenon: str
+
+
+def alike(pairs: Iterable[tuple[Kind, Sequence[Kind]]]) -> dict[str, float]:
+    """Return the share of references that are of the planet, and of planet and phenomenon, of what they are for.
+
+    Args:
+        pairs: what a record or a prompt is of, and what its references are of.
+    """
+    found = [(one.planet == kind.planet, one == kind) for kind, references in pairs for one in references]
+    planet, both = np.mean(found, axis=0).tolist()
+    return {"planet": planet, "planet and phenomenon": both}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,23 +162,15 @@ class Findings:
 
 
 def examine(trials: Sequence[Trial], clips: dict[str, np.ndarray]) -> Findings:
-    """Measures every clip; `clips` holds those of `SAMPLED`, the real ones come with the trials."""
+    """Measure every clip as one of its trial's phenomenon; `clips` holds all but the real, which the trials have."""
     clips = {"real": [trial.clip.video for trial in trials], **clips}
     entries, measured = [], {way: [] for way in ALL}
     for index, trial in enumerate(track(trials, "measuring")):
-        told = {way: _tell(clips[way][index], trial.phenomenon) for way in ALL}
+        shown = {way: told(clips[way][index], trial.phenomenon) for way in ALL}
         for constant, value in trial.world.shown_by(trial.phenomenon).items():
             other = getattr(trial.other, constant)
             entries.append((index, trial.number, trial.phenomenon, constant, value, other))
             for way in ALL:
-                measured[way].append(told[way].get(constant, np.nan))
+                measured[way].append(shown[way].get(constant, np.nan))
     columns = map(np.array, zip(*entries, strict=True))
     return Findings(*columns, {way: np.array(values) for way, values in measured.items()})
-
-
-def _tell(video: np.ndarray, phenomenon: str) -> dict[str, float]:
-    """The constants that a clip tells: a fall that never reaches the floor tells gravity, but no bounciness."""
-    found = measure(video, phenomenon)
-    if found.residual_px > LAWLESS_PX:
-        return {}
-    return {name: value for name, value in found.constants.items() if found.sigma[name] < np.inf}

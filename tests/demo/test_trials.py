@@ -1,0 +1,76 @@
+"""The trials of the demo: new prompts about every planet, clips of one noise, references, and what is measured."""
+
+import numpy as np
+import pytest
+
+from ditmem_jax.demo import trials
+from ditmem_jax.demo.trials import SAMPLED, Findings, Kind
+from ditmem_jax.worlds import PHENOMENA, caption, splits
+from tests.tiny import tiny_config
+
+WORLDS = splits(0, unseen=4).unseen
+ONCE = dict.fromkeys(PHENOMENA, 1)
+
+
+def test_trials_are_new_prompts_about_every_planet():
+    first = trials.draw(WORLDS, ONCE | {"fall": 2}, set(), seed=0)
+    assert len(first) == 4 * 7 and len({trial.seed for trial in first}) == 4 * 7
+    assert all(trial.other != trial.world and trial.world.name in trial.prompt.split() for trial in first)
+    assert all(
+        trial.stated != trial.prompt and trial.clip.truth == trial.world.shown_by(trial.phenomenon)
+        for trial in first
+    )
+    again = trials.draw(WORLDS, ONCE | {"fall": 2}, {first[0].prompt}, seed=0)
+    assert again[0].prompt != first[0].prompt
+    assert [trial.prompt for trial in again[7:]] == [trial.prompt for trial in first[7:]]
+    assert first[0].asks_other == first[0].prompt.replace(first[0].world.name, first[0].other.name)
+
+
+def test_clips_follow_their_prompt_and_memory_alone(monkeypatch):
+    """Every way of making a clip gets its own prompts and memory, but the same noise."""
+    drawn = trials.draw(WORLDS, dict.fromkeys(PHENOMENA, 0) | {"fall": 7}, set(), seed=0)
+    calls = []
+
+    class Fake:
+        def generate(self, prompts, seeds, references):
+            calls.append((prompts, seeds, references))
+            return np.array([[[[[seed % 256] * 3]]] for seed in seeds], np.uint8)
+
+    def find(bank, prompts, k):
+        names = [[f"{text.split()[2]} {rank}" for rank in range(k)] for text in prompts]
+        return names, np.array([[[len(text)] * k] for text in prompts], np.float32)
+
+    monkeypatch.setattr(trials.Sampler, "load", lambda config, encoder: Fake())
+    monkeypatch.setattr(trials, "find", find)
+    config = tiny_config("unused")
+    clips, references = trials.make(config, "encoder", drawn)
+    k = config.data.references
+    assert references.tolist() == [[f"{trial.world.name} {rank}" for rank in range(k)] for trial in drawn]
+    assert all(len(clips[way]) == len(drawn) == 28 for way in SAMPLED)
+    np.testing.assert_array_equal(clips["right"], clips["without"])
+    by_way = dict(zip(SAMPLED, (calls[i : i + 2] for i in range(0, 8, 2)), strict=True))
+    assert all(len(prompts) == trials.BATCH for prompts, _, _ in calls)
+    assert by_way["without"][0][2] is None and by_way["stated"][0][2] is None
+    assert by_way["right"][0][:2] == by_way["wrong"][0][:2] == by_way["without"][0][:2]
+    assert by_way["stated"][0][0][0] == caption(drawn[0].clip, drawn[0].world.name, "numbers")
+
+
+def test_how_alike_references_are():
+    fall, throw, elsewhere = Kind("zorvex", "fall"), Kind("zorvex", "throw"), Kind("quindara", "fall")
+    found = trials.alike([(fall, [fall, throw]), (throw, [throw, elsewhere])])
+    assert found == {"planet": pytest.approx(3 / 4), "planet and phenomenon": pytest.approx(1 / 2)}
+
+
+def test_real_clips_and_copies_measure_true(tmp_path):
+    drawn = trials.draw(WORLDS[:2], dict.fromkeys(PHENOMENA, 0) | {"fall": 1}, set(), seed=0)
+    real = np.stack([trial.clip.video for trial in drawn])
+    clips = dict.fromkeys((*SAMPLED, "copy"), real) | {"wrong": np.zeros_like(real)}
+    found = trials.examine(drawn, clips | {"copy": real[::-1]})
+    assert found.constant.tolist() == ["gravity", "bounciness"] * 2
+    np.testing.assert_allclose(found.measured["real"], found.true, rtol=0.1)
+    np.testing.assert_allclose(found.measured["copy"], np.roll(found.true, 2), rtol=0.1)
+    assert np.isnan(found.measured["wrong"]).all()
+    found.save(tmp_path / "findings.npz")
+    loaded = Findings.load(tmp_path / "findings.npz")
+    for way in ("right", "copy"):
+        np.testing.assert_array_equal(loaded.measured[way], found.measured[way])
