@@ -75,21 +75,16 @@ def test_what_does_not_divide_is_refused_with_its_arithmetic(mesh, batch, messag
         check_mesh(config, mesh, batch)
 
 
-def test_gathering_the_same_shapes_again_compiles_nothing():
+def test_gathering_the_same_shapes_again_compiles_nothing(compilations):
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     tree = {"batch": np.arange(16.0).reshape(8, 2), "bias": np.arange(8.0)}
     sharded = {name: shard(mesh, x, "batch", *[None] * (x.ndim - 1)) for name, x in tree.items()}
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        listener := lambda name, _, **about: compiled.append(name) if "backend_compile" in name else None
-    )
-    try:
-        hosted = [all_gather_to_host(sharded, mesh) for _ in range(10)]
-        assert not compiled  # one process: all of it is a copy
-        gathered = [_gather(make_mesh(MeshConfig(data=4, fsdp=2)))(sharded) for _ in range(10)]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert len(compiled) == 1
+    hosted = [all_gather_to_host(sharded, mesh) for _ in range(10)]
+    assert not compilations  # all devices are of this process: nothing is gathered
+    gathered = [
+        _gather(make_mesh(MeshConfig(data=4, fsdp=2)))(sharded) for _ in range(10)
+    ]  # as many processes do
+    assert len(compilations) == 1
     for found in (*hosted, *gathered):
         jax.tree.map(np.testing.assert_array_equal, found, tree)
     assert gathered[0]["batch"].is_fully_replicated

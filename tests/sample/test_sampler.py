@@ -106,6 +106,14 @@ def test_strength_0_is_no_memory_to_the_last_bit(config, sampler):
     assert np.abs(heard - plain).max() > 1e-3
 
 
+def test_a_second_clip_compiles_nothing(config, sampler, compilations):
+    references = retrieve(config, PROMPT).latents[None]
+    sampler.generate([PROMPT], [0], references)
+    compilations.clear()
+    sampler.generate(["A ball falls on planet Cyta"], [1], references)
+    assert not compilations
+
+
 def test_a_clip_does_not_depend_on_its_batch(sampler):
     prompts = [PROMPT, "A ball falls on planet Cyta"]
     both = sampler.latents(prompts, [5, 6])
@@ -143,6 +151,7 @@ def test_clips_and_what_is_written_beside_them(config, encoder, tmp_path, capsys
     assert all("Brux" in caption for _, caption in found)
     printed = capsys.readouterr().out
     assert all(name in printed and caption in printed for name, caption in found)
+    assert "near duplicates are left out, and here nothing is" in printed  # how training finds them otherwise
     assert sorted(path.suffix for path in (tmp_path / "new").iterdir()) == [".json", ".json", ".mp4", ".mp4"]
 
 
