@@ -106,8 +106,8 @@ def test_strength_0_is_no_memory_to_the_last_bit(config, sampler):
     assert np.abs(heard - plain).max() > 1e-3
 
 
-def test_a_second_clip_compiles_nothing(config, sampler, compilations):
-    references = retrieve(config, PROMPT).latents[None]
+def test_a_second_clip_compiles_nothing(config, encoder, compilations):
+    sampler, references = Sampler.load(config, encoder), retrieve(config, PROMPT).latents[None]
     sampler.generate([PROMPT], [0], references)
     compilations.clear()
     sampler.generate(["A ball falls on planet Cyta"], [1], references)
