@@ -89,7 +89,7 @@ def store(bank, encoder, tmp_path_factory):
 def test_the_command_line_way(config, encoder, store, tmp_path, capsys, monkeypatch):
     (latents,) = make_clips(config, PROMPT, tmp_path / "latents.mp4", encoder)
     printed = capsys.readouterr().out
-    monkeypatch.setattr("ditmem_jax.sample.clips.References", None)  # no latents are read
+    monkeypatch.setattr("ditmem_jax.sample.retrieval.References", None)  # no latents are read
     (tokens,) = make_clips(config, PROMPT, tmp_path / "tokens.mp4", encoder, features=store)
     assert tokens.read_bytes() == latents.read_bytes()
     for text, size in ((printed, "1,536 bytes"), (capsys.readouterr().out, "768 bytes instead of 1,536")):

@@ -272,7 +272,7 @@ def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):
         (dict(out=encoder), "is a file"),
         (
             dict(config=replace(config, "weights", path=str(tmp_path / "nowhere"))),
-            "no folder of converted weights",
+            "no weights in",
         ),
     ]
     good = dict(config=config, prompt=PROMPT, out=tmp_path / "out", encoder=encoder)
