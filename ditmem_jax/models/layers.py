@@ -93,27 +93,30 @@ def sinusoidal_embedding(position: Float[Array, " B"], dim: int) -> Float[Array,
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def rotary_angles(grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0) -> np.ndarray:
-    """Angles of the 3D rotary embedding, `[T*H*W, head_dim / 2]`, computed in float64 on the host.
+def rotary_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
+) -> Float[Array, "2 S half"]:
+    """Cosines and sines of the 3D rotary embedding for the tokens of a grid (T, H, W); half is `head_dim` / 2.
 
     The head splits into parts for T, H and W of sizes d - 2 (d // 3), d // 3, d // 3, with d // 3 rounded down
-    to an even number (Wan: 44, 42, 42 of 128).
+    to an even number (Wan: 44, 42, 42 of 128). Angles are float64 on the host. A program holds one table an axis and
+    lays them out when it runs: all tokens of a clip of 720p would be constants of 77 MB.
     """
     side = head_dim // 6 * 2
-    sizes = (head_dim - 2 * side, side, side)
     parts = []
-    for axis, (length, size) in enumerate(zip(grid, sizes, strict=True)):
+    for axis, size in enumerate((head_dim - 2 * side, side, side)):
         frequency = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
-        angle = np.arange(length, dtype=np.float64)[:, None] * frequency
-        shape = [1, 1, 1, size // 2]
-        shape[axis] = length
-        parts.append(np.broadcast_to(angle.reshape(shape), (*grid, size // 2)))
-    return np.concatenate(parts, axis=-1).reshape(-1, head_dim // 2)
+        angle = np.arange(grid[axis], dtype=np.float64)[:, None] * frequency
+        shape = [2, 1, 1, 1, size // 2]
+        shape[axis + 1] = grid[axis]
+        table = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32).reshape(shape)
+        parts.append(jnp.broadcast_to(jnp.asarray(table), (2, *grid, size // 2)))
+    return jnp.concatenate(parts, axis=-1).reshape(2, -1, head_dim // 2)
 
 
-def rotate(x: Float[Array, "B S N K"], angles: np.ndarray) -> Float[Array, "B S N K"]:
-    """Rotates interleaved pairs of features by `angles [S, K/2]`."""
-    cos, sin = (jnp.asarray(f(angles), jnp.float32)[None, :, None, :] for f in (np.cos, np.sin))
+def rotate(x: Float[Array, "B S N K"], table: Float[Array, "2 S half"]) -> Float[Array, "B S N K"]:
+    """Rotate interleaved pairs of features by the angles of a `rotary_table`."""
+    cos, sin = table[:, None, :, None, :]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return (

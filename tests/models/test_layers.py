@@ -1,5 +1,8 @@
 """Norms, embeddings and feed-forward against hand-written arrays."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from ditmem_jax.models.layers import (
     LayerNorm,
     RMSNorm,
     layer_norm,
-    rotary_angles,
+    rotary_table,
     rotate,
     sinusoidal_embedding,
 )
@@ -48,30 +51,37 @@ def test_sinusoidal_embedding():
 
 
 def test_rotary_angles_split_a_head_of_128_as_44_42_42():
-    angles = rotary_angles((2, 3, 4), 128)
-    assert angles.shape == (24, 64)
-    assert angles.dtype == np.float64
-    grid = angles.reshape(2, 3, 4, 64)
-    np.testing.assert_array_equal(grid[0, 0, 0], 0)
-    np.testing.assert_array_equal(np.flatnonzero(grid[1, 0, 0]), np.arange(22))
-    np.testing.assert_array_equal(np.flatnonzero(grid[0, 1, 0]), np.arange(22, 43))
-    np.testing.assert_array_equal(np.flatnonzero(grid[0, 0, 1]), np.arange(43, 64))
-    np.testing.assert_allclose(grid[0, 2, 3, [22, 43]], [2, 3])  # the first frequency is 1
-    np.testing.assert_allclose(grid[1, 0, 0, 1], 10000 ** (-2 / 44))
+    cos, sin = np.asarray(rotary_table((2, 3, 4), 128)).reshape(2, 2, 3, 4, 64)
+    np.testing.assert_array_equal(cos[0, 0, 0], 1)
+    np.testing.assert_array_equal(np.flatnonzero(sin[1, 0, 0]), np.arange(22))
+    np.testing.assert_array_equal(np.flatnonzero(sin[0, 1, 0]), np.arange(22, 43))
+    np.testing.assert_array_equal(np.flatnonzero(sin[0, 0, 1]), np.arange(43, 64))
+    np.testing.assert_allclose(sin[0, 2, 3, [22, 43]], np.sin([2, 3]), rtol=1e-6)  # the first frequency is 1
+    np.testing.assert_allclose(cos[1, 0, 0, 1], np.cos(10000 ** (-2 / 44)), rtol=1e-6)
+
+
+def test_a_program_holds_the_rotary_embedding_of_each_axis_only():
+    """Tokens of a clip of 720p: 21 x 45 x 80, of which the table would be 38 MB."""
+    text = jax.jit(lambda: rotary_table((21, 45, 80), 128)).lower().compile().as_text()
+    sizes = [
+        math.prod(map(int, found.split(",")))
+        for found in re.findall(r"f32\[([\d,]+)\][^=]* constant\(", text)
+    ]
+    assert max(sizes) <= 2 * 80 * 22
 
 
 def test_rotation_of_pairs():
     x = jnp.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 1, 4)
-    got = rotate(x, np.array([[np.pi / 2, np.pi]]))
+    got = rotate(x, jnp.array([[[0.0, -1.0]], [[1.0, 0.0]]]))  # by 90 and 180 degrees
     np.testing.assert_allclose(got.ravel(), [0, 1, 0, -2], atol=1e-6)
 
 
 def test_rotated_products_depend_on_distance_only():
     query, key = (jax.random.normal(jax.random.key(i), (1, 1, 1, 12)) for i in (0, 1))
-    angles = rotary_angles((1, 1, 10), 12)
+    table = rotary_table((1, 1, 10), 12)
 
     def score(i, j):
-        return (rotate(query, angles[i : i + 1]) * rotate(key, angles[j : j + 1])).sum()
+        return (rotate(query, table[:, i : i + 1]) * rotate(key, table[:, j : j + 1])).sum()
 
     np.testing.assert_allclose(score(2, 5), score(6, 9), rtol=1e-4)
 

@@ -26,7 +26,7 @@ from ditmem_jax.models.layers import (
     Linear,
     RMSNorm,
     layer_norm,
-    rotary_angles,
+    rotary_table,
     rotate,
     sinusoidal_embedding,
 )
@@ -123,7 +123,7 @@ class Block(nnx.Module):
         context: Float[Array, "B L D"],
         image: Float[Array, "B I D"] | None,
         time: Float[Array, "B G 6 D"],
-        angles: np.ndarray,
+        rotary: Float[Array, "2 S half"],
         memory: Memory | None,
         memory_time: Float[Array, "B 1 6 D"],
         backend: Backend = "xla",
@@ -133,9 +133,9 @@ class Block(nnx.Module):
 
         with jax.named_scope("self_attention"):
             rows = _modulate(layer_norm(x, self.eps), shift, scale)
-            query = rotate(self.self_attention.query(rows), angles)
+            query = rotate(self.self_attention.query(rows), rotary)
             key, value = self.self_attention.key_value(rows)
-            key = rotate(key, angles)
+            key = rotate(key, rotary)
             memory_rows = ()
             if memory is not None:
                 tokens = layer_norm(memory.tokens.astype(x.dtype), self.eps)
@@ -218,7 +218,7 @@ class DiT(nnx.Module):
         text, frames, image = conditioning
         _check_inputs(config, latents, memory, frames, image)
         grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
-        angles = rotary_angles(grid, config.head_dim)
+        rotary = rotary_table(grid, config.head_dim)
 
         if frames is not None:
             latents = jnp.concatenate([latents, frames.astype(latents.dtype)], axis=-1)
@@ -237,7 +237,7 @@ class DiT(nnx.Module):
             memory = Memory(constrain(memory.tokens, "batch", None, None), memory.bias)
 
         graph, layers = nnx.split(self.blocks)
-        others = context, image, modulation, angles
+        others = context, image, modulation, rotary
 
         def block(x, layer):
             x = checkpoint_name(x, INPUT)

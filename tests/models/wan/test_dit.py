@@ -16,7 +16,7 @@ from ditmem_jax.convert import dit as names
 from ditmem_jax.convert.engine import assign, targets
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.backbone import Experts, with_expert
-from ditmem_jax.models.layers import layer_norm, rotary_angles, rotate
+from ditmem_jax.models.layers import layer_norm, rotary_table, rotate
 from ditmem_jax.models.placement import sharding_for
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import Block, DiT, _patchify, _unpatchify
@@ -182,7 +182,7 @@ def test_memory_rows_are_modulated_like_the_noisy_frames():
         for shape in ((B, frames * patches, dim), (B, M, dim), (B, 6, dim), (B, 2, 6, dim))
     )
     clean, noisy = time[:, :1], time[:, 1:]
-    angles = rotary_angles((frames, 2, 2), CONFIG.head_dim)
+    rotary = rotary_table((frames, 2, 2), CONFIG.head_dim)
     attention = block.self_attention
 
     def joined(x, tokens):
@@ -191,8 +191,8 @@ def test_memory_rows_are_modulated_like_the_noisy_frames():
         h = layer_norm(jnp.concatenate([x, tokens], axis=1), CONFIG.eps) * (1 + scale) + shift
         key, value = attention.key_value(h)
         count = x.shape[1]
-        query = rotate(attention.query(h[:, :count]), angles)
-        key = jnp.concatenate([rotate(key[:, :count], angles), key[:, count:]], axis=1)
+        query = rotate(attention.query(h[:, :count]), rotary)
+        key = jnp.concatenate([rotate(key[:, :count], rotary), key[:, count:]], axis=1)
         weights = jax.nn.softmax(jnp.einsum("BSNK,BJNK->BNSJ", query, key) * CONFIG.head_dim**-0.5)
         return x + attention.out(jnp.einsum("BNSJ,BJNK->BSNK", weights, value)) * gate[:, :count]
 
@@ -200,7 +200,7 @@ def test_memory_rows_are_modulated_like_the_noisy_frames():
     for part in (block.cross_attention.o, block.feed_forward.down):
         part.kernel[...], part.bias[...] = jnp.zeros_like(part.kernel[...]), jnp.zeros_like(part.bias[...])
     per_frame = jnp.concatenate([clean, noisy, noisy], axis=1)
-    got = block(x, context, None, per_frame, angles, Memory(tokens, jnp.zeros((B, M))), noisy)
+    got = block(x, context, None, per_frame, rotary, Memory(tokens, jnp.zeros((B, M))), noisy)
     np.testing.assert_allclose(got, joined(x, tokens), atol=1e-5)
 
 
