@@ -162,7 +162,7 @@ class DiT(nnx.Module):
     Args:
         int8: hold the matrices of the blocks, nearly all of the weights, in 8 bits (`quantised.Int8Linear`).
         compute: kernels and rematerialisation, which are no part of the function computed.
-        dtype: of weights and matrix products. Norms, angles, modulation and the sum of blocks stay float32.
+        dtype: of weights and matrix products. Norms, angles, timesteps, modulation and the sum of blocks stay float32.
     """
 
     def __init__(
@@ -177,12 +177,19 @@ class DiT(nnx.Module):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, rngs=rngs, dtype=dtype, param_dtype=dtype)
 
+        def linear_in_full(inputs: int, outputs: int) -> nnx.Linear:
+            """Products in float32 whatever the dtype of the weights, as in Wan's own code for timesteps."""
+            full = dict(dtype=jnp.float32, precision="highest")
+            return nnx.Linear(inputs, outputs, rngs=rngs, param_dtype=dtype, **full)
+
         patch = int(np.prod(config.patch_size))
         self.config = config
         self.patch_embedding = linear(config.in_dim * patch, config.dim)
         self.text_embedding = FeedForward(config.text_dim, config.dim, config.dim, rngs=rngs, dtype=dtype)
-        self.time_embedding = nnx.List([linear(config.freq_dim, config.dim), linear(config.dim, config.dim)])
-        self.time_projection = linear(config.dim, 6 * config.dim)
+        self.time_embedding = nnx.List(
+            [linear_in_full(config.freq_dim, config.dim), linear_in_full(config.dim, config.dim)]
+        )
+        self.time_projection = linear_in_full(config.dim, 6 * config.dim)
         self.image_embedding = (
             None if config.image_dim is None else ImageEmbedding(config, rngs=rngs, dtype=dtype)
         )
@@ -265,14 +272,14 @@ class DiT(nnx.Module):
                 found=timestep.shape,
             )
         first, second = self.time_embedding
-        wave = sinusoidal_embedding(timestep.reshape(-1), self.config.freq_dim).astype(self.dtype)
+        wave = sinusoidal_embedding(timestep.reshape(-1), self.config.freq_dim)
         time = second(nnx.silu(first(wave)))
-        modulation = self.time_projection(nnx.silu(time)).astype(jnp.float32).reshape(batch, runs, 6, -1)
+        modulation = self.time_projection(nnx.silu(time)).reshape(batch, runs, 6, -1)
         highest = modulation
         if runs > 1:
             index = jnp.argmax(timestep, axis=1)[:, None, None, None]
             highest = jnp.take_along_axis(modulation, index, axis=1)
-        return time.astype(jnp.float32).reshape(batch, runs, -1), modulation, highest
+        return time.reshape(batch, runs, -1), modulation, highest
 
 
 def _check_inputs(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
@@ -13,18 +14,11 @@ from jaxtyping import Bool, Int
 from ditmem_jax.errors import UserError
 
 PAD, END = "<pad>", "</s>"
-_STRAIGHT = {
-    **dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b"), "'"),
-    **dict.fromkeys(range(0x201C, 0x2020), '"'),
-}
 
 
 def clean(text: str) -> str:
-    """The cleaning of Wan's prompts: HTML entities decoded twice, quotes straightened, white space collapsed.
-
-    Wan also repairs text that was decoded with the wrong character set; this does not.
-    """
-    text = html.unescape(html.unescape(text)).translate(_STRAIGHT)
+    """Clean a prompt as Wan's own programs do: mended by ftfy, HTML entities decoded twice, white space collapsed."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 

@@ -211,6 +211,18 @@ def test_the_memory_takes_the_highest_timestep(network):
     np.testing.assert_array_equal(highest[:, 0], jnp.stack([modulation[0, 1], modulation[1, 0]]))
 
 
+def test_timesteps_are_embedded_in_float32():
+    structure, shapes = abstract(lambda: DiT(CONFIG, rngs=nnx.Rngs(0)))
+    half, _ = abstract(lambda: DiT(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in random_arrays(shapes).items()}
+    full = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    times = jnp.array([[999.0], [998.0]])
+    got, want = (x._embed_time(times, tokens=18) for x in (half.merge(arrays), structure.merge(full)))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("high", [True, False])
 def test_one_of_two_experts_serves(network, inputs, high):
     structure, arrays = network

@@ -101,6 +101,11 @@ def test_settings_stored_in_the_file_do_not_count(path):
         ("a\u00a0ball\u2003falls", "a ball falls"),
         ("\u201ca ball\u2019s fall\u201d", '"a ball\'s fall"'),
         ("&nbsp;", ""),
+        ("the fluid \ufb02ows", "the fluid flows"),  # a ligature
+        ("a \uff42\uff41\uff4c\uff4c\u3000falls", "a ball falls"),  # full width
+        ("it doesn\u00e2\u20ac\u2122t fall", "it doesn't fall"),  # UTF-8 read as Windows-1252
+        ("sch\u00c3\u00b6n", "sch\u00f6n"),
+        ("a \x1b[36mred\x1b[0m ball", "a red ball"),
     ],
 )
 def test_clean(raw, cleaned):
