@@ -9,15 +9,33 @@ Backend = Literal["xla", "cudnn", "splash"]
 Remat = Literal["none", "products", "attention", "blocks", "offload"]
 
 
+LowRank = tuple[Float[Array, "*A D r"], Float[Array, "*A r D"]]
+"""A matrix of low rank as its two factors; those of all blocks have a leading axis."""
+
+
+class Reading(NamedTuple):
+    """How the A blocks that read a memory do so, each in its own way.
+
+    `gate` is added to the bias of the tokens of the high and the low band: a curve over noise levels, by its values at
+    K evenly spaced levels from 0 to 1. `key` and `value` are added to the block's own projections of memory tokens.
+    """
+
+    gate: Float[Array, "A 2 K"] | None = None
+    key: LowRank | None = None
+    value: LowRank | None = None
+
+
 class Memory(NamedTuple):
     """Memory tokens: keys and values beside the video's own in every self-attention of the transformer.
 
     `bias` is added to the attention logits of a token: the log of how many equal tokens it stands for, plus the log
-    of the strength; -inf for a token that is absent.
+    of the strength; -inf for a token that is absent. The tokens of the high band come first, then as many of the low
+    band. Without a `reading` all blocks read them alike, as released.
     """
 
     tokens: Float[Array, "B M D"]
     bias: Float[Array, "B M"]
+    reading: Reading | None = None
 
 
 class Conditioning(NamedTuple):
@@ -56,8 +74,10 @@ class Compute:
             outputs of kernels of attention; "blocks" the inputs only; "offload" has these in the memory of the host,
             where the device can reach that (GPUs and TPUs).
         unroll: lay the blocks out instead of scanning them, for counting operations.
+        memory_blocks: first and last of the blocks that read a memory; None is all of them.
     """
 
     backend: Backend = "xla"
     remat: Remat = "none"
     unroll: bool = False
+    memory_blocks: tuple[int, int] | None = None

@@ -145,6 +145,7 @@ class MemoryConfig:
     """The DiT-Mem memory encoder.
 
     A new memory says nothing true: the less it weighs in attention (`strength`), the less it harms until it does.
+    Blocks of the transformer read it alike, as released, or each in its own way (`gate`, `reading`).
     """
 
     dim: int
@@ -172,8 +173,45 @@ class MemoryConfig:
     good, as released."""
     eps: float = 1e-6
     """Added to mean squares in the normalisation of tokens."""
+    num_layers: int | None = None
+    """[blocks] Blocks of the transformer, which a gate or a reading needs to know."""
+    blocks: tuple[int, int] | None = None
+    """[blocks] First and last block that read the memory; None: all. Blocks before the first need no backward pass."""
+    gate: Literal["none", "fixed", "learned"] = "none"
+    """Weight of the memory by block, band and noise level. fixed: from a measured start. learned: from there on."""
+    gate_share: float = 0.01
+    """[share of attention] Attention that the memory takes of every block at the gate's start, at noise level 1."""
+    reading: int = 0
+    """[rank] Rank of what each block adds to its keys and values of memory tokens; 0: nothing."""
 
     def __post_init__(self):
+        _require(
+            self.num_layers is not None or (self.gate == "none" and not self.reading),
+            "memory.gate and memory.reading need to know the blocks of the transformer",
+            expected="memory.num_layers = dit.num_layers",
+            found=self.num_layers,
+        )
+        if self.blocks is not None:
+            first, last = self.blocks
+            _require(
+                0 <= first <= last and (self.num_layers is None or last < self.num_layers),
+                "memory.blocks are the first and the last block that read the memory",
+                expected=f"0 <= first <= last < {self.num_layers or 'the number of blocks'}",
+                found=self.blocks,
+            )
+        _require(
+            self.gate == "none" or self.strength is None,
+            "memory.gate begins at a measured weight, and memory.strength names one",
+            expected="memory.strength = None with a gate",
+            found=self.strength,
+        )
+        _require(
+            0 < self.gate_share < 0.5,
+            "memory.gate_share",
+            expected="a share of attention below 0.5",
+            found=self.gate_share,
+        )
+        _require(self.reading >= 0, "memory.reading is a rank", expected="0 or more", found=self.reading)
         _require(
             self.strength is None or 0 < self.strength < math.inf,
             "memory.strength is a weight to begin with",
@@ -204,6 +242,12 @@ class MemoryConfig:
             found=f"{self.latent_grid} becomes {grid}",
             fix="smaller strides or pools, or larger latents",
         )
+
+    @property
+    def reading_blocks(self) -> int:
+        """How many blocks of the transformer read the memory; 0 where the configuration does not tell."""
+        first, last = self.blocks or (0, (self.num_layers or 0) - 1)
+        return last - first + 1
 
     @property
     def feature_grid(self) -> tuple[int, int, int]:
@@ -505,9 +549,11 @@ class OptimConfig:
     """Largest norm of all gradients together, which are scaled down to it; 0: none."""
     accumulate: int = 1
     """[batches] Batches whose mean gradient makes one update."""
+    gate_rate: float = 1.0
+    """Factor of the learning rate for `memory.gate`, whose values are logarithms and have far to go."""
 
     def __post_init__(self):
-        _check("optim", self, "above 0", "learning_rate")
+        _check("optim", self, "above 0", "learning_rate", "gate_rate")
         _check("optim", self, "0 or more", "warmup", "weight_decay", "clip")
         _check("optim", self, "at least 0 and below 1", "b1", "b2")
         _check("optim", self, "at least 1", "accumulate")
@@ -553,6 +599,8 @@ class SampleConfig:
     memory_in_negative: bool = True
     """Give the memory to the negative branch of guidance too, as released; otherwise guidance pushes
     towards it."""
+    memory_range: tuple[float, float] = (0.0, 1.0)
+    """[noise levels] Where a memory is read; elsewhere a step is exactly the one without memory."""
     negative_prompt: str = ""
     """Text of the negative branch of guidance."""
     seed: int = 0
@@ -563,6 +611,13 @@ class SampleConfig:
         _check("sample", self, "above 0", "shift")
         _check("sample", self, "a finite number", "guidance", "guidance_high")
         _check("sample", self, "0 or more", "strength", "seed")
+        low, high = self.memory_range
+        _require(
+            0 <= low < high <= 1,
+            "sample.memory_range",
+            expected="0 <= low < high <= 1",
+            found=self.memory_range,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -630,6 +685,15 @@ class Config:
             ("dit.out_dim", self.dit.out_dim, "vae.z_dim", self.vae.z_dim),
             ("dit.text_dim", self.dit.text_dim, "text.dim", self.text.dim),
         )
+        if self.memory.num_layers is not None:
+            pairs += (("memory.num_layers", self.memory.num_layers, "dit.num_layers", self.dit.num_layers),)
+        if self.memory.blocks is not None:
+            _require(
+                self.memory.blocks[1] < self.dit.num_layers,
+                "memory.blocks go beyond the transformer",
+                expected=f"blocks below dit.num_layers = {self.dit.num_layers}",
+                found=self.memory.blocks,
+            )
         for name, value, other, expected in pairs:
             _require(value == expected, f"{name} must equal {other}", expected=expected, found=value)
         _require(

@@ -33,18 +33,19 @@ def guided(
         memory_in_negative: give the memory to both branches, as released; otherwise guidance pushes towards it.
     """
 
-    def branch(x, sigma, conditioning, memory):
-        return backbone(x, jnp.full(x.shape[:1], TRAIN_STEPS * sigma), conditioning, memory)
+    def branch(x, sigma, conditioning, bias):
+        read = None if memory is None else memory._replace(bias=bias)
+        return backbone(x, jnp.full(x.shape[:1], TRAIN_STEPS * sigma), conditioning, read)
 
     def both(x, sigma):
         toward, away = jax.lax.map(lambda given: branch(x, sigma, *given), branches)
         return away + scale * (toward - away)
 
     if scale == 1:
-        return lambda x, sigma: branch(x, sigma, positive, memory)
-    memories = None
+        return lambda x, sigma: branch(x, sigma, positive, None if memory is None else memory.bias)
+    biases = None
     if memory is not None:
         other = memory.bias if memory_in_negative else jnp.full_like(memory.bias, -jnp.inf)
-        memories = Memory(jnp.stack([memory.tokens] * 2), jnp.stack([memory.bias, other]))
-    branches = jax.tree.map(lambda *pair: jnp.stack(pair), positive, negative), memories
+        biases = jnp.stack([memory.bias, other])
+    branches = jax.tree.map(lambda *pair: jnp.stack(pair), positive, negative), biases
     return both

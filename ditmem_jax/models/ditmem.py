@@ -39,7 +39,8 @@ def attention_backend(config: Config, mesh: Mesh) -> Backend:
 
 def compute_for(config: Config, mesh: Mesh, *, training: bool = False) -> Compute:
     """How the transformer of `config` computes on the devices of `mesh`; errors as `attention_backend`."""
-    return Compute(attention_backend(config, mesh), config.run.remat if training else "none")
+    remat = config.run.remat if training else "none"
+    return Compute(attention_backend(config, mesh), remat, memory_blocks=config.memory.blocks)
 
 
 def encode(

@@ -25,11 +25,12 @@ from ditmem_jax.config import MemoryConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.attention.with_memory import attention
 from ditmem_jax.models.layers import RMSNorm
-from ditmem_jax.types import Memory
+from ditmem_jax.types import Memory, Reading
 
 Band = Literal["high", "low"]
 Grid = tuple[int, int, int]
 
+KNOTS = 11  # noise levels 0, 0.1 ... 1 at which a gate has values
 ABSENT = -1e30  # inside the encoder; finite, so that a sample without any video gives no NaN
 
 
@@ -338,6 +339,36 @@ class SelfAttention(nnx.Module):
         return self.o(out.reshape(x.shape))
 
 
+class Reader(nnx.Module):
+    """How each block of the transformer reads the memory, see `types.Reading`.
+
+    Additions of low rank begin at zero. The gate begins at zero as well, until `train.calibration` has measured where.
+    """
+
+    def __init__(self, config: MemoryConfig, *, rngs: nnx.Rngs):
+        blocks, dim, rank = config.reading_blocks, config.dim, config.reading
+        if config.gate != "none":
+            gate = jnp.zeros((blocks, 2, KNOTS))
+            if config.gate == "learned":
+                self.gate = nnx.Param(gate)
+            else:
+                self.fixed_gate = Buffer(gate)
+        for name in ("key", "value") if rank else ():
+            down = jax.random.normal(rngs.params(), (blocks, dim, rank)) * dim**-0.5
+            setattr(self, f"{name}_down", nnx.Param(down))
+            setattr(self, f"{name}_up", nnx.Param(jnp.zeros((blocks, rank, dim))))
+        self.config = config
+
+    def __call__(self) -> Reading:
+        gate = {"none": None, "learned": "gate", "fixed": "fixed_gate"}[self.config.gate]
+        gate = gate and getattr(self, gate)[...]
+        if not self.config.reading:
+            return Reading(gate)
+        return Reading(
+            gate, (self.key_down[...], self.key_up[...]), (self.value_down[...], self.value_up[...])
+        )
+
+
 class MemoryEncoder(nnx.Module):
     """Reference videos to memory.
 
@@ -369,6 +400,8 @@ class MemoryEncoder(nnx.Module):
         self.self_attention = SelfAttention(config, rngs=rngs, dtype=dtype)
         if config.strength is not None:
             self.log_strength = nnx.Param(jnp.full((2,), math.log(config.strength)))  # high, low
+        if config.gate != "none" or config.reading:
+            self.reader = Reader(config, rngs=rngs)
         self.config = config
 
     def __call__(
@@ -449,7 +482,8 @@ class MemoryEncoder(nnx.Module):
         bias = jnp.tile(bias, (1, 2))
         if config.strength is not None:
             bias = bias + jnp.repeat(self.log_strength[...], bias.shape[1] // 2)[None]
-        return Memory(tokens.reshape(batch, -1, config.dim), bias)
+        reading = self.reader() if config.gate != "none" or config.reading else None
+        return Memory(tokens.reshape(batch, -1, config.dim), bias, reading)
 
 
 def row_counts(config: MemoryConfig) -> Float[np.ndarray, " rows"]:

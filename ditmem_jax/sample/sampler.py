@@ -286,6 +286,9 @@ def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Latents
 
     def step(weights, x, sigma, change, positive, negative, memory):
         options = dict(memory_in_negative=config.sample.memory_in_negative)
+        if memory is not None and config.sample.memory_range != (0.0, 1.0):
+            low, high = config.sample.memory_range
+            memory = memory._replace(bias=jnp.where((low <= sigma) & (sigma <= high), memory.bias, -jnp.inf))
         return euler(guided(nnx.merge(graph, weights), positive, negative, memory, scale, **options))(
             x, sigma, change
         )

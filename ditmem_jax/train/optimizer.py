@@ -33,7 +33,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
         rate = optax.join_schedules([warmup, rate], [config.warmup])
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    optimizer = optax.chain(clip, OPTIMIZERS[config.kind](config, rate))
+    parts = [clip, OPTIMIZERS[config.kind](config, rate)]
+    if config.gate_rate != 1:
+        parts.append(optax.masked(optax.scale(config.gate_rate), _gates))
+    optimizer = optax.chain(*parts)
     if config.accumulate > 1:
         optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
     return optimizer
@@ -42,6 +45,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def matrices(params: Arrays) -> dict[str, bool]:
     """What weight decay pulls: matrices and convolutions, not biases and norms."""
     return {path: path.endswith("kernel") for path in params}
+
+
+def _gates(params: Arrays) -> dict[str, bool]:
+    return {path: path.endswith("reader.gate") for path in params}
 
 
 def _adamw(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:

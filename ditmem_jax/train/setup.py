@@ -1,5 +1,6 @@
 """What a run begins with: networks, data and compiled programs, checked, loaded and on the devices of the mesh."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from ditmem_jax.parallel.mesh import all_gather_to_host, batch_sharding, check_m
 from ditmem_jax.storage.encoders import save_encoder
 from ditmem_jax.storage.weights import check_weights, load_dit, stored_dits
 from ditmem_jax.train import folder as runs
+from ditmem_jax.train.calibration import calibrate
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_encoder, state_layout
 from ditmem_jax.train.validation import Validator
@@ -62,6 +64,7 @@ class Setup:
                     found[0].save(self.folder / matches.FILE)
             options = dict(workers=config.data.workers, cache=config.data.cache)
             self.data = self._stream(records, *references[0], **options)
+            self._training_stream = functools.partial(self._stream, records, *references[0])
         for each in found:
             each.warn_if_stale()
         self.state_layout = state_layout(config, self.optimizer, self.mesh)
@@ -102,8 +105,14 @@ class Setup:
         return jax.tree.map(place, batch._replace(ids=None))
 
     def initial_state(self) -> TrainState:
+        """The state before the first step; a gate begins where the first batch says. Under `jax.set_mesh`."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state_layout)
-        return jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=shardings)()
+        state = jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=shardings)()
+        if self.config.memory.gate == "none":
+            return state
+        batch = self.put(next(self._training_stream()))
+        state = calibrate(self.config, self.networks, self.backbone, state, batch, self.mesh)
+        return jax.device_put(state, shardings)
 
     def export(self, name: str, state: TrainState, step: int, gains: dict[str, float]) -> Path:
         """Writes the encoder to the run's folder."""

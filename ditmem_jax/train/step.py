@@ -34,6 +34,7 @@ ROLES = (
     (r"^dit\.", "frozen"),
     (r"\.filter\.complex_weight$", "frozen"),
     (r"\.norm\.(mean|var)$", "running statistics"),
+    (r"\.reader\.fixed_gate$", "frozen"),
     (r"^encoder\.", "trained"),
 )
 
@@ -108,7 +109,9 @@ def make_train_step(
 def make_encoder(config: Config) -> MemoryEncoder:
     """A new encoder, from the run's seed."""
     return MemoryEncoder(
-        config.memory, rngs=nnx.Rngs(config.run.seed), dtype=DTYPES[config.weights.computed_in]
+        config.memory,
+        rngs=nnx.Rngs(jax.random.key(config.run.seed)),
+        dtype=DTYPES[config.weights.computed_in],
     )
 
 

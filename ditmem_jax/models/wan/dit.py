@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from ditmem_jax.config import DiTConfig
+from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.attention.with_memory import KEPT, attention
 from ditmem_jax.models.layers import (
@@ -33,10 +34,11 @@ from ditmem_jax.models.layers import (
 from ditmem_jax.models.placement import gathered
 from ditmem_jax.models.quantised import Int8Linear
 from ditmem_jax.parallel.mesh import constrain
-from ditmem_jax.types import Backend, Compute, Conditioning, Memory, Remat
+from ditmem_jax.types import Backend, Compute, Conditioning, LowRank, Memory, Reading, Remat
 
 LinearKind = type[Linear] | type[Int8Linear]
 INPUT = "input of a block"
+QUERIES = 256  # tokens that tell how much of their attention a memory takes
 _policies = jax.checkpoint_policies
 _ATTENTION_KEPT = _policies.save_only_these_names(KEPT)
 _PRODUCTS_KEPT = _policies.save_from_both_policies(_policies.dots_saveable, _ATTENTION_KEPT)
@@ -75,8 +77,14 @@ class Projections(nnx.Module):
     def query(self, x: Float[Array, "B S D"]) -> Float[Array, "B S N K"]:
         return self.heads(self.norm_q(self.q(x)))
 
-    def key_value(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N K"], Float[Array, "B S N K"]]:
-        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+    def key_value(
+        self, x: Float[Array, "B S D"], reading: Reading | None = None
+    ) -> tuple[Float[Array, "B S N K"], Float[Array, "B S N K"]]:
+        """Keys and values; those of memory tokens may have additions of low rank, whose factors are of this block."""
+        key, value = self.k(x), self.v(x)
+        if reading is not None and reading.key is not None:
+            key, value = key + _low_rank(x, reading.key, key), value + _low_rank(x, reading.value, value)
+        return self.heads(self.norm_k(key)), self.heads(value)
 
     def out(self, x: Float[Array, "B S N K"]) -> Float[Array, "B S D"]:
         return self.o(x.reshape(*x.shape[:2], -1))
@@ -140,7 +148,7 @@ class Block(nnx.Module):
             if memory is not None:
                 tokens = layer_norm(memory.tokens.astype(x.dtype), self.eps)
                 tokens = _modulate(tokens, *_parts(memory_time + own)[:2])
-                memory_rows = *self.self_attention.key_value(tokens), memory.bias
+                memory_rows = *self.self_attention.key_value(tokens, memory.reading), memory.bias
             attended = attention(query, key, value, *memory_rows, backend=backend, ring=True)
             x = x + _gated(self.self_attention.out(attended), gate)
         with jax.named_scope("cross_attention"):
@@ -152,6 +160,35 @@ class Block(nnx.Module):
         with jax.named_scope("feed_forward"):
             rows = _modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)
             return x + _gated(self.feed_forward(rows), ffn_gate)
+
+    def memory_odds(
+        self,
+        x: Float32[Array, "B S D"],
+        time: Float[Array, "B G 6 D"],
+        rotary: Float[Array, "2 S half"],
+        memory: Memory,
+        memory_time: Float[Array, "B 1 6 D"],
+    ) -> Float[Array, "2"]:
+        """Odds of attention to the memory's high and low band against that to the video, see `DiT.memory_share`."""
+        own, attend = self.modulation[...].astype(jnp.float32)[None, None], self.self_attention
+        tokens = _modulate(layer_norm(x, self.eps), *_parts(time + own)[:2])
+        every = max(1, x.shape[1] // QUERIES)
+        query = rotate(attend.query(tokens), rotary)[:, ::every]
+        key = rotate(attend.key_value(tokens)[0], rotary)
+        tokens = _modulate(
+            layer_norm(memory.tokens.astype(x.dtype), self.eps), *_parts(memory_time + own)[:2]
+        )
+
+        def scores(key):
+            product = jnp.einsum("BSNK,BJNK->BNSJ", query, key, preferred_element_type=jnp.float32)
+            return product * query.shape[-1] ** -0.5
+
+        video = jax.nn.logsumexp(scores(key), axis=-1)
+        there = scores(attend.key_value(tokens)[0]) + memory.bias[:, None, None]
+        bands = jax.nn.logsumexp(there.reshape(*there.shape[:3], 2, -1), axis=-1)
+        share = jnp.exp(bands - jnp.logaddexp(video, jax.nn.logsumexp(bands, axis=-1))[..., None])
+        share = share.mean(axis=(0, 1, 2))
+        return share / (1 - share.sum())
 
 
 class DiT(nnx.Module):
@@ -222,10 +259,53 @@ class DiT(nnx.Module):
             UserError: if something is missing, not wanted, or of another size than the configuration says.
         """
         config, compute = self.config, self.compute
+        x, context, image, time, modulation, memory_modulation, rotary = self._inputs(
+            latents, timestep, conditioning, memory
+        )
+        if memory is not None:
+            memory = memory._replace(tokens=constrain(memory.tokens, "batch", None, None))
+
+        graph, layers = nnx.split(self.blocks)
+        others = context, image, modulation, rotary
+
+        def block(x, inputs, memory):
+            layer, bias, reading = inputs
+            x = checkpoint_name(x, INPUT)
+            if self.int8:  # while they are in 8 bits: XLA would send them as what they become
+                layer = gathered(layer)
+            if memory is not None:
+                memory = Memory(memory.tokens, memory.bias if bias is None else bias, reading)
+            x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, compute.backend)
+            return constrain(x, "batch", "tokens", None), None
+
+        for start, stop, read in self._spans(memory):
+            bias, reading = _per_block(read, timestep.reshape(len(timestep), -1).max(axis=1) / TRAIN_STEPS)
+            body = partial(block, memory=read)
+            part = layers
+            if (
+                stop - start < config.num_layers
+            ):  # one block after the other, since a slice would be a copy of weights
+                part, body = jnp.arange(start, stop), _with_layers(body, layers)
+            unroll = stop - start if compute.unroll else 1
+            x, _ = jax.lax.scan(REMAT[compute.remat](body), x, (part, bias, reading), unroll=unroll)
+
+        shift, scale = _parts(self.head_modulation[...].astype(jnp.float32)[None, None] + time[:, :, None])
+        x = _modulate(layer_norm(x, config.eps), shift, scale)
+        return _unpatchify(self.head(x), self._grid(latents), config.patch_size).astype(jnp.float32)
+
+    def _grid(self, latents: Float[Array, "B T H W C"]) -> tuple[int, int, int]:
+        return tuple(
+            size // patch for size, patch in zip(latents.shape[1:4], self.config.patch_size, strict=True)
+        )
+
+    def _inputs(
+        self, latents: Array, timestep: Array, conditioning: Conditioning, memory: Memory | None
+    ) -> tuple:
+        """What the blocks take: tokens, text, image, timesteps, their modulation and that of memory tokens, angles."""
+        config = self.config
         text, frames, image = conditioning
         _check_inputs(config, latents, memory, frames, image)
-        grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
-        rotary = rotary_table(grid, config.head_dim)
+        rotary = rotary_table(self._grid(latents), config.head_dim)
 
         if frames is not None:
             latents = jnp.concatenate([latents, frames.astype(latents.dtype)], axis=-1)
@@ -240,25 +320,43 @@ class DiT(nnx.Module):
         modulation, memory_modulation = (
             constrain(x, "batch", None, None, None) for x in (modulation, memory_modulation)
         )
-        if memory is not None:
-            memory = Memory(constrain(memory.tokens, "batch", None, None), memory.bias)
+        return x, context, image, time, modulation, memory_modulation, rotary
 
+    def _spans(self, memory: Memory | None) -> list[tuple[int, int, Memory | None]]:
+        """Runs of blocks, from the first one on up to that before `stop`, and the memory that they read."""
+        layers, reading = self.config.num_layers, self.compute.memory_blocks
+        if memory is None or reading is None:
+            return [(0, layers, memory)]
+        first, last = reading
+        spans = [(0, first, None), (first, last + 1, memory), (last + 1, layers, None)]
+        return [span for span in spans if span[0] < span[1]]
+
+    def memory_share(
+        self,
+        latents: Float[Array, "B T H W C"],
+        timestep: Float[Array, " B"],
+        conditioning: Conditioning,
+        memory: Memory,
+    ) -> Float[Array, "A 2"]:
+        """Return the odds of attention to each band of a memory, against the video's tokens, in the blocks that read it.
+
+        They are those of a memory that is weighed but not read: what the blocks before have made of it is left out.
+        Means of up to QUERIES tokens of all samples and heads; arguments as for the whole.
+        """
+        first, last = self.compute.memory_blocks or (0, self.config.num_layers - 1)
+        x, context, image, _, modulation, memory_modulation, rotary = self._inputs(
+            latents, timestep, conditioning, memory
+        )
         graph, layers = nnx.split(self.blocks)
-        others = context, image, modulation, rotary
 
         def block(x, layer):
-            x = checkpoint_name(x, INPUT)
-            if self.int8:  # while they are in 8 bits: XLA would send them as what they become
-                layer = gathered(layer)
-            x = nnx.merge(graph, layer)(x, *others, memory, memory_modulation, compute.backend)
-            return constrain(x, "batch", "tokens", None), None
+            layer = nnx.merge(graph, layer)
+            odds = layer.memory_odds(x, modulation, rotary, memory, memory_modulation)
+            return layer(
+                x, context, image, modulation, rotary, None, memory_modulation, self.compute.backend
+            ), odds
 
-        unroll = config.num_layers if compute.unroll else 1
-        x, _ = jax.lax.scan(REMAT[compute.remat](block), x, layers, unroll=unroll)
-
-        shift, scale = _parts(self.head_modulation[...].astype(jnp.float32)[None, None] + time[:, :, None])
-        x = _modulate(layer_norm(x, config.eps), shift, scale)
-        return _unpatchify(self.head(x), grid, config.patch_size).astype(jnp.float32)
+        return jax.lax.scan(block, x, layers)[1][first : last + 1]
 
     def _embed_time(
         self, timestep: Float[Array, "B G"], tokens: int
@@ -300,6 +398,42 @@ def _check_width(what: str, x: Array | None, width: int) -> None:
             expected=f"width {width}" if width else "nothing",
             found="nothing" if x is None else x.shape,
         )
+
+
+def _per_block(
+    memory: Memory | None, sigma: Float[Array, " B"]
+) -> tuple[Float[Array, "A B M"] | None, Reading | None]:
+    """The bias of memory tokens at noise level `sigma`, and the additions of low rank, of each block that reads them."""
+    if memory is None or memory.reading is None:
+        return None, None
+    reading, bias = memory.reading, None
+    if reading.gate is not None:
+        knots = reading.gate.shape[-1]
+        place = sigma.astype(jnp.float32)[:, None] * (knots - 1)
+        near = jnp.maximum(
+            1 - jnp.abs(place - jnp.arange(knots, dtype=jnp.float32)[None]), 0
+        )  # linear between knots
+        gate = jnp.einsum("AZK,BK->ABZ", reading.gate, near, precision="highest")
+        bias = memory.bias[None] + jnp.repeat(gate, memory.bias.shape[1] // 2, axis=2)
+    return bias, reading._replace(gate=None)
+
+
+def _with_layers(block: Callable, layers: nnx.State) -> Callable:
+    """A block that takes its number in place of its weights."""
+
+    def numbered(x, inputs):
+        number, *others = inputs
+        layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, keepdims=False), layers)
+        return block(x, (layer, *others))
+
+    return numbered
+
+
+def _low_rank(
+    x: Float[Array, "B S D"], factors: LowRank, like: Float[Array, "B S D"]
+) -> Float[Array, "B S D"]:
+    down, up = factors
+    return (x.astype(jnp.float32) @ down @ up).astype(like.dtype)
 
 
 def _parts(modulation: Float[Array, "B G N D"]) -> list[Float[Array, "B G D"]]:
