@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ import numpy as np
 
 from ditmem_jax.config import to_dict
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.digests import as_bytes, crc32, of_file
 from ditmem_jax.storage.encoders import save_encoder
 from ditmem_jax.storage.files import cache_folder, reading, replacing, write_text
-from ditmem_jax.storage.tensors import Stored, as_bytes, open_tensors, write_safetensors
+from ditmem_jax.storage.locks import owned
+from ditmem_jax.storage.tensors import Stored, open_tensors, write_safetensors
 from ditmem_jax.storage.weights import empty_index, read_index
 
 from .engine import canonical, convert, differences, findings, one_line, stream
@@ -110,6 +111,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         UserError: if the disk is full or fails.
     """
     unfinished = target.with_name(f".{target.name}.unfinished")
+    with owned(target):
+        yield from _fill(target, unfinished)
+
+
+def _fill(target: Path, unfinished: Path) -> Iterator[Path]:
     try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
@@ -156,7 +162,7 @@ def tokenizer_for(source: Source, networks: list[Network], target: Path) -> Path
         return source.tokenizer
     if all(network.role != "text" for network in networks):
         return None
-    if (found := _sha256(held)) != (expected := _sha256(source.tokenizer)):
+    if (found := of_file(held)) != (expected := of_file(source.tokenizer)):
         raise UserError(
             f"{held} is not the tokenizer of this text encoder",
             expected=f"sha256 {expected}, as {source.tokenizer} has",
@@ -197,7 +203,7 @@ def _write(
             content = tokenizer.read_bytes()
         with replacing(folder / TOKENIZER) as temporary:
             temporary.write_bytes(content)
-        index["checksums"][TOKENIZER] = _sha256(folder / TOKENIZER)
+        index["checksums"][TOKENIZER] = of_file(folder / TOKENIZER)
     for part in ("networks", "provenance", "checksums"):  # in one order, whatever the calls that filled them
         index[part] = dict(sorted(index[part].items()))
     write_text(folder / "config.json", json.dumps(index, indent=1) + "\n")
@@ -214,7 +220,7 @@ def _write_network(network: Network, path: Path, problems: list[str], advance: A
             finite = True
             for block in blocks(values, network.wanted[target].dtype):
                 finite = finite and bool(np.isfinite(block).all())
-                sums[target] = zlib.crc32(as_bytes(block), sums[target])
+                sums[target] = crc32([block], sums[target])
                 yield target, block
                 advance(block.nbytes)
             if not finite:
@@ -236,7 +242,7 @@ def _write_encoder(network: Network, path: Path, problems: list[str], advance: A
     unread = {canonical(network.table, name): tensors[name].read() for name in network.match.ignored}
     write_safetensors(path.with_name(UNREAD), unread, unread.items(), {})
     advance(network.size)
-    return {name: f"{zlib.crc32(as_bytes(array)):08x}" for name, array in arrays.items()}
+    return {name: f"{crc32([array]):08x}" for name, array in arrays.items()}
 
 
 def blocks(values: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -256,15 +262,10 @@ def _provenance(source: Source, network: Network, advance: Advance) -> dict[str,
     root = source.root if source.root.is_dir() else source.root.parent
     files = []
     for path in network.part.files:
-        digest, size = _sha256(path), path.stat().st_size
+        digest, size = of_file(path), path.stat().st_size
         files.append({"name": str(path.relative_to(root)), "bytes": size, "sha256": digest})
         advance(size)
     return {"kind": network.kind, "names": network.naming, "files": files, "tool": f"ditmem_jax {_version()}"}
-
-
-def _sha256(path: Path) -> str:
-    with reading(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version() -> str:
@@ -293,7 +294,7 @@ def damage(folder: str | Path) -> list[str]:
     if expected := checksums.pop(TOKENIZER, None):
         if not (folder / TOKENIZER).is_file():
             problems.append(f"{TOKENIZER} is missing")
-        elif (found := _sha256(folder / TOKENIZER)) != expected:
+        elif (found := of_file(folder / TOKENIZER)) != expected:
             problems.append(f"{TOKENIZER} has sha256 {found}, {expected} was written")
     for name, sums in checksums.items():
         try:
@@ -316,7 +317,7 @@ def _checksum(stored: Stored) -> str:
     value, length = 0, stored.shape[0] if stored.shape else 1
     rows = max(1, BLOCK * length // max(1, stored.size))
     for start in range(0, length, rows):
-        value = zlib.crc32(as_bytes(np.atleast_1d(stored.read())[start : start + rows]), value)
+        value = crc32([np.atleast_1d(stored.read())[start : start + rows]], value)
     return f"{value:08x}"
 
 

@@ -34,6 +34,7 @@ from ditmem_jax.data.records import DTYPES, Meta
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.encoders import load_encoder
 
 FORMAT = 1
@@ -208,7 +209,7 @@ def _write(
 
 
 def _table_name(encoder: str | Path) -> str:
-    return f"tokens-{hashlib.sha256(Path(encoder).read_bytes()).hexdigest()}"
+    return f"tokens-{of_file(encoder)}"
 
 
 def _table_names(uri: str) -> list[str]:

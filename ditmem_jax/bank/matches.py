@@ -7,7 +7,6 @@ record, and in its metadata where they were found and what was kept out.
 
 import collections
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ditmem_jax.bank.table import Table
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.references import Pointer, References
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.digests import of_json
 from ditmem_jax.storage.files import replacing
 
 FILE = "matches.parquet"
@@ -105,7 +105,7 @@ def digest(records: RecordReader) -> str:
     listed = [
         [e.id, e.caption, e.source, sum] for e, sum in zip(records.entries, records.checksums, strict=True)
     ]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return of_json(listed)
 
 
 def find(records: RecordReader, bank: Bank, k: int, threshold: float = 0.98) -> Matches:

@@ -12,7 +12,6 @@ is named. Text embeddings of the captions are not in the layout, so records made
 serve as references, not as a training set.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from ditmem_jax.bank.table import Table, to_matrix
 from ditmem_jax.data.records import DTYPES, Entry, Meta, Record, RecordWriter
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.files import replacing, write_text
 from ditmem_jax.storage.torch_files import import_torch, load_torch, to_numpy
 
@@ -66,7 +66,7 @@ def import_faiss(
         if records is None and "://" in uri:
             raise UserError("where the records go", expected="--records=DIR, since the bank is not a folder")
         records = Path(records or f"{uri.rstrip('/')}-records")
-        digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+        digest = of_file(folder / INDEX)
         files = [Path(latents) / _file(video) for video in videos]
         _write_records(records, entries, files, {"layout": "DiT-Mem", "index": digest})
         rows = rows_of_records([records])

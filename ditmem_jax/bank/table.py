@@ -26,6 +26,7 @@ from jaxtyping import Float32, UInt64
 from ditmem_jax.bank.embedders import Embedder
 from ditmem_jax.bank.filters import checked
 from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.storage.locks import owned
 
 FORMAT = 1
 NAME = "videos"
@@ -108,6 +109,11 @@ class Table:
             UserError: if there is a bank at `uri`, or the rows do not make one.
         """
         uri = str(uri)
+        with contextlib.nullcontext() if "://" in uri else owned(uri):  # two would overwrite each other
+            return cls._create(uri, embedder, rows, vectors)
+
+    @classmethod
+    def _create(cls, uri: str, embedder: Embedder, rows: pa.Table, vectors: np.ndarray | None) -> "Table":
         if cls.exists(uri):
             raise UserError(f"there is a bank at {uri}", fix="another folder, or add to that bank")
         stored = {

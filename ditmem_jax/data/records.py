@@ -13,6 +13,7 @@ Every file appears whole, and `index.json` names a shard only once the shard is 
 was killed leaves a folder that the next writer continues after the last finished shard.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,6 +34,7 @@ from jaxtyping import Float
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.locks import owned
 
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 has no facts of videos
@@ -197,6 +199,14 @@ class RecordWriter:
     def __init__(self, folder: str | Path, meta: Meta, shard_size: int = 64):
         self.folder, self.meta, self.shard_size = Path(folder), meta, shard_size
         self._waiting: list[Record] = []
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(owned(folder))
+        with contextlib.ExitStack() as failed:
+            failed.push(self._lock)
+            self._begin()
+            failed.pop_all()
+
+    def _begin(self) -> None:
         index = self._found_index()
         self._shards: list[dict[str, Any]] = index.get("shards", [])
         begun = self._shards and not index["complete"]
@@ -212,11 +222,12 @@ class RecordWriter:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        if kind is None:
-            self._write_shard()
-            if not self._shards:
-                raise UserError(f"no record was written to {self.folder}", expected="at least one")
-            self._write_index(complete=True)
+        with self._lock:
+            if kind is None:
+                self._write_shard()
+                if not self._shards:
+                    raise UserError(f"no record was written to {self.folder}", expected="at least one")
+                self._write_index(complete=True)
 
     def add(self, record: Record) -> None:
         """Stores a record, its numbers as `meta.dtype`. It is safe on the disk when its shard is full."""

@@ -5,7 +5,6 @@ networks `batch` at a time, in order. So its bytes do not depend on who makes it
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import uuid
@@ -28,6 +27,7 @@ from ditmem_jax.models.state import split
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, encode
+from ditmem_jax.storage.digests import of_arrays, of_file, of_json
 from ditmem_jax.storage.files import write_text
 
 Networks = tuple[VAE, tuple[UMT5, Tokenizer]]
@@ -102,7 +102,7 @@ def find_part(rows: Sequence[Row], job: Job) -> Part | None:
 def _note(rows: Sequence[Row], job: Job) -> Path:
     """The file that tells of the part of these rows, once that is finished."""
     made_from = [job.meta.to_json(), job.batch, job.minimum, [vars(entry) for entry, _ in rows]]
-    return job.parts / f"{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]}.json"
+    return job.parts / f"{of_json(made_from)[:32]}.json"
 
 
 def describe(config: Config, networks: Networks) -> Meta:
@@ -121,7 +121,7 @@ def describe(config: Config, networks: Networks) -> Meta:
             "text_len": tokenizer.length,
             "vae": fingerprint(vae),
             "text": fingerprint(umt5),
-            "tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
+            "tokenizer": of_file(tokenizer.path),
         },
     )
 
@@ -151,9 +151,4 @@ def _encode_batch(
 
 def fingerprint(module: nnx.Module) -> str:
     """A hash of the module's weights."""
-    digest = hashlib.sha256()
-    for path, array in sorted(split(module)[1].items()):
-        array = np.asarray(array)
-        digest.update(f"{path} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
+    return of_arrays(split(module)[1])

@@ -1,6 +1,5 @@
 """Clips from prompts as files, and beside each what it was made from."""
 
-import hashlib
 import json
 import re
 import time
@@ -22,6 +21,7 @@ from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.parallel.mesh import batch_parts
 from ditmem_jax.sample.retrieval import Retrieved, retrieve
 from ditmem_jax.sample.sampler import Rows, Sampler, with_encoders
+from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.files import write_text
 
 
@@ -78,9 +78,7 @@ def make_clips(
                 "latents and near duplicates are left out, and here nothing is"
             )
         references = _references(retrieved, encoder, features)
-        used = [
-            {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in encoder
-        ]
+        used = [{"file": path.name, "sha256": of_file(path)} for path in encoder]
         about["encoder"] = used if len(used) > 1 else used[0]
     about["config"] = to_dict(config)
 

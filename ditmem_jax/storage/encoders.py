@@ -1,7 +1,6 @@
 """A trained memory encoder as one safetensors file, with its configuration and a checksum."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from ditmem_jax.config import MemoryConfig, build, to_dict
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import Arrays, abstract
-from ditmem_jax.storage.tensors import as_bytes, open_tensors, write_safetensors
+from ditmem_jax.storage.digests import crc32
+from ditmem_jax.storage.tensors import open_tensors, write_safetensors
 from ditmem_jax.storage.weights import FORMAT, Place, on_default_device, read_arrays
 
 
@@ -30,7 +30,7 @@ def save_encoder(path: str | Path, arrays: Arrays, config: MemoryConfig, extra: 
         "format": f"{FORMAT}.encoder",
         "config": json.dumps(to_dict(config)),
         "extra": json.dumps(extra),
-        "crc32": _crc32(arrays),
+        "crc32": _checksum(arrays),
     }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
     write_safetensors(Path(path), shapes, arrays.items(), metadata)
@@ -50,7 +50,7 @@ def load_encoder(
     structure, shapes = abstract(lambda: MemoryEncoder(config, rngs=nnx.Rngs(0), dtype=dtype))
     arrays = read_arrays(path, shapes, lambda _, array: array)
     expected = open_tensors(path)[1]["crc32"]
-    if (found := _crc32({name: arrays[name] for name in sorted(arrays)})) != expected:
+    if (found := _checksum(arrays)) != expected:
         raise UserError(
             f"{path} was altered", expected=f"checksum {expected}", found=found, fix="copy or train it again"
         )
@@ -65,8 +65,5 @@ def encoder_metadata(path: str | Path) -> tuple[MemoryConfig, dict[str, Any]]:
     return build(MemoryConfig, json.loads(metadata["config"]), "memory"), json.loads(metadata["extra"])
 
 
-def _crc32(arrays: dict[str, np.ndarray]) -> str:
-    value = 0
-    for array in arrays.values():
-        value = zlib.crc32(as_bytes(array), value)
-    return f"{value:08x}"
+def _checksum(arrays: Arrays) -> str:
+    return f"{crc32(arrays[name] for name in sorted(arrays)):08x}"

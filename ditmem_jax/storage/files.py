@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +22,10 @@ def reading(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes the place of `path` once the block has succeeded.
 
-    The content is on the disk before the name changes, so `path` never holds half a file, even after a crash.
+    The content is on the disk before the name changes, so `path` never holds half a file, even after a crash, and of
+    two processes that replace it at once one wins. What a kill leaves is removed by the folder's next owner (`locks`).
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

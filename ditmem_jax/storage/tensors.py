@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.digests import as_bytes
 from ditmem_jax.storage.files import reading, replacing
 
 DTYPES = {
@@ -128,8 +129,3 @@ def write_safetensors(
             file.write(as_bytes(array))
             written += array.nbytes
         assert written == offset, f"{offset} bytes were announced, {written} came"
-
-
-def as_bytes(array: np.ndarray) -> memoryview | bytes:
-    """The bytes of an array in the order of its axes, without a copy where they lie so."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""

@@ -1,7 +1,6 @@
 """The state of a training run as orbax checkpoints, each sealed with the checksums of its files."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.files import write_text
 
 SEAL = "seal.json"
@@ -117,6 +117,5 @@ def _checksums(folder: Path) -> dict[str, str]:
     )
     sums = {}
     for path in files:
-        with open(path, "rb") as file:
-            sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+        sums[str(path.relative_to(folder))] = of_file(path)
     return sums

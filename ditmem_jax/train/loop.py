@@ -12,6 +12,7 @@ import jax
 from ditmem_jax.config import Config
 from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.parallel import compilation, processes
+from ditmem_jax.storage.locks import owned
 from ditmem_jax.train import folder as runs
 from ditmem_jax.train.checkpoints import TrainingCheckpoints
 from ditmem_jax.train.setup import Setup
@@ -27,7 +28,14 @@ def train_memory(config: Config, *, warm: bool = False) -> Path:
     Raises:
         UserError: for input that does not fit together, and at a step whose loss or gradient is not finite.
     """
-    phases = compilation.Phases()
+    phases, owner = compilation.Phases(), contextlib.ExitStack()
+    if processes.is_primary():
+        owner.enter_context(owned(config.run.out))
+    with owner:
+        return _train(config, phases, warm=warm)
+
+
+def _train(config: Config, phases: compilation.Phases, *, warm: bool) -> Path:
     setup, options = Setup(config), config.run
     with (
         jax.set_mesh(setup.mesh),

@@ -1,0 +1,45 @@
+"""Digests of files, of arrays and of JSON values: one of each kind for the whole library."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditmem_jax.storage.files import reading
+
+
+def of_file(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal; a UserError where it cannot be read."""
+    with reading(Path(path)), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_json(value: Any) -> str:
+    """SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays by name: names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(as_bytes(array))
+    return digest.hexdigest()
+
+
+def crc32(blocks: Iterable[np.ndarray], value: int = 0) -> int:
+    """CRC-32 of the bytes of arrays one after the other, for values that stream by; `value` is that of those before."""
+    for block in blocks:
+        value = zlib.crc32(as_bytes(block), value)
+    return value
+
+
+def as_bytes(array: np.ndarray) -> memoryview | bytes:
+    """The bytes of an array in the order of its axes, without a copy where they lie so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
