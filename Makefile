@@ -31,7 +31,8 @@ test: $(INSTALLED) lint ## lint, then every test
 peers: peers-installed ## tests against peers, with torch and the TPU compiler, in Python 3.11
 ifneq ($(PYTHON_3_11),)
 	$(PEERS)/bin/python -m pytest -q tests/convert/test_peers.py tests/convert/test_peft.py tests/convert/test_pth.py \
-		tests/bank/test_sentence_transformers.py tests/bank/test_released.py tests/test_aot.py tests/experiments/test_benchmarks.py
+		tests/bank/test_sentence_transformers.py tests/bank/test_released.py tests/test_aot.py tests/experiments/test_benchmarks.py \
+		tests/diffusion/test_solvers.py
 else
 	@echo "The tests with torch need python3.11 on the PATH: none were run"
 endif

@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 
 from ditmem_jax.errors import UserError
-from tests.parity import dit, flow, memory, pipeline, umt5, vae
+from tests.parity import dit, flow, memory, pipeline, solvers, umt5, vae
 from tests.parity.golden import Check, GoldenFile
 
-MODULES = (dit, flow, memory, pipeline, umt5, vae)
+MODULES = (dit, flow, memory, pipeline, solvers, umt5, vae)
 WIDTH = {"file": 18, "quantity": 56}  # with the numbers beside them, a line has at most 100 columns
 
 
