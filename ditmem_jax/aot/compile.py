@@ -23,6 +23,7 @@ from rich.progress import track
 
 from ditmem_jax.aot import roof
 from ditmem_jax.config import Config, MeshConfig
+from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.memory_encoder import row_counts
@@ -135,12 +136,14 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
     each, every = batch_sharding(mesh), replicated(mesh)
     noise = jax.ShapeDtypeStruct((size, *config.latent_shape), jnp.float32, sharding=each)
     text = jax.ShapeDtypeStruct((size, config.dit.text_len, config.dit.text_dim), jnp.float32, sharding=every)
-    level = jax.ShapeDtypeStruct((), jnp.float32, sharding=every)
     memory = with_shardings(memory, jax.tree.map(lambda _: each, memory))
-    inputs = noise, level, level, Conditioning(text), Conditioning(text), memory
+    carry = jax.eval_shape(SOLVERS[config.sample.solver].init, noise)
+    carry = with_shardings(carry, jax.tree.map(lambda _: each, carry))
+    coefficients, scale = schedule(config)[0]
+    row = jax.ShapeDtypeStruct(coefficients.shape[1:], jnp.float32, sharding=every)
+    inputs = carry, row, Conditioning(text), Conditioning(text), memory
 
     graph, weights = nnx.split(structure.merge(arrays))
-    _, _, scale = schedule(config)[0]
     step = make_step(config, graph, scale)
     program = jax.jit(step, out_shardings=each)
     beside = {"memory encoder": encoder_arrays, "VAE": vae}

@@ -6,6 +6,7 @@ configuration raises in its constructor. The string below a field says what it m
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import Any, Literal
@@ -590,6 +591,11 @@ class SampleConfig:
     """Denoising steps."""
     shift: float = 5.0
     """Shift of the noise schedule; more than 1 moves its steps to high noise."""
+    sigmas: tuple[float, ...] = ()
+    """[noise levels] Levels in place of those of `steps` and `shift`, as distilled models of few steps have them:
+    strictly falling, from 1 or below, without the final 0."""
+    solver: Literal["euler", "unipc", "dpm++"] = "euler"
+    """One of `diffusion.solvers.SOLVERS`."""
     guidance: float = 5.0
     """Scale of classifier-free guidance; 1: none."""
     guidance_high: float | None = None
@@ -617,6 +623,13 @@ class SampleConfig:
             "sample.memory_range",
             expected="0 <= low < high <= 1",
             found=self.memory_range,
+        )
+        levels = (*self.sigmas, 0.0)
+        _require(
+            levels[0] <= 1 and all(high > low for high, low in itertools.pairwise(levels)),
+            "sample.sigmas",
+            expected="noise levels that strictly fall, in (0, 1]",
+            found=self.sigmas,
         )
 
 

@@ -1,4 +1,4 @@
-"""Flow matching: noise levels, noising, target, weight, and Euler steps, as pure functions.
+"""Flow matching: noise levels, noising, target and weight, as pure functions.
 
 A noisy sample is x = (1 - sigma) x0 + sigma eps, the velocity dx/dsigma = eps - x0, and the timestep that the
 transformer sees is 1000 sigma. Schedules are shifted towards noise: sigma = shift s / (1 + (shift - 1) s) for
@@ -8,7 +8,7 @@ s falling evenly from 1 (DiT-Mem section 3, Wan 2.1 section 4).
 import numpy as np
 from jaxtyping import Array, Float
 
-from ditmem_jax.config.schema import TRAIN_STEPS, ExpertsConfig
+from ditmem_jax.config.schema import TRAIN_STEPS, SampleConfig
 from ditmem_jax.errors import UserError
 
 
@@ -20,6 +20,11 @@ def shifted_sigmas(steps: int, shift: float) -> np.ndarray:
         )
     even = np.linspace(1.0, 0.0, steps + 1)[:-1]
     return shift * even / (1 + (shift - 1) * even)
+
+
+def sampling_sigmas(config: SampleConfig) -> np.ndarray:
+    """Noise levels at which a clip's velocity is taken, without the final 0; float64 on the host."""
+    return np.float64(config.sigmas) if config.sigmas else shifted_sigmas(config.steps, config.shift)
 
 
 def training_weights(shift: float = 5.0) -> np.ndarray:
@@ -41,15 +46,3 @@ def add_noise(
 def target(latents: Float[Array, "*shape"], noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The velocity that the transformer should predict."""
     return noise - latents
-
-
-def euler_steps(sigmas: np.ndarray, end: float = 0.0) -> np.ndarray:
-    """The (negative) step of sigma taken after each evaluation, `[steps]`; the last one ends at `end`."""
-    return np.diff(sigmas, append=end)
-
-
-def split_schedule(sigmas: np.ndarray, experts: ExpertsConfig) -> list[tuple[np.ndarray, float]]:
-    """The levels of the expert for high noise and those of the other, each with the level at which they end."""
-    of_high = experts.is_high(sigmas)
-    high, low = sigmas[of_high], sigmas[~of_high]
-    return [(high, low[0] if len(low) else 0.0), (low, 0.0)]

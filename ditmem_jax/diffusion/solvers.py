@@ -23,18 +23,14 @@ infinite. Hence every step is the same few multiply-adds with coefficients of it
 in float64, and one compiled program takes every step of a schedule of any length.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ditmem_jax.diffusion.guidance import Latents, Velocity
 from ditmem_jax.errors import UserError
-
-Latents = Float[Array, "B T H W C"]
-Velocity = Callable[[Latents, Float[Array, ""]], Latents]
-"""Velocity of noisy latents at a noise level sigma."""
 
 LARGEST_SIGMA = 1 - 1e-6
 """Stands for sigma = 1, whose lambda is infinite, in the differences of lambda, as in diffusers."""
@@ -51,7 +47,7 @@ class Solver(Protocol):
     """A way from noise to clean latents, one velocity a step."""
 
     def coefficients(self, sigmas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "steps k"]:
-        """What each step of a schedule is given, float32; the schedule ends at sigma = 0.
+        """What each step of a schedule is given, float32, its sigma first; the schedule ends at sigma = 0.
 
         Args:
             sigmas: noise levels at which the velocity is taken, strictly falling, in (0, 1].

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ditmem_jax.bank.features import Features
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.video import write_video
+from ditmem_jax.diffusion.flow import sampling_sigmas
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.parallel import compilation, processes
@@ -111,7 +112,7 @@ def make_clips(
         phases.end("compile")
         if warm:
             return []
-        progress.update(bar, total=config.sample.steps * len(batches))
+        progress.update(bar, total=len(sampling_sigmas(config.sample)) * len(batches))
         for batch in batches:
             now = seeds[batch]
             progress.update(bar, description=f"steps of seed {', '.join(map(str, now))}")

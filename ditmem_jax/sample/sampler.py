@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
 from ditmem_jax.bank import Results
@@ -22,7 +21,8 @@ from ditmem_jax.bank.features import encode_video
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.data.video import from_unit
 from ditmem_jax.diffusion import flow
-from ditmem_jax.diffusion.guidance import Latents, Velocity, guided
+from ditmem_jax.diffusion.guidance import Latents, guided
+from ditmem_jax.diffusion.solvers import SOLVERS, Carry
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.backbone import Experts
 from ditmem_jax.models.ditmem import compute_for, with_strength
@@ -40,34 +40,26 @@ from ditmem_jax.types import Conditioning, Memory
 
 Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
 """What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
-Step = Callable[[Latents, ArrayLike, ArrayLike], Latents]
-"""Latents at a noise level sigma, and the change of sigma -> latents at the level that follows."""
+Coefficients = Float[np.ndarray, "steps k"]
+"""Of each step, as `diffusion.solvers` computes them."""
+Step = Callable[[Carry, Float[np.ndarray, " k"]], Carry]
+"""One step of a solver with its row of the coefficients."""
 
 
 def denoise(
-    step: Step,
-    noise: Latents,
-    sigmas: Float[np.ndarray, " steps"],
-    on_step: Callable[[], None] | None = None,
-    end: float = 0.0,
-) -> Latents:
-    """From noise at `sigmas[0]` = 1 down to clean latents at `end` = 0.
+    step: Step, carry: Carry, coefficients: Coefficients, on_step: Callable[[], None] | None = None
+) -> Carry:
+    """Take the steps of these coefficients, one after the other.
 
     Args:
         on_step: called after every step, when that is computed.
     """
-    x = noise
-    for sigma, change in zip(np.float32(sigmas), np.float32(flow.euler_steps(sigmas, end)), strict=True):
-        x = step(x, sigma, change)
+    for row in coefficients:
+        carry = step(carry, row)
         if on_step is not None:
-            jax.block_until_ready(x)
+            jax.block_until_ready(carry)
             on_step()
-    return x
-
-
-def euler(velocity: Velocity) -> Step:
-    """The straight step along the velocity."""
-    return lambda x, sigma, change: x + change * velocity(x, sigma)
+    return carry
 
 
 class _Stage(NamedTuple):
@@ -75,8 +67,7 @@ class _Stage(NamedTuple):
 
     graph: Any
     weights: Any
-    sigmas: Float[np.ndarray, " steps"]
-    end: float
+    coefficients: Coefficients
     scale: float
     programs: dict[tuple, jax.stages.Compiled]
 
@@ -104,6 +95,7 @@ class Sampler:
     ):
         self.config, self.vae, self._text = config, vae, text
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self._solver = SOLVERS[config.sample.solver]
         dits = (dit.high, dit.low) if isinstance(dit, Experts) else (dit,)
         self._encoders = encoder if isinstance(encoder, tuple) else (encoder,)
         parts = zip(dits, schedule(config), strict=True)
@@ -176,11 +168,12 @@ class Sampler:
                 references that do not fit the encoder.
         """
         _check_count("seeds", len(seeds), prompts)
-        steps, x = self.steps(prompts, references, strength), self.noise(seeds)
+        steps, noise = self.steps(prompts, references, strength), self.noise(seeds)
         with jax.set_mesh(self.mesh):
-            for step, sigmas, end in steps:
-                x = denoise(step, x, sigmas, self._on_step, end)
-        return x
+            carry = self._solver.init(noise)
+            for step, coefficients in steps:
+                carry = denoise(step, carry, coefficients, self._on_step)
+        return carry.latents
 
     def noise(self, seeds: Sequence[int]) -> Latents:
         """What the clips of these seeds begin with."""
@@ -193,8 +186,8 @@ class Sampler:
         prompts: Sequence[str],
         references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
-    ) -> list[tuple[Step, Float[np.ndarray, " steps"], float]]:
-        """What `latents` goes through: of each transformer its compiled step, its noise levels and where they end.
+    ) -> list[tuple[Step, Coefficients]]:
+        """What `latents` goes through: of each transformer its compiled step and the coefficients of its steps.
 
         Arguments and errors as `latents`.
         """
@@ -217,22 +210,22 @@ class Sampler:
             texts = self._embed(prompts), jnp.repeat(self._negative, len(prompts), axis=0)
             texts = tuple(map(Conditioning, texts))
             return [
-                (self._step(stage, *texts, memory), stage.sigmas, stage.end)
+                (self._step(stage, *texts, memory), stage.coefficients)
                 for stage, memory in zip(self._stages, memories, strict=True)
-                if len(stage.sigmas)
+                if len(stage.coefficients)
             ]
 
     def _step(self, stage: _Stage, *given: Any) -> Step:
         """The compiled step of a stage with the texts and the memory that it takes."""
         sizes = tuple(jnp.shape(x) for x in jax.tree.leaves(given))
         if sizes not in stage.programs:
-            x = self.noise([0] * len(given[0].text))
+            noise = self.noise([0] * len(given[0].text))
             step = make_step(self.config, stage.graph, stage.scale)
-            step = jax.jit(step, out_shardings=x.sharding)
-            levels = np.float32(1), np.float32(-1)
-            stage.programs[sizes] = compilation.compile_for(step, stage.weights, x, *levels, *given)
+            step = jax.jit(step, out_shardings=noise.sharding)
+            inputs = self._solver.init(noise), stage.coefficients[0]
+            stage.programs[sizes] = compilation.compile_for(step, stage.weights, *inputs, *given)
         program = stage.programs[sizes]
-        return lambda x, sigma, change: program(stage.weights, x, sigma, change, *given)
+        return lambda carry, row: program(stage.weights, carry, row, *given)
 
     def rows(self, references: Float[np.ndarray, "B R t h w C"] | Results) -> Rows:
         """What the encoders make of each reference video, to the last bit as `bank.features` stores it.
@@ -276,22 +269,21 @@ def _check_count(what: str, found: int, prompts: Sequence[str]) -> None:
         )
 
 
-def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Latents]:
-    """The pure program (weights, latents, sigma, its change, positive, negative, memory or None) -> latents.
+def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Carry]:
+    """The pure program (weights, carry, row of coefficients, positive, negative, memory or None) -> carry.
 
     Args:
         graph: of the transformer, as `nnx.split` gives it.
         scale: of guidance.
     """
 
-    def step(weights, x, sigma, change, positive, negative, memory):
+    def step(weights, carry, row, positive, negative, memory):
         options = dict(memory_in_negative=config.sample.memory_in_negative)
         if memory is not None and config.sample.memory_range != (0.0, 1.0):
-            low, high = config.sample.memory_range
+            (low, high), sigma = config.sample.memory_range, row[0]
             memory = memory._replace(bias=jnp.where((low <= sigma) & (sigma <= high), memory.bias, -jnp.inf))
-        return euler(guided(nnx.merge(graph, weights), positive, negative, memory, scale, **options))(
-            x, sigma, change
-        )
+        velocity = guided(nnx.merge(graph, weights), positive, negative, memory, scale, **options)
+        return SOLVERS[config.sample.solver].step(velocity, carry, row)
 
     return step
 
@@ -313,15 +305,16 @@ def embed(
 _encode_text = nnx.jit(UMT5.__call__)
 
 
-def schedule(config: Config) -> list[tuple[np.ndarray, float, float]]:
-    """The noise levels of each transformer, high ones first, where they end, and the guidance there."""
+def schedule(config: Config) -> list[tuple[Coefficients, float]]:
+    """The coefficients of each transformer's steps, those for high noise first, and the guidance there."""
     settings = config.sample
-    sigmas = flow.shifted_sigmas(settings.steps, settings.shift)
+    sigmas = flow.sampling_sigmas(settings)
+    coefficients = SOLVERS[settings.solver].coefficients(sigmas)
     if config.experts.boundary is None:
-        return [(sigmas, 0.0, settings.guidance)]
-    high, low = flow.split_schedule(sigmas, config.experts)
+        return [(coefficients, settings.guidance)]
+    of_high = config.experts.is_high(sigmas)
     guidance_high = settings.guidance if settings.guidance_high is None else settings.guidance_high
-    return [(*high, guidance_high), (*low, settings.guidance)]
+    return [(coefficients[of_high], guidance_high), (coefficients[~of_high], settings.guidance)]
 
 
 def with_encoder(config: Config, path: str | Path) -> Config:

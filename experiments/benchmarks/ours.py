@@ -9,6 +9,7 @@ from flax import nnx
 
 from ditmem_jax.config import MeshConfig
 from ditmem_jax.diffusion.guidance import guided
+from ditmem_jax.diffusion.solvers import SOLVERS, Carry
 from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
@@ -16,7 +17,6 @@ from ditmem_jax.models.wan import vae as vae_module
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.vae import VAE
 from ditmem_jax.parallel.mesh import make_mesh
-from ditmem_jax.sample.sampler import euler
 from ditmem_jax.storage.weights import DTYPES
 from ditmem_jax.types import Batch, Conditioning, Memory
 from experiments.benchmarks.case import Case
@@ -101,7 +101,7 @@ def _denoise(case: Case, without: str) -> Callable[[], None]:
     @jax.jit
     def step(backbone, noise, texts, memory):
         velocity = guided(structure.merge(backbone), *texts, memory, config.sample.guidance)
-        return euler(velocity)(noise, jnp.float32(0.8), -0.02)
+        return SOLVERS["euler"].step(velocity, Carry(noise), np.float32([0.8, -0.02])).latents
 
     noise = _random(3, 1, *case.grid, config.vae.z_dim)
     return lambda: jax.block_until_ready(step(backbone, noise, texts, memory))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditmem_jax.config import ExpertsConfig
+from ditmem_jax.config import ExpertsConfig, SampleConfig
 from ditmem_jax.diffusion import flow
 from ditmem_jax.errors import UserError
 
@@ -21,25 +21,15 @@ def test_impossible_schedules(steps, shift):
         flow.shifted_sigmas(steps, shift)
 
 
-def test_a_schedule_of_two_experts_by_hand():
-    (high, end), (low, zero) = flow.split_schedule(np.array([1.0, 0.75, 0.5, 0.25]), ExpertsConfig(0.75))
-    np.testing.assert_array_equal(high, [1.0, 0.75])
-    np.testing.assert_array_equal(low, [0.5, 0.25])
-    assert (end, zero) == (0.5, 0.0)
-    np.testing.assert_array_equal(flow.euler_steps(high, end), [-0.25, -0.25])
-    (high, end), (low, _) = flow.split_schedule(np.array([1.0, 0.8]), ExpertsConfig(0.5))
-    assert (len(high), end, len(low)) == (2, 0.0, 0)
+def test_explicit_levels_replace_steps_and_shift():
+    np.testing.assert_array_equal(flow.sampling_sigmas(SampleConfig(steps=2, shift=1.0)), [1, 0.5])
+    np.testing.assert_array_equal(flow.sampling_sigmas(SampleConfig(sigmas=(1.0, 0.9))), [1, 0.9])
 
 
 @pytest.mark.parametrize("boundary", [0.502, 0.506, 0.511, 0.544, 0.632, 0.669, 0.757, 0.875])
 def test_rounding_does_not_move_a_level_from_its_expert(boundary):
     sigmas = np.array([boundary + 1e-6, boundary, np.nextafter(boundary, 0), boundary - 1e-6])
-    (high, _), (low, _) = flow.split_schedule(sigmas, ExpertsConfig(boundary))
-    assert (len(high), len(low)) == (3, 1)
-
-
-def test_euler_steps_end_at_zero():
-    np.testing.assert_array_equal(flow.euler_steps(np.array([1.0, 0.75, 0.25])), [-0.25, -0.5, -0.25])
+    np.testing.assert_array_equal(ExpertsConfig(boundary).is_high(sigmas), [True, True, True, False])
 
 
 def test_noise_and_target():

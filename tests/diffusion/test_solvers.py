@@ -35,6 +35,8 @@ def test_exact_for_straight_paths(kind, sigmas):
 
 
 def test_euler_by_hand():
+    coefficients = SOLVERS["euler"].coefficients(np.array([1.0, 0.75, 0.25]))
+    np.testing.assert_array_equal(coefficients, [[1, -0.25], [0.75, -0.5], [0.25, -0.25]])
     noise = jnp.full(SHAPE, 8.0)
     out = solve("euler", lambda x, sigma: x * sigma, noise, np.array([1.0, 0.5]))
     # 8 - 0.5 * (8 * 1) = 4, then 4 - 0.5 * (4 * 0.5) = 3

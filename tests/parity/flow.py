@@ -7,6 +7,7 @@ import numpy as np
 
 from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.diffusion import flow
+from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.errors import UserError
 from tests.parity.golden import Check, GoldenFile
 
@@ -51,8 +52,8 @@ def _sampling(golden: GoldenFile) -> Iterator[Check]:
         sigmas = flow.shifted_sigmas(int(steps), float(shift))
         yield Check(f"{key}/sigmas", sigmas, want["sigmas"])
         yield Check(f"{key}/timesteps", TRAIN_STEPS * sigmas, want["timesteps"])
-        steps = flow.euler_steps(sigmas).reshape(-1, *[1] * (want["v"].ndim - 1))
-        moved = want["x"][0] + np.cumsum(steps * want["v"], axis=0)
+        changes = SOLVERS["euler"].coefficients(sigmas)[:, 1].reshape(-1, *[1] * (want["v"].ndim - 1))
+        moved = want["x"][0] + np.cumsum(changes * want["v"], axis=0)
         yield Check(f"{key}/x", np.concatenate([want["x"][:1], moved]), want["x"])
 
 

@@ -1,5 +1,6 @@
 """The parts together: one training loss with its gradients, and sampling with guidance and memory."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,10 +12,11 @@ from ditmem_jax.config import ObjectiveConfig
 from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.diffusion import flow, objective
 from ditmem_jax.diffusion.guidance import guided
+from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.models.ditmem import encode, velocity
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.wan.dit import DiT
-from ditmem_jax.sample.sampler import denoise, euler
+from ditmem_jax.sample.sampler import denoise
 from ditmem_jax.types import Batch, Conditioning
 from tests.parity.dit import channels_first, channels_last, make_dit
 from tests.parity.golden import Check, GoldenFile
@@ -75,12 +77,14 @@ def check_sampling(golden: GoldenFile) -> list[Check]:
         Conditioning(jnp.asarray(tensors[f"context_{name}"])) for name in ("positive", "negative")
     )
     sigmas = flow.shifted_sigmas(int(meta["steps"]), float(meta["shift"]))
+    solver = SOLVERS["euler"]
     graph, state = nnx.split(dit)
 
     @jax.jit
     def sample(state, noise, memory):
         guide = guided(nnx.merge(graph, state), positive, negative, memory, float(meta["cfg_scale"]))
-        return denoise(euler(guide), noise, sigmas)
+        step = functools.partial(solver.step, guide)
+        return denoise(step, solver.init(noise), solver.coefficients(sigmas)).latents
 
     memory = nnx.jit(lambda encoder, x: encoder(x, training=False))(encoder, references)
     checks = [Check("tokens", np.asarray(released_layout(memory, encoder.config)), tensors["tokens"])]

@@ -15,13 +15,14 @@ from ditmem_jax.config import ExpertsConfig
 from ditmem_jax.data.video import read_video
 from ditmem_jax.diffusion import flow
 from ditmem_jax.diffusion.guidance import guided
+from ditmem_jax.diffusion.solvers import SOLVERS, Carry
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.sample.clips import make_clips
 from ditmem_jax.sample.retrieval import retrieve
-from ditmem_jax.sample.sampler import Sampler, denoise, euler
+from ditmem_jax.sample.sampler import Sampler, denoise, schedule
 from ditmem_jax.storage.encoders import load_encoder, save_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, Memory
@@ -54,20 +55,27 @@ def write_encoder(path, memory, seed=0, **extra):
     save_encoder(path, arrays, memory, extra)
 
 
-def test_denoise_takes_euler_steps():
-    noise = jnp.full((1, 1, 1, 1, 1), 8.0)
-    steps = []
-    out = denoise(euler(lambda x, sigma: x * sigma), noise, np.array([1.0, 0.5]), lambda: steps.append(1))
-    # 8 - 0.5 * (8 * 1) = 4, then 4 - 0.5 * (4 * 0.5) = 3
-    np.testing.assert_array_equal(out, np.full(noise.shape, 3.0))
-    assert len(steps) == 2
+def test_denoise_takes_every_step_and_tells():
+    told = []
+    out = denoise(
+        lambda carry, row: Carry(10 * carry.latents + row[0]),
+        Carry(jnp.zeros((1, 1, 1, 1, 1))),
+        np.float32([[1], [2], [3]]),
+        lambda: told.append(1),
+    )
+    assert out.latents.item() == 123
+    assert len(told) == 3
 
 
-def test_denoise_is_exact_for_straight_paths():
-    key = jax.random.split(jax.random.key(0))
-    clean, noise = (jax.random.normal(k, (2, 1, 2, 2, 3)) for k in key)
-    out = denoise(euler(lambda x, sigma: noise - clean), noise, flow.shifted_sigmas(7, 5.0))
-    np.testing.assert_allclose(out, clean, atol=1e-5)
+def test_a_schedule_of_two_experts_by_hand(config):
+    two = dataclasses.replace(config, experts=ExpertsConfig(0.75))
+    two = replace(two, "sample", steps=4, shift=1.0, guidance=2.0, guidance_high=4.0)
+    (high, scale_high), (low, scale) = schedule(two)
+    np.testing.assert_array_equal(high, [[1, -0.25], [0.75, -0.25]])
+    np.testing.assert_array_equal(low, [[0.5, -0.25], [0.25, -0.25]])
+    assert (scale_high, scale) == (4.0, 2.0)
+    (high, _), (low, _) = schedule(replace(two, "sample", sigmas=(1.0, 0.9, 0.8)))
+    assert (len(high), len(low)) == (3, 0)
 
 
 def echo(latents, time, conditioning, memory):
@@ -122,12 +130,16 @@ def test_a_clip_does_not_depend_on_its_batch(sampler):
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("mesh", [dict(data=2, context=2, tensor=2), dict(data=1, fsdp=8)])
-def test_a_mesh_makes_what_one_device_does(config, encoder, sampler, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "kind"), [(dict(data=2, context=2, tensor=2), "euler"), (dict(data=1, fsdp=8), "unipc")]
+)
+def test_a_mesh_makes_what_one_device_does(config, encoder, mesh, kind):
+    config = replace(config, "sample", solver=kind)
+    one = Sampler.load(config, encoder)
     prompts, references = [PROMPT, "A ball falls on planet Cyta"], retrieve(config, PROMPT).latents[None]
     many = Sampler.load(replace(config, "mesh", **mesh), encoder, prompts=prompts)
     references = np.repeat(references, 2, axis=0)
-    got, want = (each.latents(prompts, [5, 6], references) for each in (many, sampler))
+    got, want = (each.latents(prompts, [5, 6], references) for each in (many, one))
     np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(UserError, match="loaded for other prompts"):
         many.latents(["another"], [5])
@@ -175,25 +187,31 @@ def two(config, tmp_path_factory):
     return config, files
 
 
-def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two, kind):
+    """And what the solver remembers passes from one to the other."""
     config, files = two
+    config = replace(config, "sample", solver=kind)
     references = retrieve(config, PROMPT).latents[None]
     got = Sampler.load(config, [files["low"], files["high"]]).latents([PROMPT], [0], references)
 
     single = dataclasses.replace(config, experts=ExpertsConfig())
     text = load_umt5(config)
 
-    def denoised(kind, scale, noise, sigmas, end):
-        dit, encoder = load_dit(config, experts=kind), load_encoder(files[kind])
+    def velocity(expert, scale):
+        dit, encoder = load_dit(config, experts=expert), load_encoder(files[expert])
         part = Sampler(single, dit, load_vae(config), text, encoder)
         positive, negative = map(Conditioning, (part._embed([PROMPT]), part._negative))
         memory = encoder(jnp.asarray(references), training=False)
-        return denoise(euler(guided(dit, positive, negative, memory, scale)), noise, sigmas, end=end)
+        return guided(dit, positive, negative, memory, scale)
 
+    solver, high, low = SOLVERS[kind], velocity("high", 4.0), velocity("low", 2.0)
     noise = jax.random.normal(jax.random.key(0), got.shape[1:])[None]
-    sigmas = flow.shifted_sigmas(3, 5.0)  # 1, 0.909 and 0.714: two for high noise
-    middle = denoised("high", 4.0, noise, sigmas[:2], sigmas[2])
-    np.testing.assert_allclose(got, denoised("low", 2.0, middle, sigmas[2:], 0.0), atol=1e-4)
+    carry = solver.init(noise)
+    rows = solver.coefficients(flow.shifted_sigmas(3, 5.0))  # levels 1, 0.909 and 0.714: two for high noise
+    for network, row in zip((high, high, low), rows, strict=True):
+        carry = solver.step(network, carry, row)
+    np.testing.assert_allclose(got, carry.latents, atol=1e-4)
 
 
 def test_clips_in_batches_from_two_experts_with_one_memory(two, encoder, tmp_path):
