@@ -25,7 +25,7 @@ from ditmem_jax.aot import roof
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.errors import UserError, nearest
-from ditmem_jax.models.ditmem import Networks, compute_for
+from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.models.memory_encoder import row_counts
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import Arrays, abstract
@@ -43,7 +43,7 @@ from ditmem_jax.sample.sampler import make_step, schedule
 from ditmem_jax.storage.weights import new_dit
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.setup import batch_layout
-from ditmem_jax.train.step import jit_train_step, make_encoder, state_layout
+from ditmem_jax.train.step import jit_train_step, make_encoder, make_networks, state_layout
 from ditmem_jax.types import Conditioning
 
 # libtpu looks for the machine that it is on, complains where that is none of its own, and lets one process at a time
@@ -104,10 +104,9 @@ def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
     dit, backbone = _network(
         lambda: new_dit(config, config.experts.trains, compute_for(config, mesh, training=True)), "dit", mesh
     )
-    encoder, _ = abstract(lambda: make_encoder(config))
     state = state_layout(config, optimizer, mesh)
     batch = batch_layout(config, mesh, jnp.dtype(config.weights.computed_in))
-    step = jit_train_step(config, Networks(dit, encoder), optimizer, mesh)
+    step = jit_train_step(config, make_networks(config, dit), optimizer, mesh)
     kinds = {
         "transformer": backbone,
         "encoder": (state.params, state.rest),

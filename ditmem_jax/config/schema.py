@@ -490,6 +490,10 @@ class ObjectiveConfig:
     """[probability] Chance that a sample trains without any memory."""
     shuffle_references: bool = True
     """Give a sample its references in random order."""
+    trains: Literal["memory", "adapter", "both"] = "memory"
+    """What trains. memory: a memory encoder. adapter: an adapter of the transformer in its place, by the same samples,
+    noise and budget, which is what a memory must beat; the mean of "running" is then over errors with it, and
+    "relative" divides by those of the bare transformer. both: the two together."""
 
     def __post_init__(self):
         _check("objective", self, "above 0", "shift")
@@ -679,6 +683,7 @@ class Config:
 
     dit: DiTConfig
     memory: MemoryConfig
+    adapter: AdapterConfig = AdapterConfig()
     experts: ExpertsConfig = ExpertsConfig()
     vae: VAEConfig = VAEConfig()
     text: UMT5Config = UMT5Config()
@@ -709,6 +714,14 @@ class Config:
             )
         for name, value, other, expected in pairs:
             _require(value == expected, f"{name} must equal {other}", expected=expected, found=value)
+        _require(
+            self.objective.trains == "memory"
+            or self.experts.boundary is None
+            or self.experts.trains != "both",
+            "an adapter is of one transformer, and here two train",
+            expected="experts.trains 'high' or 'low'",
+            found=self.experts.trains,
+        )
         _require(
             self.dit.condition_dim == 0 and self.dit.image_dim is None,
             "the transformer wants an image, which training and sampling do not give",

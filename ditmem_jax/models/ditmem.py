@@ -21,10 +21,12 @@ from ditmem_jax.types import Backend, Batch, Compute, Memory
 
 
 class Networks(NamedTuple):
-    """Structures of the frozen transformer and of the encoder; their arrays are passed beside them."""
+    """Structures of the frozen transformer and of what trains beside it; their arrays are passed beside them."""
 
     dit: Structure
-    encoder: Structure
+    encoder: Structure | None
+    adapted: Structure | None = None
+    """The transformer with places for low-rank adapters (`adapters.attach`); None where there are none."""
 
 
 def attention_backend(config: Config, mesh: Mesh) -> Backend:

@@ -20,7 +20,7 @@ from ditmem_jax.diffusion import objective
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.placement import place_on
-from ditmem_jax.models.state import Arrays, abstract, split
+from ditmem_jax.models.state import Arrays, split
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.parallel.mesh import all_gather_to_host, batch_sharding, check_mesh, local_rows, make_mesh
 from ditmem_jax.storage.encoders import save_encoder
@@ -28,7 +28,7 @@ from ditmem_jax.storage.weights import check_weights, load_dit, stored_dits
 from ditmem_jax.train import folder as runs
 from ditmem_jax.train.calibration import calibrate
 from ditmem_jax.train.optimizer import make_optimizer
-from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_encoder, state_layout
+from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_networks, state_layout
 from ditmem_jax.train.validation import Validator
 from ditmem_jax.types import Batch, Conditioning
 
@@ -147,19 +147,25 @@ def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> Batch:
 
 
 def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:
-    """Structures of both networks, and the frozen weights on the mesh."""
+    """Structures of the networks, and the frozen weights on the mesh."""
     dit, backbone = split(
         load_dit(
             config, place_on(mesh, "dit"), config.experts.trains, compute_for(config, mesh, training=True)
         )
     )
-    encoder, _ = abstract(lambda: make_encoder(config))
-    return Networks(dit, encoder), backbone
+    return make_networks(config, dit), backbone
 
 
 def check(config: Config, mesh: Mesh, references: Sequence[References], *streams: RecordReader) -> None:
     """Raises UserError for a mesh, references or records to read batches from that this config cannot train with."""
     check_mesh(config, mesh, config.data.batch_size)
+    if config.objective.trains != "memory":
+        raise UserError(
+            "a run trains a memory: adapters have no validation and no file of their own yet",
+            expected="objective.trains 'memory'",
+            found=config.objective.trains,
+            fix="train.step.jit_train_step, which takes them, in a loop of your own",
+        )
     if config.experts.boundary is not None:
         below = objective.share_below(config.objective, config.experts)
         if {"high": 1 - below, "low": below, "both": 1.0}[config.experts.trains] == 0:

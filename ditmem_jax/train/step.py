@@ -1,8 +1,8 @@
 """One training step: what trains, its state, the pure step and the compiled one.
 
-The encoder's weights are float32 and its optimiser's state lies beside them; the transformer's are an argument of
-their own that is neither differentiated nor given away. Everything random in a step comes from the seed and the number
-of the step.
+What trains, the memory encoder's weights or low-rank adapters of the transformer (`objective.trains`), is float32 and
+the optimiser's state lies beside it; the transformer's own weights are an argument of their own that is neither
+differentiated nor given away. Everything random in a step comes from the seed and the number of the step.
 """
 
 import re
@@ -19,18 +19,20 @@ from jax.sharding import Mesh
 from ditmem_jax.config import Config
 from ditmem_jax.diffusion import objective
 from ditmem_jax.diffusion.objective import Baseline
+from ditmem_jax.models import adapters
 from ditmem_jax.models.backbone import with_expert
 from ditmem_jax.models.ditmem import Networks, encode, keep_only, per_sample_mse
 from ditmem_jax.models.memory_encoder import MemoryEncoder, shuffle_videos
 from ditmem_jax.models.placement import tree_shardings
-from ditmem_jax.models.state import Arrays, split
+from ditmem_jax.models.state import Arrays, Structure, abstract, split
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.parallel.mesh import replicated, with_shardings
-from ditmem_jax.storage.weights import DTYPES
+from ditmem_jax.storage.weights import DTYPES, new_dit
 from ditmem_jax.types import Batch, Memory
 
 # What becomes of an array, by its path in the whole model; the first match wins.
 ROLES = (
+    (rf"^dit\..*\.{adapters.NAME}\.", "trained"),
     (r"^dit\.", "frozen"),
     (r"\.filter\.complex_weight$", "frozen"),
     (r"\.norm\.(mean|var)$", "running statistics"),
@@ -44,7 +46,9 @@ class TrainState:
     """All that changes from step to step."""
 
     step: Any  # int32
-    params: Arrays  # of the encoder, trained: float32
+    params: (
+        Arrays  # trained, float32: the encoder's by its own paths, adapters as "dit." and the transformer's
+    )
     rest: Arrays  # of the encoder: running statistics and stored filters
     optimizer: Any  # optax's state
     baseline: Any  # Baseline
@@ -64,23 +68,28 @@ def make_train_step(
         sigma, high = objective.draw_sigma(goal, keys[0], size, config.experts)
         noise = jax.random.normal(keys[1], batch.latents.shape)
         keep = jax.random.bernoulli(keys[2], 1 - goal.memory_dropout, (size,)) & batch.present.any(axis=1)
+        if networks.encoder is None:
+            keep = jnp.zeros_like(keep)
         if goal.shuffle_references:
             references, present = shuffle_videos(batch.references, batch.present, keys[3])
             batch = batch._replace(references=references, present=present)
 
         def loss_and_gradients(dit: DiT):
-            def error_with(memory: Memory | None) -> jax.Array:
+            def error_with(dit: DiT, memory: Memory | None) -> jax.Array:
                 return per_sample_mse(dit, memory, batch, sigma, noise)
 
-            alone = error_with(None) if goal.kind == "relative" else None
+            alone = error_with(dit, None) if goal.kind == "relative" else None
 
             def loss(params: Arrays):
-                encoder = networks.encoder.merge(params | state.rest)
-                memory = encode(encoder, batch, training=True, rngs=nnx.Rngs(dropout=keys[4]))
-                error = error_with(keep_only(memory, keep))
+                memory, rest = None, {}
+                if networks.encoder is not None:
+                    encoder = networks.encoder.merge(params | state.rest)
+                    memory = encode(encoder, batch, training=True, rngs=nnx.Rngs(dropout=keys[4]))
+                    memory = keep_only(memory, keep)
+                    _, arrays = split(encoder)  # its running statistics have moved
+                    rest = {path: arrays[path] for path in state.rest}
+                error = error_with(adapted(networks, dit, params), memory)
                 expected = state.baseline.expected(sigma, error) if alone is None else alone
-                _, arrays = split(encoder)  # its running statistics have moved
-                rest = {path: arrays[path] for path in state.rest}
                 return objective.loss(goal, sigma, error, expected), (error, expected, rest)
 
             return jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -94,6 +103,8 @@ def make_train_step(
             baseline = state.baseline.observe(sigma, expected, jnp.ones_like(keep))
         else:
             baseline = state.baseline.observe(sigma, error, ~keep)
+        if networks.encoder is None:  # adapters act on every sample
+            keep = jnp.ones_like(keep)
         gains = jnp.where(keep, 1 - error / expected, 0)
         metrics = {
             "objective": value,
@@ -106,6 +117,24 @@ def make_train_step(
     return train_step
 
 
+def adapted(networks: Networks, dit: DiT, params: Arrays) -> DiT:
+    """The transformer `dit` with the adapters in `params`, if there are any."""
+    if networks.adapted is None:
+        return dit
+    own = {path.removeprefix("dit."): x for path, x in params.items() if path.startswith("dit.")}
+    return networks.adapted.merge(split(dit)[1] | own)
+
+
+def make_networks(config: Config, dit: Structure) -> Networks:
+    """Structures of what a step for `config` computes with, given that of the frozen transformer."""
+    trains = config.objective.trains
+    return Networks(
+        dit,
+        abstract(lambda: make_encoder(config))[0] if trains != "adapter" else None,
+        adapters.attach(dit, config.adapter)[0] if trains != "memory" else None,
+    )
+
+
 def make_encoder(config: Config) -> MemoryEncoder:
     """A new encoder, from the run's seed."""
     return MemoryEncoder(
@@ -116,8 +145,16 @@ def make_encoder(config: Config) -> MemoryEncoder:
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    _, arrays = split(make_encoder(config))
-    params = {path: x for path, x in arrays.items() if role(f"encoder.{path}")[1] == "trained"}
+    """The state before the first step: a new encoder, new adapters, or both."""
+    arrays, trains = {}, config.objective.trains
+    if trains != "adapter":
+        _, arrays = split(make_encoder(config))
+    if trains != "memory":
+        dit, _ = abstract(lambda: new_dit(config, config.experts.trains))
+        _, shapes = adapters.attach(dit, config.adapter)
+        new = adapters.init(shapes, jax.random.key(config.run.seed))
+        arrays |= {f"dit.{path}": x for path, x in new.items()}
+    params = {path: x for path, x in arrays.items() if role(_whole_path(path))[1] == "trained"}
     rest = {path: x for path, x in arrays.items() if path not in params}
     return TrainState(jnp.int32(0), params, rest, optimizer.init(params), Baseline.empty())
 
@@ -145,10 +182,15 @@ def role(path: str) -> tuple[str, str]:
     return next(pair for pair in ROLES if re.search(pair[0], path))
 
 
+def _whole_path(path: str) -> str:
+    """The path in the whole model of an array of `TrainState`."""
+    return path if path.startswith("dit.") else f"encoder.{path}"
+
+
 def describe(backbone: Arrays, state: TrainState) -> str:
     """One line: what trains and what does not, with the number of values."""
     sizes = {f"dit.{path}": x.size for path, x in backbone.items()}
-    sizes |= {f"encoder.{path}": x.size for path, x in (state.params | state.rest).items()}
+    sizes |= {_whole_path(path): x.size for path, x in (state.params | state.rest).items()}
     totals = Counter()
     for path, size in sizes.items():
         totals[role(path)] += size
