@@ -27,7 +27,15 @@ def get_config() -> ConfigDict:
         )
     )
     config.data = ConfigDict(
-        dict(records="demo/records/train", bank="demo/bank", references=3, batch_size=32, cache=True)
+        dict(
+            records="demo/records/train",
+            bank="demo/bank",
+            kind="phenomenon",
+            group="world",
+            references=3,
+            batch_size=32,
+            cache=True,
+        )
     )
     config.objective = ConfigDict(
         dict(kind="running", density="uniform", sigma_range=(0.5, 1.0), memory_dropout=0.1)

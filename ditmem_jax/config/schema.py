@@ -455,6 +455,12 @@ class DataConfig:
     """Bank that references come from: a folder, or an address such as s3://bucket/bank."""
     validation: str = ""
     """Folder of records to validate on; empty: no validation."""
+    kind: str = ""
+    """Column of the records to validate on that tells kinds apart, such as phenomenon: another's memory is of the
+    same kind; empty: of any, with the caption nearest in words."""
+    group: str = ""
+    """Column that tells apart what a memory is of, such as world: another's memory is of another; empty: of
+    another source."""
     references: int = 5
     """[videos] Reference videos of a sample."""
     batch_size: int = 1

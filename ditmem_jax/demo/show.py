@@ -265,8 +265,9 @@ def _curves(run: Path) -> list[Html]:
     )
     step = report.Axis("step", low=0)
     caption = (
-        "Gain: by how much the memory lowers the error of denoising. It stays small: most "
-        "of the error is noise that nobody can predict. Training draws clips and noise levels anew at each step and is "
+        "Gain: 1 - mean error with memory / mean error without, of denoising, at each noise level, and the mean over "
+        "levels. It stays small: most of the error is noise that nobody can predict. The wrong memory is another "
+        "planet's, of the same phenomenon. Training draws clips and noise levels anew at each step and is "
         "shown smoothed; unseen planets keep theirs."
     )
     plots = report.side_by_side(

@@ -20,6 +20,7 @@ from ditmem_jax.diffusion.flow import shifted_sigmas, training_weights
 
 BINS = 20
 SINGLE = ExpertsConfig()  # one transformer for all noise levels
+Values = Array | np.ndarray
 PRIOR = 4.0  # samples' worth of trust in a sample's own error, while its bin has few others
 
 
@@ -122,6 +123,11 @@ def _bin(sigma: Float[Array, " B"]) -> Array:
     return jnp.clip((sigma * BINS).astype(jnp.int32), 0, BINS - 1)
 
 
+def in_bins(sigma: Float[Array, " B"]) -> Bool[Array, "bins B"]:
+    """True where a sample's noise level falls into a bin of `Baseline`."""
+    return jnp.arange(BINS)[:, None] == _bin(sigma)[None]
+
+
 def loss(
     config: ObjectiveConfig,
     sigma: Float[Array, " B"],
@@ -137,3 +143,30 @@ def loss(
     if config.kind == "released":
         return (released_weight(sigma, config.shift) * error).mean()
     return (error / jax.lax.stop_gradient(reference)).mean()
+
+
+def gain_by_level(
+    error: Float[Values, "levels B"], without: Float[Values, "levels B"], counted: Bool[Values, "levels B"]
+) -> tuple[Float[Values, " levels"], Float[Values, " levels"]]:
+    """Gain from memory at each noise level: 1 - mean error with memory / mean error without, over samples.
+
+    A ratio of means: in a mean of ratios the samples that have hardly any error would decide.
+
+    Args:
+        error, without: squared errors with and without memory.
+        counted: which samples count at a level.
+    Returns:
+        The gains, 0 at a level where no sample counts; and 1 where one does, else 0.
+    """
+    counted = counted.astype(error.dtype)
+    seen = counted.max(axis=1)
+    ours, theirs = ((counted * x).sum(axis=1) for x in (error, without))
+    return seen * (1 - ours / (theirs + (1 - seen))), seen
+
+
+def gain(
+    error: Float[Values, "levels B"], without: Float[Values, "levels B"], counted: Bool[Values, "levels B"]
+) -> Float[Values, ""] | float:
+    """The gain from memory: the mean of `gain_by_level` over the levels where a sample counts; 0 if none does."""
+    gains, seen = gain_by_level(error, without, counted)
+    return gains.sum() / (seen.sum() + (1 - seen.max()))

@@ -44,7 +44,7 @@ FREE = {
         "save_every",
         "keep",
     },
-    "data": {"validation", "workers", "cache"},
+    "data": {"validation", "kind", "group", "workers", "cache"},
     "weights": {"path", "hub"},  # their fingerprint is what counts
     "sample": None,
     "mesh": None,
@@ -231,7 +231,11 @@ class Monitor:
     def validated(self, step: int, result: dict[str, float]) -> None:
         if self.curves:
             self.curves.write("validation", step, result)
-        wrong = f" (another's memory {result['gain_wrong']:+.2%})" if "gain_wrong" in result else ""
+        levels = {name: gain for name, gain in result.items() if name not in ("gain", "gain_wrong")}
+        worst = min(levels, key=levels.get)
+        told = f"gain {result['gain']:+.2%}, worst level {worst.removeprefix('gain_')}: {levels[worst]:+.2%}"
+        if "gain_wrong" in result:
+            told += f", with another's memory {result['gain_wrong']:+.2%}"
         self._gain = f"  validation {result['gain']:+.2%}"
-        self.console.print(f"step {step}: gain of validation {result['gain']:+.2%}{wrong}")
+        self.console.print(f"step {step}: {told}", highlight=False)
         self._since = time.perf_counter()

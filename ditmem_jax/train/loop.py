@@ -19,6 +19,8 @@ from ditmem_jax.train.setup import Setup
 from ditmem_jax.train.step import TrainState, describe
 from ditmem_jax.train.validation import Validator
 
+GAIN = "gain: 1 - mean loss with memory / mean loss without, at each noise level; their mean over levels"
+
 
 def train_memory(config: Config, *, warm: bool = False) -> Path:
     """Trains, or continues, the run in `config.run.out`; returns the file of the encoder.
@@ -52,6 +54,7 @@ def _train(config: Config, phases: compilation.Phases, *, warm: bool) -> Path:
         with runs.Monitor(setup.folder, start, options.steps) as monitor:
             monitor.console.print(describe(setup.backbone, state))
             monitor.console.print(f"attention by {compute_for(config, setup.mesh).backend}")
+            monitor.console.print(GAIN)
             phases.end("load")
             train_step, validator = setup.compile()
             phases.end("compile")

@@ -29,7 +29,7 @@ from ditmem_jax.train import folder as runs
 from ditmem_jax.train.calibration import calibrate
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_networks, state_layout
-from ditmem_jax.train.validation import Validator
+from ditmem_jax.train.validation import Validator, others, relatives
 from ditmem_jax.types import Batch, Conditioning
 
 SMALL = 2**28  # bytes of frozen weights: up to here memory goes to speed, beyond it is scarce
@@ -68,12 +68,7 @@ class Setup:
         for each in found:
             each.warn_if_stale()
         self.state_layout = state_layout(config, self.optimizer, self.mesh)
-        self.held_out: list[Batch] = []
-        if held_out:
-            stream = self._stream(held_out, *references[1], epochs=1)
-            self.held_out = [
-                self.put(batch) for batch in itertools.islice(stream, config.run.validation_batches)
-            ]
+        self.held_out = self._held_out(held_out, *references[1]) if held_out else []
         self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
 
     def compile(self) -> tuple[Callable, Validator | None]:
@@ -122,6 +117,29 @@ class Setup:
         if processes.is_primary():
             save_encoder(self.folder / name, arrays, self.config.memory, extra)
         return self.folder / name
+
+    def _held_out(
+        self, records: RecordReader, bank: References, matches: np.ndarray
+    ) -> list[tuple[Batch, Batch]]:
+        """The batches to validate on, with their own references and with another's."""
+
+        def batches(matches: np.ndarray) -> list[Batch]:
+            stream = self._stream(records, bank, matches, epochs=1)
+            return list(itertools.islice(stream, self.config.run.validation_batches))
+
+        right = batches(matches)
+        places = {entry.id: number for number, entry in enumerate(records.entries)}
+        numbers = [places[id] for batch in right for id in batch.ids]  # those of this process
+        data, seed = self.config.data, self.config.run.seed
+        family = relatives(records, bank, matches)
+        found = others(records.entries, family, numbers, seed, data.kind, data.group)
+        of_others = np.full_like(matches, -1)
+        of_others[numbers] = np.where(found[:, None] >= 0, matches[found], -1)
+        pairs = []
+        for batch, other in zip(right, batches(of_others), strict=True):
+            batch, other = self.put(batch), self.put(other)
+            pairs.append((batch, batch._replace(references=other.references, present=other.present)))
+        return pairs
 
     def _stream(
         self, records: RecordReader, bank: References, index: np.ndarray, **options: Any

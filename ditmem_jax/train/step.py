@@ -59,7 +59,11 @@ def make_train_step(
     networks: Networks,
     optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure step (state, frozen weights, batch) -> (state, metrics)."""
+    """The pure step (state, frozen weights, batch) -> (state, metrics).
+
+    Metrics of a batch: "objective", what is minimised; "loss", its mean squared error; "gain", `objective.gain` over the
+    samples that had a memory, with the bins of the baseline as noise levels; "gradient_norm", before the clip.
+    """
     goal = config.objective
 
     def train_step(state: TrainState, backbone: Arrays, batch: Batch):
@@ -105,11 +109,11 @@ def make_train_step(
             baseline = state.baseline.observe(sigma, error, ~keep)
         if networks.encoder is None:  # adapters act on every sample
             keep = jnp.ones_like(keep)
-        gains = jnp.where(keep, 1 - error / expected, 0)
+        counted = objective.in_bins(sigma) & keep[None]
         metrics = {
             "objective": value,
             "loss": error.mean(),
-            "gain": gains.sum() / jnp.maximum(keep.sum(), 1).astype(jnp.float32),
+            "gain": objective.gain(*(jnp.broadcast_to(x, counted.shape) for x in (error, expected)), counted),
             "gradient_norm": optax.global_norm(gradients),
         }
         return TrainState(state.step + 1, params, rest, optimizer_state, baseline), metrics
