@@ -43,13 +43,11 @@ ROLES = (
 
 @struct.dataclass
 class TrainState:
-    """All that changes from step to step."""
+    """All that changes from step to step. A pytree, which orbax fills with other leaves, also in place of no arrays."""
 
     step: Any  # int32
-    params: (
-        Arrays  # trained, float32: the encoder's by its own paths, adapters as "dit." and the transformer's
-    )
-    rest: Arrays  # of the encoder: running statistics and stored filters
+    params: Any  # Arrays, trained, float32: the encoder's by its paths, adapters' as "dit." and the transformer's
+    rest: Any  # Arrays of the encoder: running statistics and stored filters
     optimizer: Any  # optax's state
     baseline: Any  # Baseline
 

@@ -154,7 +154,7 @@ def others(
 
     def other(number: int) -> int:
         unrelated = ~np.isin(relatives, relatives[number]).any(axis=1)
-        order = np.random.default_rng([seed, number]).permutation(len(entries))
+        order = np.random.default_rng([seed, number]).permutation(len(entries)).tolist()
         candidates = [i for i in order if unrelated[i] and may_be_other(entries[number], entries[i])]
         return max(candidates, key=functools.partial(shared, number), default=-1)
 

@@ -98,3 +98,78 @@ def test_what_a_chip_sends(line, sent):
     lines.append(f"  ROOT %c = {line}, replica_groups={{{{0,1,2,3}}}}")
     text = "\n".join(["ENTRY %main (a: f32[8], b: f32[2]) -> f32[] {", *lines, "}"])
     assert Program(text).cost().collectives.total() == pytest.approx(sent)
+
+
+# Of a stacked array a fusion reads one slice of 4 numbers, or writes one in its place; %p2 is added to it.
+FUSIONS = """%read (p0: f32[5,4], p1: s32[], p2: f32[4]) -> f32[4] {
+  %p0 = f32[5,4]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[4]{0} parameter(2)
+  %c = s32[] constant(0)
+  %s = f32[1,4]{1,0} dynamic-slice(%p0, %p1, %c), dynamic_slice_sizes={1,4}
+  %b = f32[4]{0} bitcast(%s)
+  ROOT %a = f32[4]{0} add(%b, %p2)
+}
+%write (q0: f32[5,4], q1: s32[], q2: f32[1,4]) -> f32[5,4] {
+  %q0 = f32[5,4]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = f32[1,4]{1,0} parameter(2)
+  %d = s32[] constant(0)
+  ROOT %u = f32[5,4]{1,0} dynamic-update-slice(%q0, %q2, %q1, %d)
+}
+%whole (r0: f32[5,4], r1: bf16[5,4]) -> f32[5,4] {
+  %r0 = f32[5,4]{1,0} parameter(0)
+  %r1 = bf16[5,4]{1,0} parameter(1)
+  %r2 = f32[5,4]{1,0} convert(%r1)
+  ROOT %r3 = f32[5,4]{1,0} add(%r0, %r2)
+}
+ENTRY %main (x: f32[5,4]) -> f32[5,4] {
+  %x = f32[5,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[4]{0} parameter(2)
+  %z = f32[1,4]{1,0} parameter(3)
+  %h = bf16[5,4]{1,0} parameter(4)
+  %near = f32[5,4]{1,0:S(1)} parameter(5)
+  ROOT %out = RESULT
+}"""
+
+
+@pytest.mark.parametrize(
+    ("result", "moved"),
+    [
+        ("f32[4]{0} fusion(%x, %i, %y), kind=kLoop, calls=%read", 16 + 4 + 16 + 16),
+        ("f32[5,4]{1,0} fusion(%x, %i, %z), kind=kLoop, calls=%write", 16 + 4 + 16),
+        ("f32[5,4]{1,0} fusion(%x, %h), kind=kLoop, calls=%whole", 80 + 40 + 80),
+        ("f32[5,4]{1,0:S(1)} fusion(%near, %h), kind=kLoop, calls=%whole", 40),  # the others are not in HBM
+        ("f32[5,4]{1,0} add(%x, %near)", 80 + 80),
+        ("f32[1,4]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,4}", 2 * 16),
+        ("f32[5,4]{1,0} dynamic-update-slice(%x, %z, %i, %i)", 2 * 16),
+        ("f32[5,4]{1,0} bitcast(%x)", 0),
+    ],
+)
+def test_bytes_by_hand(result, moved):
+    assert Program(FUSIONS.replace("RESULT", result)).cost().hbm_bytes == moved
+
+
+def test_a_loop_by_hand():
+    """Seven trips of a product of [2,3] and [3,3]: 2 x 2 x 3 x 3 operations, two inputs and an output of 4 bytes."""
+    text = """%body (t: (s32[], f32[2,3], f32[3,3])) -> (s32[], f32[2,3], f32[3,3]) {
+  %t = (s32[], f32[2,3], f32[3,3]) parameter(0)
+  %n = s32[] get-tuple-element(%t), index=0
+  %a = f32[2,3]{1,0} get-tuple-element(%t), index=1
+  %w = f32[3,3]{1,0} get-tuple-element(%t), index=2
+  %p = f32[2,3]{1,0} dot(%a, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = (s32[], f32[2,3], f32[3,3]) tuple(%n, %p, %w)
+}
+%condition (c: (s32[], f32[2,3], f32[3,3])) -> pred[] {
+  %c = (s32[], f32[2,3], f32[3,3]) parameter(0)
+  %k = s32[] get-tuple-element(%c), index=0
+  %seven = s32[] constant(7)
+  ROOT %less = pred[] compare(%k, %seven), direction=LT
+}
+ENTRY %main (s: (s32[], f32[2,3], f32[3,3])) -> (s32[], f32[2,3], f32[3,3]) {
+  %s = (s32[], f32[2,3], f32[3,3]) parameter(0)
+  ROOT %l = (s32[], f32[2,3], f32[3,3]) while(%s), condition=%condition, body=%body
+}"""
+    cost = Program(text).cost()
+    assert (cost.operations, cost.hbm_bytes) == (7 * 36, 7 * (24 + 36 + 24))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ditmem_jax.data.video import read_video
 from ditmem_jax.models.state import split
 from ditmem_jax.storage.encoders import load_encoder
 from tests.tiny import make_tiny, replace, write_config
@@ -133,5 +134,10 @@ def test_two_processes_make_the_clips_of_one(folder):
         given = [*flags, f"--out={folder / out}"]
         told, *others = finish(launch(folder, "sample", out, devices, "data=2", "context=2", flags=given))
         assert "first step after" in told and not any(others)
-        clips.append([path.read_bytes() for path in sorted((folder / out).glob("*.mp4"))])
-    assert len(set(clips[0])) == 3 and clips[0] == clips[1]
+        clips.append([read_video(path).frames.astype(int) for path in sorted((folder / out).glob("*.mp4"))])
+    assert len(clips[0]) == len(clips[1]) == 3
+    for one, two in zip(*clips, strict=True):
+        assert (
+            np.abs(one - two).mean() < 0.1
+        )  # other programs round otherwise, and the codec makes more of it
+    assert np.abs(clips[0][0] - clips[0][1]).mean() > 1

@@ -13,6 +13,7 @@ from ditmem_jax.config import MemoryConfig
 from ditmem_jax.convert.engine import convert, load
 from ditmem_jax.convert.memory import table
 from ditmem_jax.models.memory_encoder import MemoryEncoder, row_counts
+from ditmem_jax.models.state import Arrays
 from ditmem_jax.types import Memory
 from tests.parity.golden import Check, GoldenFile
 
@@ -99,21 +100,21 @@ def _check_training(encoder: MemoryEncoder, x: jax.Array, golden: GoldenFile) ->
     tokens, grads, statistics = step(params, rest, jnp.asarray(cotangent))
     checks = [Check("train/tokens", np.asarray(tokens), golden.tensors["train/tokens"])]
     if "train/cotangent" in golden.tensors:
-        checks += compare_gradients("train/grad", golden, encoder.config, grads)
+        checks += compare_gradients("train/grad", golden, encoder.config, _flat(grads))
     if golden.under("train/after/"):
-        got, want = _both("train/after", golden, encoder.config, statistics)
+        got, want = in_our_names("train/after", golden, encoder.config, _flat(statistics))
         checks += [Check(f"train/after/{name}", got[name], want[name]) for name in sorted(got)]
     return checks
 
 
-def compare_gradients(prefix: str, golden: GoldenFile, config: MemoryConfig, grads: nnx.State) -> list[Check]:
+def compare_gradients(prefix: str, golden: GoldenFile, config: MemoryConfig, grads: Arrays) -> list[Check]:
     """Gradients of all parameters against the tensors under `prefix`.
 
     Some are zero by construction, and both sides then hold rounding errors only: that of a convolution's bias, which
     batch norm removes, and those of query and key where a band has one distinct row. Each of them is compared
     together with a gradient of its own scale.
     """
-    got, want = _both(prefix, golden, config, grads)
+    got, want = in_our_names(prefix, golden, config, grads)
     inputs = golden.tensors["x" if "x" in golden.tensors else "reference_latents"]
     single_row = inputs.shape[1] * len(row_counts(config)) == 1
     checks = []
@@ -128,12 +129,17 @@ def compare_gradients(prefix: str, golden: GoldenFile, config: MemoryConfig, gra
     return checks
 
 
-def _both(
-    prefix: str, golden: GoldenFile, config: MemoryConfig, state: nnx.State
+def in_our_names(
+    prefix: str, golden: GoldenFile, config: MemoryConfig, arrays: Arrays
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """`state` and the tensors under `prefix`, which the converter's table brings into our names and layout."""
-    got = {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
-    return got, convert(table(config), golden.under(f"{prefix}/"), got)
+    """`arrays` and the tensors under `prefix`, which the converter's table brings into our names and layout."""
+    got = {path: np.asarray(x) for path, x in arrays.items()}
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in got.items()}
+    return got, convert(table(config), golden.under(f"{prefix}/"), shapes)
+
+
+def _flat(state: nnx.State) -> Arrays:
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 KINDS: dict[str, Callable[[GoldenFile], list[Check]]] = {"encoder": check}

@@ -1,5 +1,6 @@
 """Sampling: the stepper and the guidance against hand-written arrays, exactness of no memory, clips and their errors."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -22,11 +23,12 @@ from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.sample.clips import make_clips
 from ditmem_jax.sample.retrieval import retrieve
-from ditmem_jax.sample.sampler import Sampler, denoise, schedule
+from ditmem_jax.sample.sampler import Sampler, denoise, make_step, schedule
 from ditmem_jax.storage.encoders import load_encoder, save_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, Memory
-from tests.tiny import make_tiny, random_arrays, replace, with_experts
+from tests.fakes import FakeDiT
+from tests.tiny import make_tiny, random_arrays, replace, tiny_config, with_experts
 
 PROMPT = "A ball falls on planet Brux"
 
@@ -100,19 +102,47 @@ def test_guidance_by_hand(in_negative, scale, expected):
     np.testing.assert_allclose(velocity(x, jnp.float32(0.5)), np.full(x.shape, float(expected)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("in_negative", "velocity"), [(True, -0.5 + 3 * -1), (False, 1.5 + 3 * -3)])
+def test_a_step_gives_the_memory_to_the_branches_that_the_config_says(in_negative, velocity):
+    """At sigma 0.5 the prompts 1 and 3 move by 0.5 and 1.5, a memory of 2 by -2 (see `FakeDiT`)."""
+    config = replace(tiny_config("nowhere"), "sample", memory_in_negative=in_negative)
+    step = make_step(config, *nnx.split(FakeDiT())[:1], scale=3.0)
+    positive, negative = (Conditioning(jnp.full((1, 1, 1), x)) for x in (1.0, 3.0))
+    memory = Memory(jnp.full((1, 1, 1), 2.0), jnp.zeros((1, 1)))
+    given = jnp.float32(0.5), jnp.float32(-0.1), positive, negative, memory
+    moved = step(nnx.split(FakeDiT())[1], jnp.zeros((1, 1, 2, 2, 1)), *given)
+    np.testing.assert_allclose(moved, np.full(moved.shape, -0.1 * velocity), rtol=1e-5)
+
+
+def test_each_transformer_has_its_levels_and_its_guidance():
+    config = replace(tiny_config("nowhere"), "sample", steps=4, shift=1.0, guidance=2.0)
+    ((sigmas, end, scale),) = schedule(config)
+    assert (sigmas.tolist(), end, scale) == ([1, 0.75, 0.5, 0.25], 0, 2)
+    config = dataclasses.replace(config, experts=ExpertsConfig(0.6))
+    for guidance_high, expected in ((None, 2.0), (4.0, 4.0)):
+        parts = schedule(replace(config, "sample", guidance_high=guidance_high))
+        assert [(x.tolist(), *rest) for x, *rest in parts] == [
+            ([1, 0.75], 0.5, expected),
+            ([0.5, 0.25], 0, 2),
+        ]
+
+
 def test_strength_scales_attention_weights():
     memory = Memory(jnp.ones((1, 3, 4)), jnp.array([[0.0, jnp.log(5.0), -jnp.inf]]))
     np.testing.assert_allclose(jnp.exp(with_strength(memory, 2.0).bias), [[2, 10, 0]], rtol=1e-6)
     assert np.all(np.asarray(with_strength(memory, 0.0).bias) == -np.inf)
 
 
-def test_strength_0_is_no_memory_to_the_last_bit(config, sampler):
+def test_strength_0_is_no_memory(config, sampler):
+    """No bit of a clip depends on what is silent. Without memory it is another program, which may round otherwise."""
     references = retrieve(config, PROMPT).latents[None]
-    plain = sampler.latents([PROMPT], [0])
     silent = sampler.latents([PROMPT], [0], references, strength=0.0)
     heard = sampler.latents([PROMPT], [0], references, strength=1.0)
-    np.testing.assert_array_equal(silent, plain)
-    assert np.abs(heard - plain).max() > 1e-3
+    quiet = copy.copy(sampler)
+    quiet.config = replace(config, "sample", strength=0.0)
+    np.testing.assert_array_equal(quiet.latents([PROMPT], [0], -references), silent)
+    np.testing.assert_allclose(sampler.latents([PROMPT], [0]), silent, atol=1e-5)
+    assert np.abs(heard - silent).max() > 1e-3
 
 
 def test_a_second_clip_compiles_nothing(config, encoder, compilations):

@@ -1,4 +1,4 @@
-"""Files of weights, encoders and runs: whole, or an error that names them."""
+"""Files of weights and encoders: whole, or an error that names them."""
 
 import json
 import shutil
@@ -16,7 +16,6 @@ from ditmem_jax.models.quantised import to_int8
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
 from ditmem_jax.storage.weights import check_weights, load_dit, load_umt5
-from ditmem_jax.train.checkpoints import TrainingCheckpoints
 from tests.tiny import make_tiny, random_arrays, replace
 
 
@@ -140,72 +139,3 @@ def test_eight_bits_round_to_the_nearest(inputs, groups):
     scale = scale.astype(np.float32)
     assert (np.abs(rounded).max(2) == np.where(np.abs(kernel).max(2) > 0, 127, 0)).all()
     assert (np.abs(rounded * scale[:, :, None] - kernel).max(2) <= 0.5001 * scale).all()
-
-
-# --- runs -------------------------------------------------------------------------------------------------------
-
-
-def state_at(step):
-    """Something with the variety of a training state."""
-    weights = jax.random.normal(jax.random.key(step), (300, 40))
-    return {
-        "params": {"a.kernel": weights, "a.bias": jnp.full(3, step, jnp.bfloat16)},
-        "step": jnp.int32(step),
-    }
-
-
-def layout(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def save_all(folder, gains, keep=2):
-    with TrainingCheckpoints(folder, keep) as checkpoints:
-        for step, gain in enumerate(gains, start=1):
-            checkpoints.save(step, state_at(step), {"next": step}, gain, {"best": gain})
-
-
-def test_the_newest_comes_back_exactly(tmp_path):
-    save_all(tmp_path, [0.1, None, 0.2])
-    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
-        restored = checkpoints.restore(layout(state_at(0)))
-    assert (restored.step, restored.position, restored.extra) == (3, {"next": 3}, {"best": 0.2})
-    jax.tree.map(np.testing.assert_array_equal, restored.state, state_at(3))
-
-
-def test_the_last_two_and_the_best_are_kept(tmp_path):
-    save_all(tmp_path, [0.1, 0.9, 0.2, None, 0.3, None])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
-
-
-def test_a_state_that_is_donated_at_once_is_saved_as_it_was(tmp_path):
-    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
-    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
-        state = state_at(1)
-        checkpoints.save(1, state, {}, None, {})
-        for _ in range(20):
-            state = overwrite(state)
-    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(layout(state)).state, state_at(1))
-
-
-def test_every_damaged_file_is_found_and_named(tmp_path):
-    save_all(tmp_path, [None])
-    files = [
-        path
-        for part in ("state", "run")
-        for path in (tmp_path / "1" / part).rglob("*")
-        if path.stat().st_size > 9
-    ]
-    files = [path for path in files if path.is_file()] + [tmp_path / "1" / "seal.json"]
-    assert len(files) > 4
-    for path in files:
-        content = path.read_bytes()
-        middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        for broken in (flipped, content[:middle], None):
-            path.unlink() if broken is None else path.write_bytes(broken)
-            with pytest.raises(UserError, match=f"{tmp_path}/1 is damaged"):
-                TrainingCheckpoints(tmp_path, 2)
-            path.write_bytes(content)
-    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
-        assert checkpoints.restore(layout(state_at(0))).step == 1

@@ -1,0 +1,117 @@
+"""What a run begins with: what is loaded, what does not fit together, and the batches to validate on."""
+
+import shutil
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ditmem_jax.bank import matches
+from ditmem_jax.bank.matches import FILE, Matches
+from ditmem_jax.config import MeshConfig
+from ditmem_jax.data.records import RecordReader
+from ditmem_jax.errors import UserError
+from ditmem_jax.parallel.mesh import make_mesh
+from ditmem_jax.storage.encoders import encoder_metadata
+from ditmem_jax.train.setup import Setup, check, load_networks
+from tests.tiny import make_bank, make_tiny, replace, with_experts
+from tests.train.test_step import first_state
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_of_two_experts_only_the_one_that_trains_is_loaded_and_named_in_the_file(config, tmp_path):
+    config, mesh = with_experts(config, tmp_path / "weights", "high"), make_mesh(MeshConfig())
+    high = safetensors.numpy.load_file(tmp_path / "weights" / "dit_high.safetensors")
+    _, backbone = load_networks(config, mesh)
+    assert backbone.keys() == high.keys()
+    np.testing.assert_array_equal(backbone["head.kernel"], high["head.kernel"])
+    setup = types.SimpleNamespace(config=config, mesh=mesh, folder=tmp_path, fingerprint="abc")
+    file = Setup.export(setup, "encoder.safetensors", first_state(config), 7, {})
+    assert encoder_metadata(file)[1] == {"step": 7, "gains": {}, "backbone": "abc", "expert": "high"}
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(config, tmp_path):
+    config = replace(config, "run", out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="at least 50 references"):
+        Setup(replace(config, "data", references=50))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_references_it_began_with(config, tmp_path, capsys):
+    folder = shutil.copytree(config.data.records, tmp_path / "records")
+    bank = make_bank(tmp_path / "bank", Path(config.data.bank).with_name("library"))
+    config = replace(config, "data", records=str(folder), bank=bank.table.uri, validation="")
+    config = replace(config, "run", out=str(tmp_path / "run"))
+
+    def match():
+        matches.find(RecordReader(folder), bank, 2).save(folder / FILE)
+
+    match()
+    first = next(Setup(config).data)
+    began = Matches.load(tmp_path / "run" / FILE)
+    bank.remove(began.table["matches"][0].as_py())
+    match()
+    assert "note" not in capsys.readouterr().out
+    np.testing.assert_array_equal(next(Setup(config).data).references, first.references)
+    assert "matched with version 1 of the bank" in capsys.readouterr().out
+    other = Setup(replace(config, "run", out=str(tmp_path / "other")))
+    assert (next(other.data).references != first.references).any()
+
+
+def test_missing_and_unfit_matches_name_the_command(config, tmp_path):
+    records = RecordReader(config.data.records)
+    with pytest.raises(UserError, match=r"of these records and this bank(.|\n)*match .*--k 50"):
+        matches.read(records, config.data.bank, 50)
+    with pytest.raises(UserError, match="of these records and this bank"):
+        matches.read(records, str(tmp_path), 2)
+    shutil.copytree(records.folder, tmp_path / "records", ignore=shutil.ignore_patterns(FILE))
+    with pytest.raises(UserError, match="have not been matched"):
+        matches.read(RecordReader(tmp_path / "records"), config.data.bank, 2)
+
+
+def test_records_and_meshes_that_do_not_fit_are_named(config):
+    records = RecordReader(config.data.records)
+    bank = [matches.read(records, config.data.bank, 2).references(2)[0]]
+    mesh = make_mesh(MeshConfig())
+    check(config, mesh, bank, records)
+    with pytest.raises(UserError, match=r"batch_size does not divide"):
+        check(replace(config, "data", batch_size=6), mesh, bank, records)
+    with pytest.raises(UserError, match=r"records do not fill a batch"):
+        check(replace(config, "data", batch_size=24), mesh, bank, records)
+    with pytest.raises(UserError, match=r"library do not fit(.|\n)*latents \[5, 4, 4, 4\]"):
+        check(replace(config, "video", frames=17), mesh, bank, records)
+    with pytest.raises(UserError, match=r"mesh.context"):
+        check(config, make_mesh(MeshConfig(data=1, context=8)), bank, records)
+
+
+def held_out(config, out, monkeypatch, devices):
+    """Of each sample the bytes of its latents, of its references, and of another's."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    monkeypatch.setattr("ditmem_jax.train.setup.make_mesh", lambda _: mesh)
+    samples = {}
+    for right, wrong in Setup(replace(config, "run", out=str(out))).held_out:
+        np.testing.assert_array_equal(right.latents, wrong.latents)
+        for number, latents in enumerate(np.asarray(right.latents)):
+            videos = ([x.tobytes() for x in np.asarray(each.references[number])] for each in (right, wrong))
+            samples[latents.tobytes()] = tuple(videos)
+    return samples
+
+
+def test_another_memory_is_of_another_planet_whatever_the_batch_size(config, tmp_path, monkeypatch):
+    """In batches of eight over eight devices, and of one: nothing is taken from the batch."""
+    eight = held_out(config, tmp_path / "eight", monkeypatch, 8)
+    single = replace(replace(config, "data", batch_size=1), "run", validation_batches=8)
+    assert held_out(single, tmp_path / "one", monkeypatch, 1) == eight
+    folders = config.data.validation, Path(config.data.bank).with_name("library")
+    planets = {x.latents.tobytes(): x.caption.split()[5] for folder in folders for x in RecordReader(folder)}
+    assert len(eight) == 8
+    for latents, (ours, theirs) in eight.items():
+        assert {planets[x] for x in ours} == {planets[latents]}
+        assert planets[latents] not in {planets[x] for x in theirs}
