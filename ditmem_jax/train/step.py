@@ -46,7 +46,9 @@ class TrainState:
     """All that changes from step to step. A pytree, which orbax fills with other leaves, also in place of no arrays."""
 
     step: Any  # int32
-    params: Any  # Arrays, trained, float32: the encoder's by its paths, adapters' as "dit." and the transformer's
+    params: (
+        Any  # Arrays, trained, float32: the encoder's by its paths, adapters' as "dit." and the transformer's
+    )
     rest: Any  # Arrays of the encoder: running statistics and stored filters
     optimizer: Any  # optax's state
     baseline: Any  # Baseline

@@ -109,21 +109,21 @@ def test_a_step_gives_the_memory_to_the_branches_that_the_config_says(in_negativ
     step = make_step(config, *nnx.split(FakeDiT())[:1], scale=3.0)
     positive, negative = (Conditioning(jnp.full((1, 1, 1), x)) for x in (1.0, 3.0))
     memory = Memory(jnp.full((1, 1, 1), 2.0), jnp.zeros((1, 1)))
-    given = jnp.float32(0.5), jnp.float32(-0.1), positive, negative, memory
-    moved = step(nnx.split(FakeDiT())[1], jnp.zeros((1, 1, 2, 2, 1)), *given)
+    start, row = Carry(jnp.zeros((1, 1, 2, 2, 1))), jnp.float32([0.5, -0.1])
+    moved = step(nnx.split(FakeDiT())[1], start, row, positive, negative, memory).latents
     np.testing.assert_allclose(moved, np.full(moved.shape, -0.1 * velocity), rtol=1e-5)
 
 
 def test_each_transformer_has_its_levels_and_its_guidance():
     config = replace(tiny_config("nowhere"), "sample", steps=4, shift=1.0, guidance=2.0)
-    ((sigmas, end, scale),) = schedule(config)
-    assert (sigmas.tolist(), end, scale) == ([1, 0.75, 0.5, 0.25], 0, 2)
+    ((coefficients, scale),) = schedule(config)
+    assert (coefficients[:, 0].tolist(), scale) == ([1, 0.75, 0.5, 0.25], 2)
     config = dataclasses.replace(config, experts=ExpertsConfig(0.6))
     for guidance_high, expected in ((None, 2.0), (4.0, 4.0)):
         parts = schedule(replace(config, "sample", guidance_high=guidance_high))
-        assert [(x.tolist(), *rest) for x, *rest in parts] == [
-            ([1, 0.75], 0.5, expected),
-            ([0.5, 0.25], 0, 2),
+        assert [(rows[:, 0].tolist(), scale) for rows, scale in parts] == [
+            ([1, 0.75], expected),
+            ([0.5, 0.25], 2),
         ]
 
 

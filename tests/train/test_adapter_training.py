@@ -99,7 +99,7 @@ def test_a_run_says_what_trains():
 
 
 def test_a_run_refuses_to_train_an_adapter():
-    with pytest.raises(UserError, match="objective.trains 'memory'"):
+    with pytest.raises(UserError, match=r"objective.trains 'memory'"):
         check(some_config("both", "float32"), make_mesh(MeshConfig()), [])
 
 
