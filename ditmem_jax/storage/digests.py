@@ -23,7 +23,7 @@ def of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+def of_arrays(arrays: Mapping[str, Any]) -> str:
     """SHA-256 of arrays by name: names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):

@@ -88,10 +88,11 @@ def test_a_finite_stream_ends(records):
 def test_processes_share_each_batch(records):
     whole = stream(records, 4, batch_size=4)
     parts = [stream(records, 4, batch_size=4, rows=np.array(rows)) for rows in ([0, 2], [1, 3])]
-    joined = [
-        {name: np.stack([a[name], b[name]], axis=1).reshape(whole[0][name].shape) for name in a}
-        for a, b in zip(*parts, strict=True)
-    ]
+
+    def join(a, b, both):
+        return np.stack([a, b], axis=1).reshape(both.shape)
+
+    joined = [jax.tree.map(join, *three) for three in zip(*parts, whole, strict=True)]
     assert_equal(joined, whole)
 
 
