@@ -17,7 +17,7 @@ PYTHON_3_11 := $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test peers peers-installed tfio-env tfio-shards lint clean
+.PHONY: help demo test peers peers-installed tfio-env tfio-shards lint docs clean
 
 help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -31,7 +31,7 @@ test: $(INSTALLED) lint ## lint, then every test
 peers: peers-installed ## tests against peers, with torch and the TPU compiler, in Python 3.11
 ifneq ($(PYTHON_3_11),)
 	$(PEERS)/bin/python -m pytest -q tests/convert/test_peers.py tests/convert/test_peft.py tests/convert/test_pth.py \
-		tests/bank/test_sentence_transformers.py tests/bank/test_released.py tests/test_aot.py tests/experiments/test_benchmarks.py \
+		tests/bank/test_sentence_transformers.py tests/bank/test_released.py tests/aot/test_compile.py tests/experiments/test_benchmarks.py \
 		tests/diffusion/test_solvers.py
 else
 	@echo "The tests with torch need python3.11 on the PATH: none were run"
@@ -46,6 +46,9 @@ lint: $(INSTALLED) ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/docs ## the pages in build/site, from docs/ and the docstrings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## forget the environment and what was built
 	rm -rf $(VENV) $(PEERS) $(TFIO) build
 
@@ -55,6 +58,10 @@ ifeq ($(PYTHON),)
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) '.[test]'
+	touch $@
+
+$(VENV)/docs: $(INSTALLED)
+	$(BIN)/python $(INSTALL) '.[docs]'
 	touch $@
 
 peers-installed: $(if $(PYTHON_3_11),$(PEERS)/installed)
