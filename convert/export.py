@@ -44,6 +44,12 @@ def export_encoder(source: str | Path, out: str | Path, *, prefix: str = "", dty
         raise UserError(f"{out} exists", fix="another file, or delete it first")
     encoder = load_encoder(source / FILES["memory"] if source.is_dir() else source)
     config = encoder.config
+    if not isinstance(config, MemoryConfig):
+        raise UserError(
+            f"the released program has no place for the encoder in {source}",
+            expected="memory.kind = dit_mem",
+            found=f"memory.kind = {config.kind}",
+        )
     other = {key: getattr(config, key) for key, value in RELEASED.items() if getattr(config, key) != value}
     if not isinstance(config.tokens, int):
         other["tokens"] = config.tokens

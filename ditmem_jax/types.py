@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Backend = Literal["xla", "cudnn", "splash"]
 Remat = Literal["none", "products", "attention", "blocks", "offload"]
@@ -52,7 +52,10 @@ class Conditioning(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples to train or validate on. `ids` are those of the records, on the host only."""
+    """Samples to train or validate on. `ids` are those of the records, on the host only.
+
+    `source` tells memory encoders that have a table of sources, see `FreeTokensConfig`, which is each sample's.
+    """
 
     latents: Float[Array, "B T H W C"]
     conditioning: Conditioning
@@ -61,6 +64,7 @@ class Batch(NamedTuple):
     present: Bool[Array, "B R"]
     """True where there is a reference."""
     ids: Any = None
+    source: Int[Array, " B"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,6 @@ from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.models.ditmem import compute_for
-from ditmem_jax.models.memory_encoder import row_counts
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import Arrays, abstract
 from ditmem_jax.models.wan.vae import VAE
@@ -126,11 +125,13 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
     _, vae = _network(lambda: VAE(config.vae, rngs=nnx.Rngs(0)), "vae", mesh)
 
     size = config.data.batch_size
-    rows = (size, config.data.references, 2, len(row_counts(config.memory)), config.memory.dim)
+    references = (size, config.data.references, *config.latent_shape)
     memory = jax.eval_shape(
-        lambda arrays, rows: encoder.merge(arrays).mix(rows, jnp.ones(rows.shape[:2], bool)),
+        lambda arrays, *given: encoder.merge(arrays)(*given, training=False),
         encoder_arrays,
-        jax.ShapeDtypeStruct(rows, jnp.float32),
+        jax.ShapeDtypeStruct(references, jnp.float32),
+        jax.ShapeDtypeStruct(references[:2], bool),
+        jax.ShapeDtypeStruct((size,), jnp.int32),
     )
     each, every = batch_sharding(mesh), replicated(mesh)
     noise = jax.ShapeDtypeStruct((size, *config.latent_shape), jnp.float32, sharding=each)

@@ -1,7 +1,7 @@
 """What a memory encoder makes of each video of a bank, once: `python -m ditmem_jax.bank tokens`.
 
 Before the attention that mixes videos, the rows of a video depend on it and on the encoder alone (see
-`MemoryEncoder.video_rows`). Kept in a store by the checksum of the video's latents, they spare sampling the latents
+`VideoEncoder.video_rows`). Kept in a store by the checksum of the video's latents, they spare sampling the latents
 and the convolutions. The rest of the encoder is one small attention.
 
 Sampling from latents makes the rows with `encode_video` as well, one video at a time: in a batch they are rounded
@@ -33,7 +33,7 @@ from ditmem_jax.bank.table import Table, lance_errors, to_matrix
 from ditmem_jax.data.records import DTYPES, Meta
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.encoders import VideoEncoder, per_video
 from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.encoders import load_encoder
 
@@ -42,11 +42,11 @@ COMMIT_EVERY = 256  # videos; a run that was killed loses the work on fewer than
 
 
 @nnx.jit
-def _video_rows(encoder: MemoryEncoder, latents: Float[Array, "T H W C"]) -> Float[Array, "2 M D"]:
+def _video_rows(encoder: VideoEncoder, latents: Float[Array, "T H W C"]) -> Float[Array, "2 M D"]:
     return encoder.video_rows(latents[None], training=False)[0].astype(jnp.float32)
 
 
-def encode_video(encoder: MemoryEncoder, latents: Float[np.ndarray, "T H W C"]) -> Float32[Array, "2 M D"]:
+def encode_video(encoder: VideoEncoder, latents: Float[np.ndarray, "T H W C"]) -> Float32[Array, "2 M D"]:
     """The rows of one video for the high and the low band."""
     return _video_rows(encoder, jnp.asarray(latents, jnp.float32))
 
@@ -158,9 +158,9 @@ def make_features(
     Every `commit_every` videos are one commit, so the same command continues a run that was killed.
 
     Raises:
-        UserError: if the file is no encoder, its grid is another than the bank's, or a record is gone or altered.
+        UserError: if the file is no encoder, or one that is not of videos, its grid is another than the bank's, or a record is gone or altered.
     """
-    network, out = load_encoder(encoder), str(out)
+    network, out = per_video(load_encoder(encoder)), str(out)
     rows = bank.rows(columns=["id", "records", "row", "checksum"]).to_pylist()
     videos = {row["checksum"]: row for row in rows if row["records"] is not None}
     if not videos:

@@ -4,7 +4,9 @@ from ditmem_jax.config.schema import AdapterConfig as AdapterConfig
 from ditmem_jax.config.schema import Config as Config
 from ditmem_jax.config.schema import DataConfig as DataConfig
 from ditmem_jax.config.schema import DiTConfig as DiTConfig
+from ditmem_jax.config.schema import EncoderConfig as EncoderConfig
 from ditmem_jax.config.schema import ExpertsConfig as ExpertsConfig
+from ditmem_jax.config.schema import FreeTokensConfig as FreeTokensConfig
 from ditmem_jax.config.schema import MemoryConfig as MemoryConfig
 from ditmem_jax.config.schema import MeshConfig as MeshConfig
 from ditmem_jax.config.schema import ObjectiveConfig as ObjectiveConfig

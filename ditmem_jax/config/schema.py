@@ -185,6 +185,9 @@ class MemoryConfig:
     reading: int = 0
     """[rank] Rank of what each block adds to its keys and values of memory tokens; 0: nothing."""
 
+    kind: Literal["dit_mem"] = "dit_mem"
+    """The kind of memory encoder: one of reference videos."""
+
     def __post_init__(self):
         _require(
             self.num_layers is not None or (self.gate == "none" and not self.reading),
@@ -213,12 +216,7 @@ class MemoryConfig:
             found=self.gate_share,
         )
         _require(self.reading >= 0, "memory.reading is a rank", expected="0 or more", found=self.reading)
-        _require(
-            self.strength is None or 0 < self.strength < math.inf,
-            "memory.strength is a weight to begin with",
-            expected="above 0, or None",
-            found=self.strength,
-        )
+        _require_strength(self.strength)
         _check("memory", self, "at least 1", "dim", "in_dim", "stages", "latent_grid", "tokens", "num_heads")
         _check("memory", self, "above 0", "eps")
         _require(
@@ -287,6 +285,44 @@ class AdapterConfig:
     def scale(self) -> float:
         """The factor of A B."""
         return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeTokensConfig:
+    """Memory tokens learned for each source, without any encoder: a control for what reference videos add.
+
+    A sample's source is that of most of its reference videos.
+    """
+
+    dim: int
+    """[channels] Width of the memory tokens: that of the transformer."""
+    tokens: int = 100
+    """[tokens] Tokens of each source."""
+    column: str = "source"
+    """Column of the records that names the source of a video: "source", or another of the user's table."""
+    sources: tuple[str, ...] = ()
+    """Names that have tokens; a run fills them in from the references of its records."""
+    strength: float | None = None
+    """Weight of the memory in attention before training, which learns it; None: 1 for good."""
+    kind: Literal["free_tokens"] = "free_tokens"
+    """The kind of memory encoder: tokens of sources."""
+
+    def __post_init__(self):
+        _check("memory", self, "at least 1", "dim", "tokens")
+        _require_strength(self.strength)
+
+
+def _require_strength(strength: float | None) -> None:
+    _require(
+        strength is None or 0 < strength < math.inf,
+        "memory.strength is a weight to begin with",
+        expected="above 0, or None",
+        found=strength,
+    )
+
+
+EncoderConfig = MemoryConfig | FreeTokensConfig
+"""Kinds of memory encoders, told apart by `kind`; the first is meant where none is named."""
 
 
 # Statistics of Wan 2.1's latents over its training videos, one pair per channel.
@@ -688,7 +724,7 @@ class Config:
     """Everything that a run needs. Fields without a value of their own keep their part's defaults."""
 
     dit: DiTConfig
-    memory: MemoryConfig
+    memory: EncoderConfig
     adapter: AdapterConfig = AdapterConfig()
     experts: ExpertsConfig = ExpertsConfig()
     vae: VAEConfig = VAEConfig()
@@ -705,19 +741,22 @@ class Config:
     def __post_init__(self):
         pairs = (
             ("memory.dim", self.memory.dim, "dit.dim", self.dit.dim),
-            ("memory.in_dim", self.memory.in_dim, "vae.z_dim", self.vae.z_dim),
             ("dit.out_dim", self.dit.out_dim, "vae.z_dim", self.vae.z_dim),
             ("dit.text_dim", self.dit.text_dim, "text.dim", self.text.dim),
         )
-        if self.memory.num_layers is not None:
-            pairs += (("memory.num_layers", self.memory.num_layers, "dit.num_layers", self.dit.num_layers),)
-        if self.memory.blocks is not None:
-            _require(
-                self.memory.blocks[1] < self.dit.num_layers,
-                "memory.blocks go beyond the transformer",
-                expected=f"blocks below dit.num_layers = {self.dit.num_layers}",
-                found=self.memory.blocks,
-            )
+        if isinstance(self.memory, MemoryConfig):
+            pairs += (("memory.in_dim", self.memory.in_dim, "vae.z_dim", self.vae.z_dim),)
+            if self.memory.num_layers is not None:
+                pairs += (
+                    ("memory.num_layers", self.memory.num_layers, "dit.num_layers", self.dit.num_layers),
+                )
+            if self.memory.blocks is not None:
+                _require(
+                    self.memory.blocks[1] < self.dit.num_layers,
+                    "memory.blocks go beyond the transformer",
+                    expected=f"blocks below dit.num_layers = {self.dit.num_layers}",
+                    found=self.memory.blocks,
+                )
         for name, value, other, expected in pairs:
             _require(value == expected, f"{name} must equal {other}", expected=expected, found=value)
         _require(

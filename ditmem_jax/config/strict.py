@@ -9,8 +9,11 @@ from typing import Any, Literal
 from ditmem_jax.errors import UserError, nearest
 
 
-def build(cls: type, values: Any, where: str = "config") -> Any:
+def build(cls: type | types.UnionType, values: Any, where: str = "config") -> Any:
     """Builds the dataclass `cls` from a mapping (a ConfigDict or parsed JSON), strictly.
+
+    Of a union of dataclasses with a field `kind`, each a `Literal` of its own, the value of `kind` names the one that
+    is built; without it that is the first.
 
     Raises:
         UserError: for a key that `cls` does not have (the nearest names are listed), a missing one, or a
@@ -18,6 +21,7 @@ def build(cls: type, values: Any, where: str = "config") -> Any:
     """
     if not hasattr(values, "keys"):
         raise UserError(f"{where} has the wrong type", expected="values by name", found=repr(values))
+    cls = _kind(cls, values, where)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     kwargs = {}
@@ -37,10 +41,29 @@ def build(cls: type, values: Any, where: str = "config") -> Any:
     return cls(**kwargs)
 
 
+def dataclasses_of(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a hint allows: itself, the members of a union, or none."""
+    return tuple(option for option in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(option))
+
+
+def _kind(hint: Any, values: Any, where: str) -> type:
+    """The dataclass of a union that `values` are for."""
+    options = dataclasses_of(hint)
+    if len(options) == 1:
+        return options[0]
+    kinds = {typing.get_args(typing.get_type_hints(option)["kind"])[0]: option for option in options}
+    kind = values["kind"] if "kind" in values else next(iter(kinds))
+    if kind not in kinds:
+        raise UserError(
+            f"{where}.kind has an unknown value", expected=f"one of {list(kinds)}", found=repr(kind)
+        )
+    return kinds[kind]
+
+
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     """`value` as the type `hint`: lists become tuples, integers floats; anything else must fit as it is."""
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)
+    if options := dataclasses_of(hint):
+        return value if isinstance(value, options) else build(hint, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:

@@ -34,6 +34,7 @@ def training_data(
     rows: Int[np.ndarray, " b"] | None = None,
     drop_remainder: bool = True,
     cache: bool = False,
+    sources: Int[np.ndarray, " n"] | None = None,
 ) -> grain.IterDataset:
     """Batches of records with their reference videos, for ever or for `epochs`; the same for the same seed.
 
@@ -50,6 +51,7 @@ def training_data(
         rows: of every batch those that this process reads; all of them by default.
         drop_remainder: leaves out a last batch that is not full.
         cache: keeps all records that were read in memory (of each worker).
+        sources: what becomes `Batch.source` of each record.
 
     Raises:
         UserError: if records, bank, matches and sizes do not go together.
@@ -60,7 +62,8 @@ def training_data(
     if shuffle:
         indices = indices.shuffle(seed)
     batches = indices.repeat(epochs).batch(batch_size, drop_remainder=drop_remainder)
-    data = batches.map(_Load(records, bank, matches, text_len, rows, cache)).to_iter_dataset(READ_AHEAD)
+    data = batches.map(_Load(records, bank, matches, text_len, rows, cache, sources))
+    data = data.to_iter_dataset(READ_AHEAD)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS(
@@ -114,6 +117,7 @@ class _Load:
     text_len: int
     rows: np.ndarray | None
     cache: bool
+    sources: np.ndarray | None
 
     def __post_init__(self):
         self.read: dict[tuple[bool, int], Record] = {}
@@ -154,4 +158,5 @@ class _Load:
             references,
             matches >= 0,
             np.array([sample.id for sample in samples]),
+            None if self.sources is None else self.sources[indices],
         )

@@ -1,5 +1,6 @@
 """Reference videos as a sequence of records, wherever they lie; each is checked to be the one that was meant."""
 
+import collections
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Float32
 
-from ditmem_jax.data.records import Record, RecordReader, checksum
-from ditmem_jax.errors import UserError
+from ditmem_jax.data.records import Entry, Record, RecordReader, checksum
+from ditmem_jax.errors import UserError, nearest
 
 
 class Pointer(NamedTuple):
@@ -65,6 +66,11 @@ class References:
     def __len__(self) -> int:
         return len(self.pointers)
 
+    @property
+    def entries(self) -> list[Entry]:
+        """The records without their arrays."""
+        return [self._readers[pointer.records].entries[pointer.row] for pointer in self.pointers]
+
     def __getitem__(self, index: SupportsIndex) -> Record:
         pointer = self.pointers[operator.index(index)]
         record = self._readers[pointer.records][pointer.row]
@@ -83,3 +89,25 @@ class References:
                 found=found,
                 fix="the records as they were, or build the bank again",
             )
+
+
+def majority_source(references: Sequence[Entry], column: str) -> str:
+    """The source of most of the references of a sample; of equally many, that of the better match.
+
+    Args:
+        references: best first.
+        column: "source", or another column of the records.
+    Raises:
+        UserError: for records without that column.
+    """
+    names = []
+    for entry in references:
+        columns = {"source": entry.source} | entry.extra
+        if column not in columns:
+            raise UserError(
+                f"the reference video {entry.id!r} has no column {column!r} that names its source",
+                expected=f"one of: {nearest(column, columns)}",
+                fix="another memory.column, or records with that column",
+            )
+        names.append(columns[column])
+    return collections.Counter(names).most_common(1)[0][0]

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from ditmem_jax.config import Config
+from ditmem_jax.config import Config, MemoryConfig
 from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import add_noise, target
 from ditmem_jax.models.attention.kernels import resolve
-from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.encoders import Encoder
 from ditmem_jax.models.state import Structure
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.types import Backend, Batch, Compute, Memory
@@ -42,15 +42,14 @@ def attention_backend(config: Config, mesh: Mesh) -> Backend:
 def compute_for(config: Config, mesh: Mesh, *, training: bool = False) -> Compute:
     """How the transformer of `config` computes on the devices of `mesh`; errors as `attention_backend`."""
     remat = config.run.remat if training else "none"
-    return Compute(attention_backend(config, mesh), remat, memory_blocks=config.memory.blocks)
+    blocks = config.memory.blocks if isinstance(config.memory, MemoryConfig) else None
+    return Compute(attention_backend(config, mesh), remat, memory_blocks=blocks)
 
 
-def encode(
-    encoder: MemoryEncoder, batch: Batch, *, training: bool = False, rngs: nnx.Rngs | None = None
-) -> Memory:
+def encode(encoder: Encoder, batch: Batch, *, training: bool = False, rngs: nnx.Rngs | None = None) -> Memory:
     """The memory of each sample's reference videos."""
     references = batch.references.astype(jnp.float32)
-    return encoder(references, batch.present, training=training, rngs=rngs)
+    return encoder(references, batch.present, batch.source, training=training, rngs=rngs)
 
 
 def keep_only(memory: Memory, keep: Bool[Array, " B"]) -> Memory:

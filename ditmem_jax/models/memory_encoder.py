@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ditmem_jax.config import MemoryConfig
 from ditmem_jax.errors import UserError
@@ -408,6 +408,7 @@ class MemoryEncoder(nnx.Module):
         self,
         latents: Float[Array, "B R T H W C"],
         present: Bool[Array, "B R"] | None = None,
+        source: Int[Array, " B"] | None = None,
         *,
         training: bool,
         rngs: nnx.Rngs | None = None,
@@ -417,6 +418,7 @@ class MemoryEncoder(nnx.Module):
         Args:
             latents: normalised latents of R reference videos per sample.
             present: False marks a missing video: its rows get bias -inf, and what stands in `latents` is not read.
+            source: not read; videos tell all.
             training: statistics of the batch instead of the running ones, and dropout (from `rngs.dropout`).
         Raises:
             UserError: for latents of another number of channels, or of a grid that is too small or that the

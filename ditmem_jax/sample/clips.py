@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditmem_jax.bank.features import Features
-from ditmem_jax.config import Config, to_dict
+from ditmem_jax.config import Config, FreeTokensConfig, to_dict
+from ditmem_jax.data.references import References, majority_source
 from ditmem_jax.data.video import write_video
 from ditmem_jax.diffusion.flow import sampling_sigmas
 from ditmem_jax.errors import UserError
@@ -47,7 +48,7 @@ def make_clips(
         warm: load and compile everything, which fills the compile cache, and make no clip.
     Raises:
         UserError: for an empty prompt, a missing or unfit file, a bank that cannot give the videos, or features
-            of another encoder or without one of the videos.
+            of another encoder or without one of the videos; for free tokens also if these are of no such source.
     """
     if not prompt.strip():
         raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
@@ -60,7 +61,7 @@ def make_clips(
         "memory": [],
         "encoder": None,
     }
-    references = None
+    references = source = None
     if memory == "none":
         encoder = None
     else:
@@ -78,7 +79,15 @@ def make_clips(
                 "memory: the nearest videos with a record, as in training; but there a record's own source, equal "
                 "latents and near duplicates are left out, and here nothing is"
             )
-        references = _references(retrieved, encoder, features)
+        if isinstance(config.memory, FreeTokensConfig):
+            if features is not None:
+                raise UserError("free tokens are made from no video", fix="leave --features out")
+            source = majority_source(References.of(retrieved.videos).entries, config.memory.column)
+            about["source"] = source
+            if processes.is_primary():
+                print(f"memory: the free tokens of {source}")
+        else:
+            references = _references(retrieved, encoder, features)
         used = [{"file": path.name, "sha256": of_file(path)} for path in encoder]
         about["encoder"] = used if len(used) > 1 else used[0]
     about["config"] = to_dict(config)
@@ -99,14 +108,16 @@ def make_clips(
             references = sampler.rows(references)  # once for all clips
         phases.end("load")
 
-        def given(count: int) -> Rows | None:
-            return references and tuple(np.repeat(x, count, axis=0) for x in references)
+        def given(count: int) -> dict[str, Any]:
+            if source is not None:
+                return {"sources": [source] * count}
+            return {"references": references and tuple(np.repeat(x, count, axis=0) for x in references)}
 
         size = batch_parts(sampler.mesh)
         batches = [slice(start, start + size) for start in range(0, len(paths), size)]
         progress.update(bar, description="compiling")
         for now in {len(seeds[batch]): seeds[batch] for batch in batches}.values():
-            sampler.steps([prompt] * len(now), given(len(now)))
+            sampler.steps([prompt] * len(now), **given(len(now)))
             if warm:
                 sampler.pixels(sampler.noise(now))
         phases.end("compile")
@@ -116,7 +127,7 @@ def make_clips(
         for batch in batches:
             now = seeds[batch]
             progress.update(bar, description=f"steps of seed {', '.join(map(str, now))}")
-            clips = sampler.generate([prompt] * len(now), now, given(len(now)))
+            clips = sampler.generate([prompt] * len(now), now, **given(len(now)))
             for seed, path, clip in zip(now, paths[batch], clips, strict=True):
                 if processes.is_primary():
                     path.parent.mkdir(parents=True, exist_ok=True)

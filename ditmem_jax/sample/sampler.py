@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from ditmem_jax.bank import Results
 from ditmem_jax.bank.features import encode_video
@@ -26,7 +26,8 @@ from ditmem_jax.diffusion.solvers import SOLVERS, Carry
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.backbone import Experts
 from ditmem_jax.models.ditmem import compute_for, with_strength
-from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.encoders import Encoder, VideoEncoder, per_video
+from ditmem_jax.models.free_tokens import FreeTokens, source_numbers
 from ditmem_jax.models.placement import place_on
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, Memory
 
 Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
-"""What an encoder, or that of each expert, makes of single reference videos (`MemoryEncoder.video_rows`)."""
+"""What an encoder, or that of each expert, makes of single reference videos (`VideoEncoder.video_rows`)."""
 Coefficients = Float[np.ndarray, "steps k"]
 """Of each step, as `diffusion.solvers` computes them."""
 Step = Callable[[Carry, Float[np.ndarray, " k"]], Carry]
@@ -89,7 +90,7 @@ class Sampler:
         dit: DiT | Experts,
         vae: VAE,
         text: tuple[UMT5, Tokenizer] | dict[str, Array],
-        encoder: MemoryEncoder | tuple[MemoryEncoder, MemoryEncoder] | None = None,
+        encoder: Encoder | tuple[Encoder, Encoder] | None = None,
         on_step: Callable[[], None] | None = None,
         mesh: Mesh | None = None,
     ):
@@ -141,9 +142,10 @@ class Sampler:
         seeds: Sequence[int],
         references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
+        sources: Sequence[str] | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Return one clip per prompt, as pixels; arguments and errors as `latents`."""
-        return self.pixels(self.latents(prompts, seeds, references, strength))
+        return self.pixels(self.latents(prompts, seeds, references, strength, sources))
 
     def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B F H8 W8 3"]:
         """The clips that these latents are of."""
@@ -155,6 +157,7 @@ class Sampler:
         seeds: Sequence[int],
         references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
+        sources: Sequence[str] | None = None,
     ) -> Latents:
         """Return one clip per prompt, as normalised latents.
 
@@ -163,12 +166,13 @@ class Sampler:
             references: the reference videos of each prompt: what a bank found for it, their latents, or their `rows`;
                 None is no memory.
             strength: instead of `config.sample.strength`.
+            sources: for an encoder of free tokens, instead of references: the source of each prompt's memory.
         Raises:
             UserError: for an empty prompt, for seeds or references that are not one for each prompt, and for
-                references that do not fit the encoder.
+                references or sources that do not fit the encoder.
         """
         _check_count("seeds", len(seeds), prompts)
-        steps, noise = self.steps(prompts, references, strength), self.noise(seeds)
+        steps, noise = self.steps(prompts, references, strength, sources), self.noise(seeds)
         with jax.set_mesh(self.mesh):
             carry = self._solver.init(noise)
             for step, coefficients in steps:
@@ -186,6 +190,7 @@ class Sampler:
         prompts: Sequence[str],
         references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
+        sources: Sequence[str] | None = None,
     ) -> list[tuple[Step, Coefficients]]:
         """What `latents` goes through: of each transformer its compiled step and the coefficients of its steps.
 
@@ -203,10 +208,16 @@ class Sampler:
                 )
             _check_count("references", len(rows[0]), prompts)
             rows = [shard(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
+        if sources is not None:
+            _check_count("sources", len(sources), prompts)
+            numbers = [shard(self.mesh, x, "batch") for x in self._source_numbers(sources)]
         with jax.set_mesh(self.mesh):
             if references is not None:
                 mixed = [_mix(*pair, strength) for pair in zip(self._encoders, rows, strict=True)]
                 memories = mixed * (len(self._stages) // len(mixed))
+            if sources is not None:
+                chosen = [_choose(*pair, strength) for pair in zip(self._encoders, numbers, strict=True)]
+                memories = chosen * (len(self._stages) // len(chosen))
             texts = self._embed(prompts), jnp.repeat(self._negative, len(prompts), axis=0)
             texts = tuple(map(Conditioning, texts))
             return [
@@ -231,12 +242,13 @@ class Sampler:
         """What the encoders make of each reference video, to the last bit as `bank.features` stores it.
 
         Raises:
-            UserError: without an encoder.
+            UserError: without an encoder, or with one that is not of videos.
         """
         if None in self._encoders:
             raise UserError("this sampler has no memory encoder", fix="load it with an encoder's file")
         if isinstance(references, Results):
             references = references.latents
+        encoders = [per_video(encoder) for encoder in self._encoders]
         return tuple(
             np.stack(
                 [
@@ -244,8 +256,22 @@ class Sampler:
                     for videos in references
                 ]
             )
-            for encoder in self._encoders
+            for encoder in encoders
         )
+
+    def _source_numbers(self, sources: Sequence[str]) -> list[Int[np.ndarray, " B"]]:
+        """For each encoder the numbers of sources."""
+        for encoder in self._encoders:
+            if not isinstance(encoder, FreeTokens):
+                raise UserError(
+                    "this sampler has no tokens of sources",
+                    expected="memory.kind = free_tokens",
+                    found="no encoder" if encoder is None else f"memory.kind = {encoder.config.kind}",
+                    fix="give references instead of sources",
+                )
+        return [
+            np.array(source_numbers(encoder.config, list(sources)), np.int32) for encoder in self._encoders
+        ]
 
     def _embed(self, prompts: Sequence[str], *, allow_empty: bool = False) -> Float[Array, "B L E"]:
         if isinstance(self._text, tuple):
@@ -289,9 +315,15 @@ def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Carry]:
 
 
 @nnx.jit
-def _mix(encoder: MemoryEncoder, videos: Float[Array, "B R 2 M D"], strength: float | Array) -> Memory:
+def _mix(encoder: VideoEncoder, videos: Float[Array, "B R 2 M D"], strength: float | Array) -> Memory:
     """The memory of every prompt, from the rows of its videos."""
     return with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
+
+
+@nnx.jit
+def _choose(encoder: FreeTokens, source: Int[Array, " B"], strength: float | Array) -> Memory:
+    """The memory of every prompt, from the number of its source."""
+    return with_strength(encoder(source=source, training=False), strength)
 
 
 def embed(
@@ -328,7 +360,8 @@ def with_encoder(config: Config, path: str | Path) -> Config:
             f"no encoder at {path}", expected="the encoder.safetensors of a run of ditmem_jax.train"
         )
     memory, _ = encoder_metadata(path)
-    wanted, found = (config.dit.dim, config.vae.z_dim), (memory.dim, memory.in_dim)
+    wanted = (config.dit.dim, config.vae.z_dim)
+    found = (memory.dim, getattr(memory, "in_dim", config.vae.z_dim))  # not every kind reads latents
     if found != wanted:
         raise UserError(
             f"the encoder in {path} does not fit the networks of the config",

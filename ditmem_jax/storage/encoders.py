@@ -10,16 +10,16 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ditmem_jax.config import MemoryConfig, build, to_dict
+from ditmem_jax.config import EncoderConfig, build, to_dict
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.encoders import Encoder, new_encoder
 from ditmem_jax.models.state import Arrays, abstract
 from ditmem_jax.storage.digests import crc32
 from ditmem_jax.storage.tensors import open_tensors, write_safetensors
 from ditmem_jax.storage.weights import FORMAT, Place, on_default_device, read_arrays
 
 
-def save_encoder(path: str | Path, arrays: Arrays, config: MemoryConfig, extra: dict[str, Any]) -> None:
+def save_encoder(path: str | Path, arrays: Arrays, config: EncoderConfig, extra: dict[str, Any]) -> None:
     """Writes an encoder (its arrays, see `models.state.split`) as one file, whole or not at all.
 
     Args:
@@ -38,7 +38,7 @@ def save_encoder(path: str | Path, arrays: Arrays, config: MemoryConfig, extra: 
 
 def load_encoder(
     path: str | Path, place: Place = on_default_device, *, dtype: DTypeLike = jnp.float32
-) -> MemoryEncoder:
+) -> Encoder:
     """The encoder in a file of `save_encoder`; its configuration is `.config`.
 
     Args:
@@ -47,7 +47,7 @@ def load_encoder(
         UserError: if the file is no encoder, is cut off or was altered.
     """
     path, (config, _) = Path(path), encoder_metadata(path)
-    structure, shapes = abstract(lambda: MemoryEncoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    structure, shapes = abstract(lambda: new_encoder(config, rngs=nnx.Rngs(0), dtype=dtype))
     arrays = read_arrays(path, shapes, lambda _, array: array)
     expected = open_tensors(path)[1]["crc32"]
     if (found := _checksum(arrays)) != expected:
@@ -57,12 +57,12 @@ def load_encoder(
     return structure.merge({name: place(name, array) for name, array in arrays.items()})
 
 
-def encoder_metadata(path: str | Path) -> tuple[MemoryConfig, dict[str, Any]]:
+def encoder_metadata(path: str | Path) -> tuple[EncoderConfig, dict[str, Any]]:
     """Configuration and `extra` of an encoder's file."""
     _, metadata = open_tensors(Path(path))
     if metadata.get("format") != f"{FORMAT}.encoder":
         raise UserError(f"{path} is no memory encoder", expected="the encoder.safetensors of a training run")
-    return build(MemoryConfig, json.loads(metadata["config"]), "memory"), json.loads(metadata["extra"])
+    return build(EncoderConfig, json.loads(metadata["config"]), "memory"), json.loads(metadata["extra"])
 
 
 def _checksum(arrays: Arrays) -> str:

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from ditmem_jax.config import Config, to_dict
+from ditmem_jax.config.strict import dataclasses_of
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.parallel import compilation, processes
@@ -130,7 +131,10 @@ def _defaults() -> dict[str, Any]:
     named = {
         f"{part.name}.{field.name}": field.default
         for part in dataclasses.fields(Config)
-        for field in dataclasses.fields(part.type)
+        for kind in reversed(
+            dataclasses_of(part.type)
+        )  # of several kinds the first is meant where none is named
+        for field in dataclasses.fields(kind)
         if field.default is not dataclasses.MISSING
     }
     return json.loads(json.dumps(named))  # tuples become lists, as in the file

@@ -1,5 +1,6 @@
 """What a run begins with: networks, data and compiled programs, checked, loaded and on the devices of the mesh."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ditmem_jax.bank import matches
-from ditmem_jax.config import Config
+from ditmem_jax.config import Config, FreeTokensConfig, MemoryConfig
 from ditmem_jax.data.pipeline import training_data
 from ditmem_jax.data.records import RecordReader
-from ditmem_jax.data.references import References
+from ditmem_jax.data.references import References, majority_source
 from ditmem_jax.diffusion import objective
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import Networks, compute_for
+from ditmem_jax.models.free_tokens import source_numbers
 from ditmem_jax.models.placement import place_on
 from ditmem_jax.models.state import Arrays, split
 from ditmem_jax.parallel import compilation, processes
@@ -44,7 +46,7 @@ class Setup:
 
     def __init__(self, config: Config):
         check_weights(config, *stored_dits(config, config.experts.trains))
-        self.config, self.mesh = config, make_mesh(config.mesh)
+        self.mesh = make_mesh(config.mesh)
         self.optimizer = make_optimizer(config.optim, config.run.steps)
         records = RecordReader(config.data.records)
         held_out = RecordReader(config.data.validation) if config.data.validation else None
@@ -54,6 +56,8 @@ class Setup:
             found.append(matches.read(held_out, config.data.bank, config.data.references))
         references = [each.references(config.data.references) for each in found]
         check(config, self.mesh, [videos for videos, _ in references], *filter(None, (records, held_out)))
+        config, sources = with_sources(config, references)
+        self.config = config
         self.networks, self.backbone = load_networks(config, self.mesh)
         if sum(x.nbytes for x in self.backbone.values()) <= SMALL:
             compilation.keep_freed_memory()
@@ -63,12 +67,14 @@ class Setup:
                 if processes.is_primary():
                     found[0].save(self.folder / matches.FILE)
             options = dict(workers=config.data.workers, cache=config.data.cache)
-            self.data = self._stream(records, *references[0], **options)
-            self._training_stream = functools.partial(self._stream, records, *references[0])
+            self.data = self._stream(records, *references[0], sources=sources[0], **options)
+            self._training_stream = functools.partial(
+                self._stream, records, *references[0], sources=sources[0]
+            )
         for each in found:
             each.warn_if_stale()
         self.state_layout = state_layout(config, self.optimizer, self.mesh)
-        self.held_out = self._held_out(held_out, *references[1]) if held_out else []
+        self.held_out = self._held_out(held_out, *references[1], sources[1]) if held_out else []
         self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
 
     def compile(self) -> tuple[Callable, Validator | None]:
@@ -103,7 +109,8 @@ class Setup:
         """The state before the first step; a gate begins where the first batch says. Under `jax.set_mesh`."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state_layout)
         state = jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=shardings)()
-        if self.config.memory.gate == "none":
+        memory = self.config.memory
+        if not isinstance(memory, MemoryConfig) or memory.gate == "none":
             return state
         batch = self.put(next(self._training_stream()))
         state = calibrate(self.config, self.networks, self.backbone, state, batch, self.mesh)
@@ -119,15 +126,15 @@ class Setup:
         return self.folder / name
 
     def _held_out(
-        self, records: RecordReader, bank: References, matches: np.ndarray
+        self, records: RecordReader, bank: References, matches: np.ndarray, sources: np.ndarray | None
     ) -> list[tuple[Batch, Batch]]:
         """The batches to validate on, with their own references and with another's."""
 
-        def batches(matches: np.ndarray) -> list[Batch]:
-            stream = self._stream(records, bank, matches, epochs=1)
+        def batches(matches: np.ndarray, sources: np.ndarray | None) -> list[Batch]:
+            stream = self._stream(records, bank, matches, epochs=1, sources=sources)
             return list(itertools.islice(stream, self.config.run.validation_batches))
 
-        right = batches(matches)
+        right = batches(matches, sources)
         places = {entry.id: number for number, entry in enumerate(records.entries)}
         numbers = [places[id] for batch in right for id in batch.ids]  # those of this process
         data, seed = self.config.data, self.config.run.seed
@@ -136,7 +143,10 @@ class Setup:
         of_others = np.full_like(matches, -1)
         of_others[numbers] = np.where(found[:, None] >= 0, matches[found], -1)
         pairs = []
-        for batch, other in zip(right, batches(of_others), strict=True):
+        if sources is not None:
+            sources = sources.copy()
+            sources[numbers] = sources[found]
+        for batch, other in zip(right, batches(of_others, sources), strict=True):
             batch, other = self.put(batch), self.put(other)
             pairs.append((batch, batch._replace(references=other.references, present=other.present)))
         return pairs
@@ -161,7 +171,33 @@ def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> Batch:
         Conditioning(array(config.dit.text_len, config.dit.text_dim)),
         array(data.references, *latents),
         array(data.references, dtype=bool),
+        source=array(dtype=np.int32) if isinstance(config.memory, FreeTokensConfig) else None,
     )
+
+
+def with_sources(
+    config: Config, references: Sequence[tuple[References, np.ndarray]]
+) -> tuple[Config, list[np.ndarray | None]]:
+    """The config with the names of the sources that are to have tokens, if its memory is of such a kind, and numbers.
+
+    Args:
+        references: of the records to train on, and of others, as `Matches.references` gives them.
+    Returns:
+        Also for each set of records the number of each record's source, in `memory.sources`; None without sources.
+    Raises:
+        UserError: for records of another source than those, or whose references name none.
+    """
+    memory = config.memory
+    if not isinstance(memory, FreeTokensConfig):
+        return config, [None] * len(references)
+    named = []
+    for videos, index in references:
+        entries = videos.entries
+        named.append([majority_source([entries[place] for place in row], memory.column) for row in index])
+    if not memory.sources:
+        memory = dataclasses.replace(memory, sources=tuple(sorted(set(named[0]))))
+    numbers = [np.array(source_numbers(memory, names), np.int32) for names in named]
+    return dataclasses.replace(config, memory=memory), numbers
 
 
 def load_networks(config: Config, mesh: Mesh) -> tuple[Networks, Arrays]:

@@ -22,7 +22,7 @@ from ditmem_jax.diffusion.objective import Baseline
 from ditmem_jax.models import adapters
 from ditmem_jax.models.backbone import with_expert
 from ditmem_jax.models.ditmem import Networks, encode, keep_only, per_sample_mse
-from ditmem_jax.models.memory_encoder import MemoryEncoder, shuffle_videos
+from ditmem_jax.models.memory_encoder import shuffle_videos
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import Arrays, Structure, abstract, split
 from ditmem_jax.models.wan.dit import DiT
@@ -139,9 +139,9 @@ def make_networks(config: Config, dit: Structure) -> Networks:
     )
 
 
-def make_encoder(config: Config) -> MemoryEncoder:
+def make_encoder(config: Config) -> Encoder:
     """A new encoder, from the run's seed."""
-    return MemoryEncoder(
+    return new_encoder(
         config.memory,
         rngs=nnx.Rngs(jax.random.key(config.run.seed)),
         dtype=DTYPES[config.weights.computed_in],
