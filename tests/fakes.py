@@ -30,9 +30,9 @@ class FakeEncoder(MemoryEncoder):
 
     def __init__(self, seen: Seen | None = None):
         self.factor, self.calls = nnx.Param(jnp.float32(1)), nnx.BatchStat(jnp.float32(0))
-        self.seen = seen
+        self.config, self.seen = None, seen
 
-    def __call__(self, latents, present, *, training, rngs=None):
+    def __call__(self, latents, present=None, source=None, *, training, rngs=None):
         if training:
             self.calls[...] += 1
         if self.seen is not None:

@@ -22,6 +22,7 @@ from ditmem_jax.diffusion.objective import Baseline
 from ditmem_jax.models import adapters
 from ditmem_jax.models.backbone import with_expert
 from ditmem_jax.models.ditmem import Networks, encode, keep_only, per_sample_mse
+from ditmem_jax.models.encoders import Encoder, new_encoder
 from ditmem_jax.models.memory_encoder import shuffle_videos
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import Arrays, Structure, abstract, split

@@ -16,6 +16,7 @@ from ditmem_jax.models.quantised import to_int8
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
 from ditmem_jax.storage.weights import check_weights, load_dit, load_umt5
+from ditmem_jax.types import Conditioning
 from tests.tiny import make_tiny, random_arrays, replace
 
 
@@ -119,7 +120,7 @@ def test_matrices_in_eight_bits(config):
 
     def velocity(network, latents):
         structure, arrays = network
-        return structure.merge(arrays)(latents, jnp.array([300.0, 900.0]), text)
+        return structure.merge(arrays)(latents, jnp.array([300.0, 900.0]), Conditioning(text))
 
     def gradient(network):
         return jax.grad(lambda latents: jnp.square(velocity(network, latents)).mean())(latents)
