@@ -17,7 +17,7 @@ PYTHON_3_11 := $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test peers peers-installed tfio-env tfio-shards lint docs clean
+.PHONY: help demo test peers peers-installed tfio-env tfio-shards lint docs mutants clean
 
 help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -42,9 +42,14 @@ tfio-env: $(TFIO)/installed ## an environment with tensorflow-io
 tfio-shards: $(TFIO)/installed ## IN=... OUT=...: videos from TFRecord files, HTTP, gs:// or s3:// to input records
 	@$(TFIO)/bin/python -m convert.tfio $(IN:%=--in='%') --out='$(OUT)' --mode=$(or $(MODE),pass) $(FLAGS)
 
-lint: $(INSTALLED) ## style
+lint: $(INSTALLED) ## style, imports between floors, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+mutants: $(VENV)/mutants ## faults put in one by one, each to turn a test red [MODULES='train/step ...'], under two hours
+	$(BIN)/python -m tests.mutants $(MODULES)
 
 docs: $(VENV)/docs ## the pages in build/site, from docs/ and the docstrings
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -62,6 +67,10 @@ endif
 
 $(VENV)/docs: $(INSTALLED)
 	$(BIN)/python $(INSTALL) '.[docs]'
+	touch $@
+
+$(VENV)/mutants: $(INSTALLED)
+	$(BIN)/python $(INSTALL) '.[test,mutants]'
 	touch $@
 
 peers-installed: $(if $(PYTHON_3_11),$(PEERS)/installed)

@@ -70,7 +70,7 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
         else:
             level.append(shapes[f"{layer}.residual.6.weight"][0])
     levels.append(level)
-    values = dict(
+    values: dict[str, Any] = dict(
         dim=dim,
         z_dim=z_dim,
         dim_mult=[level[-1] // dim for level in levels],
@@ -166,7 +166,7 @@ def detect(names: Collection[str], kind: str | None = None) -> tuple[str, str] |
         for candidate in ([kind] if kind else KINDS)
         for naming, pattern in KINDS[candidate].signs.items()
     }
-    best = max(counts, key=counts.get)
+    best = max(counts, key=counts.__getitem__)
     return best if counts[best] else None
 
 

@@ -119,12 +119,12 @@ def _network(role: str, kind: str, naming: str, part: Part, dtype: str | None) -
     network, tensors = kinds.KINDS[kind], part.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     aliases = kinds.naming_aliases(kind, naming, tensors)
-    spelling = dataclasses.replace(network.spelling, aliases=aliases | network.spelling.aliases)
+    spelling = dataclasses.replace(network.spelling, aliases={**aliases, **network.spelling.aliases})
     config = kinds.configure(
         kind, {canonical(spelling, name): shape for name, shape in shapes.items()}, part.config, str(part)
     )
     table = network.table(config)
-    table = dataclasses.replace(table, aliases=aliases | table.aliases)
+    table = dataclasses.replace(table, aliases={**aliases, **table.aliases})
     wanted = _arrays(kind, config)
     found = match(table, shapes, wanted)
     ignored = set(found.ignored)

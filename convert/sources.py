@@ -38,8 +38,8 @@ class Part:
         return self.files[0].parent
 
     def __str__(self) -> str:
-        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
-        return f"{self.files[0]}{more}"
+        first, *others = self.files
+        return f"{first} and {len(others)} more" if others else str(first)
 
 
 @dataclasses.dataclass(frozen=True)

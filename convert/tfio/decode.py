@@ -43,7 +43,7 @@ def examine(data: bytes) -> Facts:
         UserError: if it is no video, or cut off.
     """
     try:
-        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+        with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError("it holds no video", found="only sound or other streams")
             stream = container.streams.video[0]

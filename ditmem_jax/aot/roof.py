@@ -54,7 +54,7 @@ class Cost(NamedTuple):
         sent = Counter(self.collectives)
         for name, size in other.collectives.items():
             sent[name] += times * size
-        return Cost(*(a + times * b for a, b in zip(self[:3], other[:3], strict=True)), sent)
+        return Cost(*(a + times * b for a, b in zip(self[:3], other[:3], strict=True)), collectives=sent)
 
 
 NOTHING = Cost(0.0, 0.0, 0.0, Counter())

@@ -3,6 +3,9 @@
 Both indexes number rows as they are added, from 0 on. They find candidates only; who asks scores these again.
 """
 
+# The stubs of faiss lack what its Python adds.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
 from collections.abc import Iterable
 
 import faiss

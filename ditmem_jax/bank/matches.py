@@ -117,7 +117,7 @@ def find(records: RecordReader, bank: Bank, k: int, threshold: float = 0.98) -> 
         UserError: if too few are left for a record.
     """
     entries, checksums = records.entries, records.checksums
-    left_out = collections.Counter(dict.fromkeys(REASONS, 0))
+    left_out: collections.Counter[str] = collections.Counter(dict.fromkeys(REASONS, 0))
     rows: list[dict[str, Any]] = []
     for start in track(range(0, len(entries), QUERIES_AT_ONCE), "matching"):
         group = slice(start, start + QUERIES_AT_ONCE)

@@ -203,7 +203,7 @@ class Table:
         if not len(self._select(where, ["_rowid"])):
             return 0
         with lance_errors(f"cannot remove from the bank {self.uri}"):
-            return self._table.delete(where).num_deleted_rows
+            return self._table.delete(where).num_deleted_rows  # pyright: ignore[reportAttributeAccessIssue]  # not in the stub
 
     def refresh(self) -> None:
         """Moves on to the newest version, which another writer may have made; not from an older one on purpose."""

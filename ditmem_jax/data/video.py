@@ -13,6 +13,7 @@ from typing import Literal
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import ColorRange
 from jaxtyping import Float32, Int, UInt8
 
@@ -185,12 +186,12 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
 _BT601 = 6  # SMPTE 170M in H.264's table of colour matrices
 
 
-def _open(path: VideoFile) -> av.container.InputContainer:
+def _open(path: VideoFile) -> InputContainer:
     if isinstance(path, VideoBytes):
         path.seek(0)
     try:
         source = path if isinstance(path, VideoBytes) else str(path)
-        container = av.open(source, metadata_errors="replace")  # titles in old encodings
+        container = av.open(source, "r", metadata_errors="replace")  # titles in old encodings
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"cannot read {path}", expected="a video file", found=error.strerror) from error
     if not container.streams.video:

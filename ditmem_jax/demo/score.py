@@ -64,7 +64,7 @@ def _row(name: str, findings: Findings, chosen: np.ndarray) -> Row:
     error = {way: (float(mean[i]), float(means[:, i].std(ddof=1))) for i, way in enumerate(values)}
     copy = findings.measured["copy"][compared]
     told = np.isfinite(copy)
-    copy_mean, copy_means = _bootstrap(law_error(copy[told], true[told])[:, None], world[told])
+    copy_mean, copy_means = _bootstrap(np.asarray(law_error(copy[told], true[told]))[:, None], world[told])
     error["copy"] = (float(copy_mean[0]), float(copy_means.std(ddof=1)))
 
     def over(way: str, base: str) -> tuple[float, float, float]:

@@ -288,7 +288,7 @@ def _smooth(steps: list[float], values: list[float]) -> report.Series:
     width = max(1, len(values) // 20)
     window = np.full(width, 1 / width)
     return report.Series(
-        *(np.convolve(column, window, "valid").tolist() for column in (steps, values)), "grey"
+        *(np.convolve(column, window, "valid").tolist() for column in (steps, values)), tone="grey"
     )
 
 

@@ -163,14 +163,14 @@ class Findings:
 
 def examine(trials: Sequence[Trial], clips: dict[str, np.ndarray]) -> Findings:
     """Measure every clip as one of its trial's phenomenon; `clips` holds all but the real, which the trials have."""
-    clips = {"real": [trial.clip.video for trial in trials], **clips}
+    films = {"real": [trial.clip.video for trial in trials], **clips}
     entries, measured = [], {way: [] for way in ALL}
     for index, trial in enumerate(track(trials, "measuring")):
-        shown = {way: told(clips[way][index], trial.phenomenon) for way in ALL}
+        shown = {way: told(films[way][index], trial.phenomenon) for way in ALL}
         for constant, value in trial.world.shown_by(trial.phenomenon).items():
             other = getattr(trial.other, constant)
             entries.append((index, trial.number, trial.phenomenon, constant, value, other))
             for way in ALL:
                 measured[way].append(shown[way].get(constant, np.nan))
     columns = map(np.array, zip(*entries, strict=True))
-    return Findings(*columns, {way: np.array(values) for way, values in measured.items()})
+    return Findings(*columns, measured={way: np.array(values) for way, values in measured.items()})

@@ -66,12 +66,14 @@ def _draw_for_expert(
 def share_below(config: ObjectiveConfig, experts: ExpertsConfig) -> float:
     """The share of samples whose noise level falls below `experts.boundary`."""
     boundary = experts.boundary
+    assert boundary is not None, "one transformer has no boundary"
     if config.density == "shifted":
         return float((~experts.is_high(shifted_sigmas(TRAIN_STEPS, config.shift))).mean())
     if config.density == "uniform":
         low, high = config.sigma_range
         return float(np.clip((boundary - low) / (high - low), 0, 1))
-    return float(np.interp(boundary, *map(np.asarray, _spectrum(config))))
+    edges, cumulative = map(np.asarray, _spectrum(config))
+    return float(np.interp(boundary, edges, cumulative))
 
 
 def _spectrum(config: ObjectiveConfig) -> tuple[Float[Array, " n"], Float[Array, " n"]]:

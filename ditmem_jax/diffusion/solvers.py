@@ -67,7 +67,7 @@ class Euler:
 
     def coefficients(self, sigmas):
         """Columns: sigma, and its change."""
-        return np.float32(np.stack([sigmas, np.diff(_to_zero(sigmas))], axis=1))
+        return np.stack([sigmas, np.diff(_to_zero(sigmas))], axis=1).astype(np.float32)
 
     def init(self, noise):
         return Carry(noise)

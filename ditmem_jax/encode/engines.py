@@ -116,8 +116,8 @@ class OnRay:
 
     def _resources(self) -> dict[str, Any]:
         """What a worker takes of a machine: no CPU, lest there be none left to read videos."""
-        kind = {"GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}.get(self.accelerator, {})
-        return {"num_cpus": 0, **kind}
+        kinds: dict[str | None, dict[str, Any]] = {"GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}
+        return {"num_cpus": 0, **kinds.get(self.accelerator, {})}
 
 
 Engine = Local | OnRay
@@ -147,7 +147,7 @@ class _Worker:
         import ray
 
         task = ray.remote(read_row).options(max_retries=-1)
-        start = functools.partial(task.remote, options=self.job.reading)
+        start = functools.partial(task.remote, options=self.job.reading)  # pyright: ignore[reportCallIssue]  # of read_row
         clips = map(ray.get, _ahead(start, rows, 2 * self.job.batch))
         return write_part(rows, clips, self.networks, self.job)
 

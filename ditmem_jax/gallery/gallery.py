@@ -111,10 +111,10 @@ class Gallery:
     def search(self, prompt: str, where: str = "", k: int = 12, version: int | None = None) -> Found:
         """The k rows nearest to a prompt that pass a filter, or fewer if there are not so many; without a prompt
         the first ones."""
-        where = where.strip() or None
+        condition = where.strip() or None
         with self._lock:
             table = self._table(version)
-        row_ids = table.row_ids(where)  # without the lock: nobody waits for another's filter
+        row_ids = table.row_ids(condition)  # without the lock: nobody waits for another's filter
         with self._lock:
             count = min(k, len(row_ids))
             if not count:
@@ -122,7 +122,7 @@ class Gallery:
             if not prompt.strip():
                 rows = table.take(row_ids[:count]).to_pylist()
                 return Found(table.version, rows, [None] * count, len(row_ids))
-            results = self._bank(version).search([prompt], count, where=where and row_ids)
+            results = self._bank(version).search([prompt], count, where=condition and row_ids)
             return Found(table.version, results.rows[0], results.scores[0].tolist(), len(row_ids))
 
     def row(self, name: str, version: int | None = None) -> dict[str, Any]:

@@ -322,6 +322,11 @@ class Branch(nnx.Module):
 class SelfAttention(nnx.Module):
     """Attention over rows with a bias, RMS norm over the full width of query and key, no residual."""
 
+    q: nnx.Linear
+    k: nnx.Linear
+    v: nnx.Linear
+    o: nnx.Linear
+
     def __init__(self, config: MemoryConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         for name in ("q", "k", "v", "o"):
             setattr(self, name, nnx.Linear(config.dim, config.dim, rngs=rngs, dtype=dtype))
@@ -344,6 +349,11 @@ class Reader(nnx.Module):
 
     Additions of low rank begin at zero. The gate begins at zero as well, until `train.calibration` has measured where.
     """
+
+    key_down: nnx.Param
+    key_up: nnx.Param
+    value_down: nnx.Param
+    value_up: nnx.Param
 
     def __init__(self, config: MemoryConfig, *, rngs: nnx.Rngs):
         blocks, dim, rank = config.reading_blocks, config.dim, config.reading

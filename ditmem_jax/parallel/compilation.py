@@ -24,7 +24,7 @@ def enable_cache(folder: str | None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     elif folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder)
-    elif jax.config.jax_compilation_cache_dir is None:
+    elif jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]  # made at import
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", str(Path(caches, "ditmem_jax", "xla")))
 

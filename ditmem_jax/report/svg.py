@@ -1,5 +1,8 @@
 """Charts as inline SVG. Colours are classes, so that a page's light and dark dress fit them."""
 
+# Both ends of an axis that was fitted are numbers.
+# pyright: reportOperatorIssue=false
+
 import dataclasses
 import math
 from collections.abc import Sequence

@@ -126,7 +126,7 @@ class Sampler:
         if encoder is not None:
             config, paths = with_encoders(config, encoder)
             loaded = tuple(load_encoder(path, place_on(mesh, "encoder")) for path in paths)
-            memory = loaded if len(loaded) > 1 else loaded[0]
+            memory = loaded[0] if len(loaded) == 1 else loaded
         text = load_umt5(config, place_on(mesh, "text"))
         if prompts is not None:
             negative = config.sample.negative_prompt

@@ -109,7 +109,8 @@ def write_safetensors(
         shapes: anything with the shape and dtype of each array, in the order in which they are written.
         arrays: name and values; an array may come in several pieces along its leading axis.
     """
-    header, offset = {"__metadata__": metadata} if metadata else {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     for name, x in shapes.items():
         size = int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize
         header[name] = {

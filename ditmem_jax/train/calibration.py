@@ -10,6 +10,7 @@ in odds in place of shares, with e(sigma) = sigma sqrt(mean squared error of the
 of the estimate x - sigma v of the clean clip. Both are measured on one batch.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditmem_jax.config import Config
+from ditmem_jax.config import Config, MemoryConfig
 from ditmem_jax.config.schema import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import add_noise
 from ditmem_jax.models.backbone import with_expert
@@ -37,13 +38,14 @@ def calibrate(
     """Return `state` with the gate of its memory encoder where it begins; under `jax.set_mesh`."""
     start = jax.jit(make_start(config, networks), out_shardings=replicated(mesh))
     gate = start(backbone, state.params | state.rest, batch)
-    if config.memory.gate == "fixed":
-        return state.replace(rest=state.rest | {"reader.fixed_gate": gate})
-    return state.replace(params=state.params | {"reader.gate": gate})
+    if "reader.fixed_gate" in state.rest:
+        return dataclasses.replace(state, rest=state.rest | {"reader.fixed_gate": gate})
+    return dataclasses.replace(state, params=state.params | {"reader.gate": gate})
 
 
 def make_start(config: Config, networks: Networks) -> Callable[[Arrays, Arrays, Batch], jax.Array]:
     """The pure program (frozen weights, encoder, batch) -> gate [A, 2, K]."""
+    assert isinstance(config.memory, MemoryConfig), "other memories have no gate"
     share = config.memory.gate_share
     levels = np.maximum(np.linspace(0, 1, KNOTS), LOWEST).astype(np.float32)
     high = config.experts.is_high(levels)

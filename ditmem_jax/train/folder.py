@@ -236,7 +236,7 @@ class Monitor:
         if self.curves:
             self.curves.write("validation", step, result)
         levels = {name: gain for name, gain in result.items() if name not in ("gain", "gain_wrong")}
-        worst = min(levels, key=levels.get)
+        worst = min(levels, key=lambda name: levels[name])
         told = f"gain {result['gain']:+.2%}, worst level {worst.removeprefix('gain_')}: {levels[worst]:+.2%}"
         if "gain_wrong" in result:
             told += f", with another's memory {result['gain_wrong']:+.2%}"

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -153,7 +154,7 @@ class Setup:
 
     def _stream(
         self, records: RecordReader, bank: References, index: np.ndarray, **options: Any
-    ) -> Iterator[Batch]:
+    ) -> grain.DatasetIterator[Batch]:
         options |= dict(seed=self.config.run.seed, text_len=self.config.dit.text_len, bank=bank)
         options |= dict(rows=local_rows(self.mesh, self.config.data.batch_size))
         return iter(training_data(records, index, self.config.data.batch_size, **options))

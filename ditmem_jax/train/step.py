@@ -111,10 +111,11 @@ def make_train_step(
         if networks.encoder is None:  # adapters act on every sample
             keep = jnp.ones_like(keep)
         counted = objective.in_bins(sigma) & keep[None]
+        errors, without = (jnp.broadcast_to(x, counted.shape) for x in (error, expected))
         metrics = {
             "objective": value,
             "loss": error.mean(),
-            "gain": objective.gain(*(jnp.broadcast_to(x, counted.shape) for x in (error, expected)), counted),
+            "gain": objective.gain(errors, without, counted),
             "gradient_norm": optax.global_norm(gradients),
         }
         return TrainState(state.step + 1, params, rest, optimizer_state, baseline), metrics

@@ -153,9 +153,9 @@ def others(
         return not one_source and not one_group and (not kind or ours.extra[kind] == theirs.extra[kind])
 
     def other(number: int) -> int:
-        unrelated = ~np.isin(relatives, relatives[number]).any(axis=1)
+        related = np.isin(relatives, relatives[number]).sum(axis=1) > 0
         order = np.random.default_rng([seed, number]).permutation(len(entries)).tolist()
-        candidates = [i for i in order if unrelated[i] and may_be_other(entries[number], entries[i])]
+        candidates = [i for i in order if not related[i] and may_be_other(entries[number], entries[i])]
         return max(candidates, key=functools.partial(shared, number), default=-1)
 
     return np.array([other(number) for number in numbers], np.int64)

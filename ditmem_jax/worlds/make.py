@@ -34,7 +34,7 @@ def clips_of(
         for k in range(clips):
             rng = np.random.default_rng([seed, get_args(Split).index(split), number, k])
             clip = sample_clip(rng, world, phenomena[k % len(phenomena)], camera)
-            state = None if world.name else rng.choice([None, None, "words", "numbers"])
+            state = None if world.name else rng.choice(np.array([None, None, "words", "numbers"]))
             yield number, world, clip, caption(clip, world.name, state)
 
 

@@ -10,6 +10,7 @@ from ditmem_jax.errors import UserError
 
 
 def test_shifted_sigmas():
+    np.testing.assert_array_equal(flow.shifted_sigmas(1, 5.0), [1])
     np.testing.assert_allclose(flow.shifted_sigmas(4, 1.0), [1, 0.75, 0.5, 0.25])
     # 5 s / (1 + 4 s) for s = 1, 3/4, 1/2, 1/4
     np.testing.assert_allclose(flow.shifted_sigmas(4, 5.0), [1, 3.75 / 4, 2.5 / 3, 1.25 / 2])
@@ -52,3 +53,6 @@ def test_training_weights():
     assert weights.mean() == pytest.approx(1)
     assert weights.min() == 0
     assert timesteps[weights.argmax()] == pytest.approx(500, abs=2)
+    # exp(-2 (t / 1000 - 1/2)^2) less its least value, which is that of t = 1000; the last t is 1000 * 0.005 / 1.004
+    least, last = np.exp(-0.5), np.exp(-2 * (0.005 / 1.004 - 0.5) ** 2)
+    assert weights[-1] / weights.max() == pytest.approx((last - least) / (1 - least), rel=1e-4)

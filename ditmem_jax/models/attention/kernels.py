@@ -35,7 +35,7 @@ from ditmem_jax.types import Backend
 Rows = tuple[Array, Array, Array] | None
 """A memory's keys [B, M, N, K], values [B, M, N, K] and biases [B, M]."""
 
-PLATFORM: dict[Backend, str] = {"cudnn": "gpu", "splash": "tpu"}
+PLATFORM: dict[str, str] = {"cudnn": "gpu", "splash": "tpu"}
 
 QUERIES = 256  # of one block: enough for matrix products at full speed, with scores that stay in the cache
 TILES = (1024, 768, 512, 384, 256, 128)  # of the splash kernels, which divide whole sequences into them

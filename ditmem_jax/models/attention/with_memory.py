@@ -100,7 +100,9 @@ def _scores(query: Float[Array, "B S N K"], key: Float[Array, "B J N K"]) -> Flo
     return jnp.einsum("BSNK,BJNK->BNSJ", query, key, preferred_element_type=jnp.float32) * scale
 
 
-def _memory_scores(query: Float[Array, "B S N K"], rows: Rows) -> Float[Array, "B N S M"]:
+def _memory_scores(
+    query: Float[Array, "B S N K"], rows: tuple[Array, Array, Array]
+) -> Float[Array, "B N S M"]:
     key, _, bias = rows
     return _scores(query, key) + bias.astype(jnp.float32)[:, None, None, :]
 
@@ -142,7 +144,7 @@ def _backward(backend: Backend, layout: rings.Layout | None, kept: tuple, grad: 
         outputs = layout.query, layout.key, layout.key, rows
         inputs = *outputs, layout.query, layout.lse, layout.query
         local = jax.shard_map(local, mesh=layout.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-    return local(*kept, grad)
+    return local(*kept, grad)  # pyright: ignore[reportCallIssue]  # how many were kept is known
 
 
 _with_kernel.defvjp(_forward, _backward)

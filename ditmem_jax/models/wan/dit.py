@@ -62,6 +62,13 @@ REMAT: dict[Remat, Callable[[Callable], Callable]] = {
 class Projections(nnx.Module):
     """Query, key, value and output projections, or some of them; RMS norm over the full width of query and key."""
 
+    q: Linear | Int8Linear
+    k: Linear | Int8Linear
+    v: Linear | Int8Linear
+    o: Linear | Int8Linear
+    norm_q: RMSNorm
+    norm_k: RMSNorm
+
     def __init__(
         self, config: DiTConfig, names: str = "qkvo", *, linear: LinearKind, rngs: nnx.Rngs, dtype: DTypeLike
     ):
