@@ -17,7 +17,7 @@ from ditmem_jax.sample.clips import make_clips
 from ditmem_jax.sample.retrieval import retrieve
 from ditmem_jax.sample.sampler import Sampler
 from ditmem_jax.storage.encoders import encoder_metadata
-from ditmem_jax.train.loop import train
+from ditmem_jax.train.loop import train_memory
 from ditmem_jax.train.setup import Setup, with_sources
 from tests.tiny import CAPTIONS, make_tiny, replace
 
@@ -35,7 +35,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(config):
-    return train(config)
+    return train_memory(config)
 
 
 def entry(source, **extra):

@@ -33,7 +33,7 @@ def test_of_two_experts_only_the_one_that_trains_is_loaded_and_named_in_the_file
     assert backbone.keys() == high.keys()
     np.testing.assert_array_equal(backbone["head.kernel"], high["head.kernel"])
     setup = types.SimpleNamespace(config=config, mesh=mesh, folder=tmp_path, fingerprint="abc")
-    file = Setup.export(setup, "encoder.safetensors", first_state(config), 7, {})
+    file = Setup.export(setup, "encoder.safetensors", jax.device_put(first_state(config)), 7, {})
     assert encoder_metadata(file)[1] == {"step": 7, "gains": {}, "backbone": "abc", "expert": "high"}
 
 
