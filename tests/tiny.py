@@ -10,7 +10,8 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from ditmem_jax.bank import Bank, matches
+from ditmem_jax.bank import matches
+from ditmem_jax.bank.search import Bank
 from ditmem_jax.config import (
     Config,
     DataConfig,

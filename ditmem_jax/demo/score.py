@@ -11,7 +11,7 @@ import numpy as np
 
 from ditmem_jax.demo.trials import ALL, SAMPLED, Findings
 from ditmem_jax.evaluate.laws import guess, law_error
-from ditmem_jax.worlds import RANGES
+from ditmem_jax.worlds.laws import RANGES
 
 DRAWS = 4000
 AIM = 0.7  # of the error without memory

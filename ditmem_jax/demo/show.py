@@ -14,7 +14,7 @@ from ditmem_jax import report
 from ditmem_jax.demo.score import AIM, Row, evidence, percent
 from ditmem_jax.demo.trials import ALL, SAMPLED, Findings, Trial
 from ditmem_jax.report import Html, tag
-from ditmem_jax.worlds import RANGES
+from ditmem_jax.worlds.laws import RANGES
 from ditmem_jax.worlds.render import CAMERA
 from ditmem_jax.worlds.track import track
 

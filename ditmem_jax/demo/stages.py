@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from ditmem_jax.bank import Table
 from ditmem_jax.bank.matches import FILE, Matches
+from ditmem_jax.bank.table import Table
 from ditmem_jax.config import Config, to_dict
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.video import read_video
@@ -29,7 +29,7 @@ from ditmem_jax.demo import score, show, trials
 from ditmem_jax.demo.trials import Kind
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.files import replacing, write_text
-from ditmem_jax.worlds import PHENOMENA, splits
+from ditmem_jax.worlds.laws import PHENOMENA, splits
 
 SPLITS = ("train", "unseen")
 

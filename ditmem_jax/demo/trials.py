@@ -10,13 +10,15 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from rich.progress import track
 
-from ditmem_jax.bank import Bank
+from ditmem_jax.bank.search import Bank
 from ditmem_jax.config import Config
 from ditmem_jax.data.references import References
 from ditmem_jax.evaluate.laws import told
 from ditmem_jax.sample.sampler import Sampler
 from ditmem_jax.storage.files import replacing
-from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, sample_clip
+from ditmem_jax.worlds.captions import caption
+from ditmem_jax.worlds.laws import PHENOMENA, World
+from ditmem_jax.worlds.simulate import Clip, sample_clip
 
 SAMPLED = ("without", "right", "wrong", "stated")  # ways to make a clip
 ALL = ("real", *SAMPLED, "copy")  # and the clip of the planet itself, and the nearest reference as it is

@@ -7,8 +7,8 @@ of the constant's range. Validation takes both while a memory trains; the demo s
 import numpy as np
 from jaxtyping import Float
 
-from ditmem_jax.worlds import RANGES, measure
-from ditmem_jax.worlds.measure import LAWLESS_PX
+from ditmem_jax.worlds.laws import RANGES
+from ditmem_jax.worlds.measure import LAWLESS_PX, measure
 
 
 def told(video: np.ndarray, phenomenon: str) -> dict[str, float]:

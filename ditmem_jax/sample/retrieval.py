@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ditmem_jax.bank import Bank, Table
+from ditmem_jax.bank.search import Bank
+from ditmem_jax.bank.table import Table
 from ditmem_jax.config import Config
 from ditmem_jax.data.references import References
 

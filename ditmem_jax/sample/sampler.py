@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from ditmem_jax.bank import Results
 from ditmem_jax.bank.features import encode_video
+from ditmem_jax.bank.search import Results
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.data.video import from_unit
 from ditmem_jax.diffusion import flow

@@ -23,7 +23,7 @@ from ditmem_jax.config import flags as cli
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.parallel import compilation
 from ditmem_jax.storage.files import write_text
-from ditmem_jax.worlds import caption
+from ditmem_jax.worlds.captions import caption
 from experiments.evidence import claims, pixels, worlds
 from experiments.evidence.arms import ARMS
 from experiments.evidence.study import LEVELS, Arm, Study, held_out_references

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ditmem_jax.worlds import RANGES
+from ditmem_jax.worlds.laws import RANGES
 
 DRAWS = 4000
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ditmem_jax.worlds import PHENOMENA, Clip, World, measure, sample_clip
-from ditmem_jax.worlds.measure import LAWLESS_PX
+from ditmem_jax.worlds.laws import PHENOMENA, World
+from ditmem_jax.worlds.measure import LAWLESS_PX, measure
+from ditmem_jax.worlds.simulate import Clip, sample_clip
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from flax import nnx
 from ditmem_jax.config import Config
 from ditmem_jax.models.wan.vae import decode_scan, encode_scan
 from ditmem_jax.storage.weights import load_umt5, load_vae
-from ditmem_jax.worlds import PHENOMENA, Clip, World, caption, sample_clip
-from ditmem_jax.worlds.laws import splits
+from ditmem_jax.worlds.captions import caption
+from ditmem_jax.worlds.laws import PHENOMENA, World, splits
+from ditmem_jax.worlds.simulate import Clip, sample_clip
 from experiments.evidence import pixels
 
 STREAM = 20  # of random numbers; `worlds make` and the demo draw from others

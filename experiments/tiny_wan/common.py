@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 
 from ditmem_jax.config import DiTConfig, UMT5Config, VAEConfig
-from ditmem_jax.worlds import PHENOMENA, Clip, sample_clip
-from ditmem_jax.worlds.laws import sample_world
+from ditmem_jax.worlds.laws import PHENOMENA, sample_world
+from ditmem_jax.worlds.simulate import Clip, sample_clip
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUILD = Path("build/tiny_wan")

@@ -24,8 +24,10 @@ from ditmem_jax.models.wan.vae import decode, encode
 from ditmem_jax.sample.sampler import Sampler
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning
-from ditmem_jax.worlds import PHENOMENA, RANGES, caption, measure, sample_clip
-from ditmem_jax.worlds.laws import sample_world
+from ditmem_jax.worlds.captions import caption
+from ditmem_jax.worlds.laws import PHENOMENA, RANGES, sample_world
+from ditmem_jax.worlds.measure import measure
+from ditmem_jax.worlds.simulate import sample_clip
 
 CLIPS = flags.DEFINE_integer("clips", 40, "Clips per phenomenon.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance of the sampler instead of the config's.")

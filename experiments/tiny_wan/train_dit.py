@@ -24,7 +24,7 @@ from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, encode_scan
 from ditmem_jax.types import Compute, Conditioning
-from ditmem_jax.worlds import caption
+from ditmem_jax.worlds.captions import caption
 from experiments.tiny_wan.common import (
     BUILD,
     DIT_CONFIG,

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 
-from ditmem_jax.bank import Table
+from ditmem_jax.bank.table import Table
 from ditmem_jax.bank.verify import check
 from tests.bank.test_table import EMBEDDER, create, ids, rows, vectors
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ditmem_jax.bank import Table
 from ditmem_jax.bank.features import Features, make_features
+from ditmem_jax.bank.table import Table
 from ditmem_jax.config import MemoryConfig
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory_encoder import MemoryEncoder

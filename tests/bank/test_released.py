@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ditmem_jax.bank import Bank, Table, released
+from ditmem_jax.bank import released
 from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.released import export_faiss, import_faiss
+from ditmem_jax.bank.search import Bank
+from ditmem_jax.bank.table import Table
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 

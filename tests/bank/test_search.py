@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from ditmem_jax.bank import Bank, Table, make_embedder
+from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.index import IVF
+from ditmem_jax.bank.search import Bank
+from ditmem_jax.bank.table import Table
 from ditmem_jax.errors import UserError
 from tests.bank.test_table import rows
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ditmem_jax.bank import Table, make_embedder
+from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import further
-from ditmem_jax.bank.table import FORMAT, to_matrix
+from ditmem_jax.bank.table import FORMAT, Table, to_matrix
 from ditmem_jax.bank.verify import check
 from ditmem_jax.errors import UserError
 

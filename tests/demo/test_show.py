@@ -10,7 +10,7 @@ from rich.console import Console
 from ditmem_jax.config import to_dict
 from ditmem_jax.demo import score, show, trials
 from ditmem_jax.demo.trials import SAMPLED
-from ditmem_jax.worlds import PHENOMENA, splits
+from ditmem_jax.worlds.laws import PHENOMENA, splits
 from tests.tiny import tiny_config
 
 

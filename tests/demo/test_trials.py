@@ -5,7 +5,8 @@ import pytest
 
 from ditmem_jax.demo import trials
 from ditmem_jax.demo.trials import SAMPLED, Findings, Kind
-from ditmem_jax.worlds import PHENOMENA, caption, splits
+from ditmem_jax.worlds.captions import caption
+from ditmem_jax.worlds.laws import PHENOMENA, splits
 from tests.tiny import tiny_config
 
 WORLDS = splits(0, unseen=4).unseen

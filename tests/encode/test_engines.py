@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ditmem_jax.bank import make_embedder
+from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.data.sources import Videos, read_table
 from ditmem_jax.encode import engines
 from ditmem_jax.encode.dataset import encode_dataset

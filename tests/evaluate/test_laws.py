@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ditmem_jax.evaluate.laws import guess, law_error, told
-from ditmem_jax.worlds import PHENOMENA, World, sample_clip
+from ditmem_jax.worlds.laws import PHENOMENA, World
+from ditmem_jax.worlds.simulate import sample_clip
 
 WORLD = World("zorvex", gravity=5.0, bounciness=0.6, drag=1.2, friction=2.0, stiffness=30.0)
 

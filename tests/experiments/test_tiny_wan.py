@@ -9,8 +9,9 @@ from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
 from ditmem_jax.models.wan.vae import decode_scan, encode_scan
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
-from ditmem_jax.worlds import caption, sample_clip
+from ditmem_jax.worlds.captions import caption
 from ditmem_jax.worlds.laws import planet_names, sample_world
+from ditmem_jax.worlds.simulate import sample_clip
 from experiments.tiny_wan.common import WEIGHTS
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ditmem_jax.bank import Bank
+from ditmem_jax.bank.search import Bank
 from ditmem_jax.config import ExpertsConfig
 from ditmem_jax.data.video import read_video
 from ditmem_jax.diffusion import flow

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ditmem_jax.bank import Table, matches
+from ditmem_jax.bank import matches
 from ditmem_jax.bank.features import make_features
+from ditmem_jax.bank.table import Table
 from ditmem_jax.config import FreeTokensConfig
 from ditmem_jax.convert.export import export_encoder
 from ditmem_jax.data.records import Entry, RecordReader

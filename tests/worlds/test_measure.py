@@ -5,8 +5,10 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from ditmem_jax.errors import UserError
-from ditmem_jax.worlds import PHENOMENA, Camera, measure, sample_clip, splits
-from ditmem_jax.worlds.render import CAMERA
+from ditmem_jax.worlds.laws import PHENOMENA, splits
+from ditmem_jax.worlds.measure import measure
+from ditmem_jax.worlds.render import CAMERA, Camera
+from ditmem_jax.worlds.simulate import sample_clip
 from ditmem_jax.worlds.track import track
 
 WORLDS = splits(0, backbone=20).backbone

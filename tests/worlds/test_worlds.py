@@ -9,10 +9,12 @@ import pytest
 
 from ditmem_jax.data.video import read_video
 from ditmem_jax.errors import UserError
-from ditmem_jax.worlds import PHENOMENA, RANGES, Camera, World, caption, measure, sample_clip, splits
-from ditmem_jax.worlds.captions import strength, two_digits
-from ditmem_jax.worlds.laws import planet_names
+from ditmem_jax.worlds.captions import caption, strength, two_digits
+from ditmem_jax.worlds.laws import PHENOMENA, RANGES, World, planet_names, splits
 from ditmem_jax.worlds.make import clips_of, make
+from ditmem_jax.worlds.measure import measure
+from ditmem_jax.worlds.render import Camera
+from ditmem_jax.worlds.simulate import sample_clip
 
 WORLD = World("zorvex", gravity=6.24, bounciness=0.5, drag=1.0, friction=2.0, stiffness=30.0)
 
