@@ -1,7 +1,7 @@
 """`python -m experiments.evidence`: what a memory is worth on planets that it never saw.
 
     python -m experiments.evidence --quick                            # every part in minutes, finds nothing
-    python -m experiments.evidence --arms=shipped,reading --seeds=3   # some ways to train, three seeds each
+    python -m experiments.evidence --arms="reading,as released"   # some ways to train, three seeds each
 
 Settings are chosen on planets of their own, by a rule; the planets to report are then opened for the best. Another
 `--opening` takes fresh ones.
@@ -10,6 +10,7 @@ Settings are chosen on planets of their own, by a rule; the planets to report ar
 import dataclasses
 import hashlib
 import json
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Evaluation:
         kinds = [clip.scene.phenomenon for clip in copies]
         copied = pixels.tell_all(np.stack([clip.video for clip in copies]), kinds)
         self.told["copy"] = [copied] * seeds
+        self.told["believed"] = [worlds.believed(self.trials, self.bank)] * seeds
 
     def summary(self) -> dict[str, float]:
         """Mean law error by way, of what needs no memory."""
@@ -108,6 +110,13 @@ def sources() -> dict[str, str]:
     return found
 
 
+def commit() -> str | None:
+    """The commit that this checkout is at; None outside of one. Whether it was altered since, the digests tell."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=7", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): rounded(item) for key, item in value.items()}
@@ -118,13 +127,36 @@ def rounded(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def collect(folder: Path) -> dict[str, Any]:
+    """The claims of every arm in a folder of results as one list, each with what it was measured on."""
+    rows = [
+        json.loads(path.read_text(encoding="utf-8")) | {"file": path.stem}
+        for path in sorted(folder.glob("*-*.json"))
+    ]
+    openings = [row for row in rows if "chosen" in row]
+    found = []
+    for row in rows:
+        if "claims" in row:
+            where = row["file"].removesuffix("-" + row["arm"].replace(" ", "-"))
+            about = {"arm": row["arm"], "planets": where, "steps": row["steps"], "seeds": row["seeds"]}
+            about |= {"commit": row["commit"], "device": row["device"], "settings": row["digest"]}
+            about |= {"digests": row["digests"]}
+            found += [claim | about for claim in row["claims"]]
+    arms = {
+        row["file"]: {"training": row["training"], "mean error": row["mean error"]}
+        for row in rows
+        if "claims" in row
+    }
+    return {"claims": found, "openings": openings, "arms": arms}
+
+
 def run(
     base: Config, arms: list[Arm], seeds: int, out: Path, *, quick: bool, opening: int, minutes: float
 ) -> None:
     """Train every arm, evaluate it on the planets to choose with, then open the planets to report for the best one.
 
     The best has the lowest mean law error with the right memory on the planets to choose with; it is written down with
-    the digest of its settings before the others are rendered. Beside it stands the base.
+    the digest of its settings before the others are rendered. Beside it stands the memory as released.
     """
     start = time.perf_counter()
 
@@ -137,6 +169,7 @@ def run(
     evaluation, trained = Evaluation(study, "choose", count, seeds), {}
     say(f"planets to choose with; errors {evaluation.summary()}")
     about = {"quick": quick, "seeds": seeds, "device": jax.devices()[0].device_kind, "digests": sources()}
+    about["commit"] = commit()
 
     def note(name: str, arm: Arm, curve: dict, result: dict) -> None:
         config = arm.config(base)
@@ -167,15 +200,18 @@ def run(
     write_text(out / f"opening-{opening}.json", json.dumps(opened) + "\n")
     say(f"chosen: {best}; planets to report are opened")
     evaluation = Evaluation(study, "report", 3 if quick else worlds.REPORT, seeds, opening)
-    for name in dict.fromkeys([best, *(n for n in ("shipped",) if n in trained)]):
+    for name in dict.fromkeys([best, *(n for n in ("as released",) if n in trained)]):
         arm, encoders, curve, _ = trained[name]
         note(f"report-{opening}", arm, curve, evaluation.of(arm, encoders))
         say(f"{name} reported")
+    write_text(out / "results.json", json.dumps(collect(out), indent=1) + "\n")
 
 
 def main() -> None:
     compilation.enable_cache(CACHE.value)
     base = cli.load_config(CONFIG)
+    # Read at every noise level, also where nothing trained: the harm there is a finding, not to be hidden.
+    base = dataclasses.replace(base, sample=dataclasses.replace(base.sample, memory_range=(0.0, 1.0)))
     if QUICK.value:
         base = dataclasses.replace(
             base,
@@ -195,7 +231,7 @@ def main() -> None:
 if __name__ == "__main__":
     CONFIG = cli.define_config("tiny")
     CACHE = cli.define_compile_cache()
-    NAMED = flags.DEFINE_list("arms", [], "Arms by name, by default all.")
+    NAMED = flags.DEFINE_list("arms", [], "Arms by name, with commas between them; by default all.")
     SEEDS = flags.DEFINE_integer("seeds", 3, "Training seeds, side by side in one program.", lower_bound=1)
     MINUTES = flags.DEFINE_float("minutes", 1e6, "After these no further arm is begun.")
     OPENING = flags.DEFINE_integer("opening", 0, "Number of a report: each has fresh planets.", lower_bound=0)

@@ -1,23 +1,23 @@
-"""The ways to train a memory that are compared, one factor at a time from one base."""
+"""The ways to train a memory that are compared, one factor at a time from one base: the tiny configuration."""
 
 from experiments.evidence.study import Arm
 
-GATE = {"memory.strength": None, "memory.num_layers": 6, "memory.gate": "learned", "optim.gate_rate": 10.0}
-READING = GATE | {"memory.reading": 16}
+AS_RELEASED = {"memory.gate": "none", "memory.reading": 0, "memory.strength": 0.02}
+LONG = {"run.steps": 9_000}
 # An eighth of the noise levels below 0.5, so that the gate learns to close there; the others evenly above.
 ALL_LEVELS = {"objective.density": "spectrum", "objective.spectrum": (0.025,) * 5 + (0.175,) * 5}
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("reading 384 long", READING | {"run.steps": 9_000}, planets=384),
-        Arm("reading 384 long all levels", READING | ALL_LEVELS | {"run.steps": 9_000}, planets=384),
-        Arm("reading 384", READING, planets=384),
-        Arm("reading", READING),
-        Arm("shipped"),
-        Arm("reading 384 mixed", READING, planets=384, mixed=0.5),
-        Arm("gate", GATE),
-        Arm("fixed gate", GATE | {"memory.gate": "fixed"}),
-        Arm("reading later", READING | {"memory.blocks": (2, 5)}),
+        Arm("reading 384 long", LONG, planets=384),
+        Arm("reading 384 long all levels", ALL_LEVELS | LONG, planets=384),
+        Arm("reading 384", planets=384),
+        Arm("reading"),
+        Arm("as released", AS_RELEASED),
+        Arm("reading 384 mixed", planets=384, mixed=0.5),
+        Arm("gate", {"memory.reading": 0}),
+        Arm("fixed gate", {"memory.reading": 0, "memory.gate": "fixed"}),
+        Arm("reading later", {"memory.blocks": (2, 5)}),
     )
 }

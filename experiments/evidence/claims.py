@@ -44,6 +44,8 @@ def ratio(
     worlds = np.unique(planet)
     member = (planet[None] == worlds[:, None]).astype(float)  # [worlds, rows]
     top, bottom, counts = (x @ member.T for x in (a, b, compared.astype(float)))  # [seeds, worlds]
+    if not (total := counts.sum()):
+        return {"value": np.nan, "low": np.nan, "high": np.nan, "compared": 0}
     rng, seeds = np.random.default_rng(0), len(a)
     draws = []
     for _ in range(DRAWS):
@@ -51,7 +53,6 @@ def ratio(
         row = rng.integers(0, seeds, seeds)
         draws.append(top[np.ix_(row, some)].sum() / bottom[np.ix_(row, some)].sum())
     low, high = np.percentile(draws, [2.5, 97.5])
-    total = counts.sum()
     return {
         "value": top.sum() / bottom.sum(), "low": low, "high": high, "compared": int(total),
         over: a.sum() / total, under: b.sum() / total,
@@ -82,9 +83,11 @@ def claims(rows: list[tuple], planet: np.ndarray, found: dict[str, np.ndarray]) 
                 out.append(
                     {"name": f"{constant}: {way} over guess"} | ratio(found, planet, chosen, way, "guess")
                 )
+    everything = np.ones(len(rows), bool)
+    if "believed" in found:
+        out.append({"name": "wrong over believed"} | ratio(found, planet, everything, "wrong", "believed"))
     for way in ("stated", "other kind", "wrong"):
         if way in found:
-            everything = np.ones(len(rows), bool)
             out.append({"name": f"{way} over guess"} | ratio(found, planet, everything, way, "guess"))
     return out
 

@@ -166,6 +166,15 @@ def draw_trials(bank: Planets, encoded: Encoded, references: int, falls: int = 2
     return Trials(bank, clips, np.array(number), {way: np.array(x) for way, x in found.items()})
 
 
+def believed(trials: Trials, encoded: Encoded) -> list[dict[str, float]]:
+    """For each trial the constants of the planet that its wrong memory is from: what believing it entirely would show."""
+    planets = encoded.planet[trials.references["wrong"][:, 0]]
+    return [
+        trials.bank.worlds[planet].shown_by(clip.scene.phenomenon)
+        for planet, clip in zip(planets, trials.clips, strict=True)
+    ]
+
+
 def constants(trials: Trials) -> list[tuple[int, str, str, float]]:
     """(trial, phenomenon, constant, true value) of everything that could be measured."""
     rows = (
