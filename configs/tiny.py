@@ -23,7 +23,9 @@ def get_config() -> ConfigDict:
             tokens=(3, 1, 1),
             norm="group",
             dropout=0.1,
-            strength=0.02,
+            num_layers=config.dit.num_layers,
+            gate="learned",
+            reading=16,
         )
     )
     config.data = ConfigDict(
@@ -40,14 +42,18 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(
         dict(kind="running", density="uniform", sigma_range=(0.5, 1.0), memory_dropout=0.1)
     )
-    config.optim = ConfigDict(dict(kind="muon", learning_rate=3e-3, schedule="cosine", warmup=50, b2=0.99))
-    config.sample = ConfigDict(dict(steps=30, shift=3.0, guidance=2.0, memory_in_negative=False))
+    config.optim = ConfigDict(
+        dict(kind="muon", learning_rate=3e-3, schedule="cosine", warmup=50, b2=0.99, gate_rate=10.0)
+    )
+    config.sample = ConfigDict(
+        dict(steps=30, shift=3.0, guidance=2.0, memory_in_negative=False, memory_range=(0.5, 1.0))
+    )
     config.run = ConfigDict(
         dict(
             out="runs/tiny",
             steps=3000,
             remat="products",
-            validation_sigmas=(0.5, 0.6, 0.7, 0.8, 0.9, 0.98),
+            validation_sigmas=(0.1, 0.2, 0.4, 0.6, 0.8, 0.95),
         )
     )
     return config
