@@ -46,7 +46,14 @@ def get_config() -> ConfigDict:
         dict(kind="muon", learning_rate=3e-3, schedule="cosine", warmup=50, b2=0.99, gate_rate=10.0)
     )
     config.sample = ConfigDict(
-        dict(steps=30, shift=3.0, guidance=2.0, memory_in_negative=False, memory_range=(0.5, 1.0))
+        dict(
+            steps=30,
+            shift=3.0,
+            guidance=2.0,
+            memory_in_negative=False,
+            memory_range=(0.5, 1.0),
+            min_score=0.5,  # clips of the planet in the prompt score above 0.8, those of others below 0.4
+        )
     )
     config.run = ConfigDict(
         dict(

@@ -53,6 +53,29 @@ def rows(findings: Findings) -> list[Row]:
     return [_row(name, findings, chosen) for name, chosen in kinds.items()]
 
 
+def relevance(findings: Findings, fits: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """What leaving out references that do not fit the prompt changes, by right and wrong memory.
+
+    Returns of each the share of references that are read, the mean error of all constants if they all are, and of what
+    is then read: a clip without any of its references is the one without memory, and one with some is counted as if
+    it read them all.
+
+    Args:
+        fits: by way, for each trial and reference whether it scores at least `sample.min_score`.
+    """
+    compared = np.all([np.isfinite(findings.measured[way]) for way in SAMPLED], axis=0)
+    error = {way: law_error(findings.measured[way], findings.true) for way in SAMPLED}
+    found = {}
+    for way, fit in fits.items():
+        shipped = np.where(fit.any(axis=1)[findings.trial], error[way], error["without"])
+        means = {"all read": error[way], "shipped": shipped, "without": error["without"]}
+        found[way] = {"read": float(fit.mean())} | {
+            name: float(np.mean(x, where=compared)) if compared.any() else math.nan
+            for name, x in means.items()
+        }
+    return found
+
+
 def _row(name: str, findings: Findings, chosen: np.ndarray) -> Row:
     compared = chosen & np.all([np.isfinite(findings.measured[way]) for way in SAMPLED], axis=0)
     true, other, world = (values[compared] for values in (findings.true, findings.other, findings.world))

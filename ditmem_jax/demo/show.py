@@ -339,6 +339,8 @@ def _reading(result: dict[str, Any], rows: Sequence[Row]) -> list[Html]:
             "holds clips of all planets, those in training among them. "
             + references(result)
             + " "
+            + relevance(result)
+            + " "
             + (
                 f"{result['leaked']} clips of unseen planets served as memory in training."
                 if result["leaked"]
@@ -359,6 +361,18 @@ def references(result: dict[str, Any]) -> str:
         f"has nothing to leave out. Of the planet were {percent(training['planet'], 1)} of them in training and "
         f"{percent(prompts['planet'], 1)} for the prompts; of planet and phenomenon "
         f"{percent(training['planet and phenomenon'], 1)} and {percent(prompts['planet and phenomenon'], 1)}."
+    )
+
+
+def relevance(result: dict[str, Any]) -> str:
+    """Tell what `sample.min_score` leaves out of right and wrong memory, and what that does to their errors."""
+    right, wrong = (result["relevance"][name] for name in ("right", "wrong"))
+    return (
+        f"References that score below {result['config']['sample']['min_score']:g} for the prompt itself are not read when "
+        f"one samples: that leaves {percent(right['read'])} of the right planet's and {percent(wrong['read'])} of the wrong "
+        f"one's. So set, the wrong memory errs by {wrong['shipped']:.2f} ({wrong['without']:.2f} without memory, "
+        f"{wrong['all read']:.2f} if it is read all the same, as in the tables), the right one by {right['shipped']:.2f} "
+        f"({right['all read']:.2f})."
     )
 
 

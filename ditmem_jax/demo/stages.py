@@ -190,9 +190,9 @@ class Demo:
         )
 
     def _sample(self) -> None:
-        clips, references = trials.make(self.config, str(self.encoder), self.trials)
+        clips, found = trials.make(self.config, str(self.encoder), self.trials)
         with replacing(self.out / "clips.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, references=references, **clips)
+            np.savez_compressed(file, **found, **clips)
 
     def _measure(self) -> None:
         clips = self._clips(*trials.SAMPLED)
@@ -202,6 +202,10 @@ class Demo:
     def _report(self) -> None:
         findings = trials.Findings.load(self.out / "findings.npz")
         rows, references = score.rows(findings), self._references()
+        fits = {
+            way.removeprefix("scores."): found >= self.config.sample.min_score
+            for way, found in self._clips("scores.right", "scores.wrong").items()
+        }
         show.print_tables(self.console, rows)
         config = to_dict(self.config)
         config["weights"]["path"] = os.path.relpath(config["weights"]["path"])
@@ -211,6 +215,7 @@ class Demo:
             "retrieved": _rounded(references["prompts"]["planet"]),
             "leaked": self._leaked(),
             "references": _rounded(references),
+            "relevance": _rounded(score.relevance(findings, fits)),
             "settings": dataclasses.asdict(self.settings),
             "seconds": _rounded(self.seconds),
             "machine": {
@@ -224,6 +229,7 @@ class Demo:
             "config": config,
         }
         self.console.print(show.references(result), soft_wrap=True)
+        self.console.print(show.relevance(result), soft_wrap=True)
         clips = self._clips(*trials.SAMPLED)
         page = show.make_page(result, rows, findings, self.trials, clips, self.encoder.parent)
         write_text(self.out / "report.html", page)

@@ -85,14 +85,26 @@ def find(
     return found.ids, np.stack([[latents[id] for id in ids] for ids in found.ids])
 
 
+def scores(bank: Bank, prompts: Sequence[str], ids: Sequence[Sequence[str]]) -> Float32[np.ndarray, "P k"]:
+    """Return how well each of these clips fits the prompt, by whatever search they were found."""
+    everything = bank.search(prompts, len(bank))
+    by_id = [dict(zip(*row, strict=True)) for row in zip(everything.ids, everything.scores, strict=True)]
+    return np.array([[row[id] for id in chosen] for row, chosen in zip(by_id, ids, strict=True)], np.float32)
+
+
 def make(
     config: Config, encoder: str, trials: Sequence[Trial]
-) -> tuple[dict[str, UInt8[np.ndarray, "..."]], np.ndarray]:
-    """Return clips [trial, T, H, W, 3] by the way they were made, and the ids [trial, k] of the right memory."""
+) -> tuple[dict[str, UInt8[np.ndarray, "..."]], dict[str, np.ndarray]]:
+    """Return clips [trial, T, H, W, 3] by the way they were made, and of the references [trial, k] of right and wrong
+    memory the ids and the scores for the prompt.
+
+    All of them are read, also those that `sample.min_score` leaves out: how a memory is read that does not fit is a
+    finding, and without any of its references a clip is the one without memory.
+    """
     k, bank = config.data.references, config.data.bank
     prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
     ids, right = find(bank, prompts, k)
-    _, wrong = find(bank, [trial.asks_other for trial in trials], k)
+    others, wrong = find(bank, [trial.asks_other for trial in trials], k)
     ways = {
         "without": (prompts, None),
         "right": (prompts, right),
@@ -111,7 +123,10 @@ def make(
             None if references is None else references[rows],
         )
         clips[way].append(made[: len(trials) - start])
-    return {way: np.concatenate(parts) for way, parts in clips.items()}, np.array(ids)
+    found = {"references": np.array(ids)}
+    opened = Bank.open(bank)
+    found |= {"scores.right": scores(opened, prompts, ids), "scores.wrong": scores(opened, prompts, others)}
+    return {way: np.concatenate(parts) for way, parts in clips.items()}, found
 
 
 class Kind(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ditmem_jax.bank.features import encode_video
 from ditmem_jax.bank.search import Results
@@ -164,7 +164,8 @@ class Sampler:
         Args:
             seeds: of each clip's noise; a clip does not depend on the others of its batch.
             references: the reference videos of each prompt: what a bank found for it, their latents, or their `rows`;
-                None is no memory.
+                None is no memory. Of what a bank found, videos that score below `config.sample.min_score` are not
+                read; a prompt with none above it is exactly without memory.
             strength: instead of `config.sample.strength`.
             sources: for an encoder of free tokens, instead of references: the source of each prompt's memory.
         Raises:
@@ -207,13 +208,17 @@ class Sampler:
                     found=f"of {len(rows)}",
                 )
             _check_count("references", len(rows[0]), prompts)
+            present = np.ones(rows[0].shape[:2], bool)
+            if isinstance(references, Results):
+                present = references.scores >= self.config.sample.min_score
             rows = [shard(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
+            present = shard(self.mesh, present, "batch", None)
         if sources is not None:
             _check_count("sources", len(sources), prompts)
             numbers = [shard(self.mesh, x, "batch") for x in self._source_numbers(sources)]
         with jax.set_mesh(self.mesh):
             if references is not None:
-                mixed = [_mix(*pair, strength) for pair in zip(self._encoders, rows, strict=True)]
+                mixed = [_mix(*pair, present, strength) for pair in zip(self._encoders, rows, strict=True)]
                 memories = mixed * (len(self._stages) // len(mixed))
             if sources is not None:
                 chosen = [_choose(*pair, strength) for pair in zip(self._encoders, numbers, strict=True)]
@@ -315,9 +320,14 @@ def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Carry]:
 
 
 @nnx.jit
-def _mix(encoder: VideoEncoder, videos: Float[Array, "B R 2 M D"], strength: float | Array) -> Memory:
-    """The memory of every prompt, from the rows of its videos."""
-    return with_strength(encoder.mix(videos, jnp.ones(videos.shape[:2], bool)), strength)
+def _mix(
+    encoder: VideoEncoder,
+    videos: Float[Array, "B R 2 M D"],
+    present: Bool[Array, "B R"],
+    strength: float | Array,
+) -> Memory:
+    """The memory of every prompt, from the rows of those of its videos that are present."""
+    return with_strength(encoder.mix(videos, present), strength)
 
 
 @nnx.jit

@@ -47,6 +47,16 @@ def test_errors_by_hand():
     assert row.over_guess[1] < row.over_guess[0] < row.over_guess[2]
 
 
+def test_without_references_that_fit_a_clip_is_the_one_without_memory():
+    e = math.e
+    found = findings(
+        [2.0, 4.0, 8.0], without=[2.0 * e, 4.0 * e, math.nan], wrong=[2.0 * e**3, 4.0 * e**2, 8.0]
+    )
+    fits = {"wrong": np.array([[False, False], [True, False], [True, True]])}
+    wrong = score.relevance(found, fits)["wrong"]
+    assert wrong == pytest.approx({"read": 1 / 2, "all read": 5 / 2, "shipped": 3 / 2, "without": 1})
+
+
 def test_copies_that_tell_nothing_cost_no_clip():
     row = score.rows(findings([2.0, 4.0], without=[4.0, 8.0], copy=[math.nan, math.nan]))[0]
     assert row.clips == 2 and math.isnan(row.error["copy"][0]) and row.ratio["right"][0] == 0

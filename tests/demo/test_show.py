@@ -26,10 +26,12 @@ def measured():
 
 def result(folder):
     alike = {"planet": 0.75, "planet and phenomenon": 0.5}
+    read = {"read": 1.0, "all read": 0.25, "shipped": 0.25, "without": 0.5}
     return {
         "finding": "What was found.", "leaked": 0, "config": to_dict(tiny_config(folder)), "commands": ["python -m x"],
         "settings": {"steps": 3}, "seconds": {"train": 1.0}, "machine": {"cores": 2},
         "references": {"training": alike | {"left_out": {"itself": 7, "same source": 0}}, "prompts": alike | {"planet": 1.0}},
+        "relevance": {"right": read, "wrong": read | {"read": 0.0, "all read": 0.75, "shipped": 0.5}},
     }  # fmt: skip
 
 
@@ -44,6 +46,11 @@ def test_page_shows_the_clips(measured, tmp_path):
         and drawn[0].world.name.capitalize() in page
         and not re.search(r"\bnan\b", page)
     )
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+    text = show.relevance(result(tmp_path))
+    assert "0 % of the wrong" in text and "errs by 0.50 (0.50 without memory, 0.75 if it is read" in text
 
 
 def test_how_references_differ_is_told(tmp_path):

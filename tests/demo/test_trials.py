@@ -1,8 +1,11 @@
 """The trials of the demo: new prompts about every planet, clips of one noise, references, and what is measured."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from ditmem_jax.bank import Bank, Table
+from ditmem_jax.bank.lexical import LexicalEmbedder
 from ditmem_jax.demo import trials
 from ditmem_jax.demo.trials import SAMPLED, Findings, Kind
 from ditmem_jax.worlds.captions import caption
@@ -43,10 +46,16 @@ def test_clips_follow_their_prompt_and_memory_alone(monkeypatch):
 
     monkeypatch.setattr(trials.Sampler, "load", lambda config, encoder: Fake())
     monkeypatch.setattr(trials, "find", find)
+    monkeypatch.setattr(trials.Bank, "open", lambda uri: None)
+    monkeypatch.setattr(trials, "scores", lambda bank, prompts, ids: (prompts, ids))
     config = tiny_config("unused")
-    clips, references = trials.make(config, "encoder", drawn)
+    clips, found = trials.make(config, "encoder", drawn)
     k = config.data.references
-    assert references.tolist() == [[f"{trial.world.name} {rank}" for rank in range(k)] for trial in drawn]
+    prompts, others = found["scores.wrong"]
+    assert prompts == [trial.prompt for trial in drawn] and others[0][0] == f"{drawn[0].other.name} 0"
+    assert found["references"].tolist() == [
+        [f"{trial.world.name} {rank}" for rank in range(k)] for trial in drawn
+    ]
     assert all(len(clips[way]) == len(drawn) == 28 for way in SAMPLED)
     np.testing.assert_array_equal(clips["right"], clips["without"])
     by_way = dict(zip(SAMPLED, (calls[i : i + 2] for i in range(0, 8, 2)), strict=True))
@@ -54,6 +63,15 @@ def test_clips_follow_their_prompt_and_memory_alone(monkeypatch):
     assert by_way["without"][0][2] is None and by_way["stated"][0][2] is None
     assert by_way["right"][0][:2] == by_way["wrong"][0][:2] == by_way["without"][0][:2]
     assert by_way["stated"][0][0][0] == caption(drawn[0].clip, drawn[0].world.name, "numbers")
+
+
+def test_scores_are_of_the_prompt_whatever_found_the_clips(tmp_path):
+    captions = ["on planet zorvex a ball drops", "on planet quindara a ball drops", "a pendulum swings"]
+    rows = {"id": ["a", "b", "c"], "caption": captions, "source": ["a.mp4", "b.mp4", "c.mp4"]}
+    Table.create(tmp_path / "bank", LexicalEmbedder.fit(captions), pa.table(rows))
+    found = trials.scores(Bank.open(tmp_path / "bank"), captions[:2], [["a", "b"], ["a", "c"]])
+    assert found[0, 0] == pytest.approx(1) and found[0, 1] == pytest.approx(found[1, 0])
+    assert 1 > found[0, 1] > found[1, 1]
 
 
 def test_how_alike_references_are():
