@@ -67,7 +67,8 @@ def relevance(findings: Findings, fits: dict[str, np.ndarray]) -> dict[str, dict
     error = {way: law_error(findings.measured[way], findings.true) for way in SAMPLED}
     found = {}
     for way, fit in fits.items():
-        shipped = np.where(fit.any(axis=1)[findings.trial], error[way], error["without"])
+        read = np.any(fit, axis=1)[findings.trial]
+        shipped = np.where(read, error[way], error["without"])
         means = {"all read": error[way], "shipped": shipped, "without": error["without"]}
         found[way] = {"read": float(fit.mean())} | {
             name: float(np.mean(x, where=compared)) if compared.any() else math.nan

@@ -13,6 +13,7 @@ from ditmem_jax.config import Config
 from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.storage.locks import owned
+from ditmem_jax.storage.weights import check_weights, stored_dits
 from ditmem_jax.train import folder as runs
 from ditmem_jax.train.checkpoints import TrainingCheckpoints
 from ditmem_jax.train.setup import Setup
@@ -30,6 +31,7 @@ def train_memory(config: Config, *, warm: bool = False) -> Path:
     Raises:
         UserError: for input that does not fit together, and at a step whose loss or gradient is not finite.
     """
+    check_weights(config, *stored_dits(config, config.experts.trains))  # before anything is written
     phases, owner = compilation.Phases(), contextlib.ExitStack()
     if processes.is_primary():
         owner.enter_context(owned(config.run.out))

@@ -37,7 +37,7 @@ def test_the_memory_goes_to_both_branches_unless_told_otherwise():
     given = (
         backbone,
         *(Conditioning(c.text[:1]) for c in (POSITIVE, NEGATIVE)),
-        Memory(*(m[:1] for m in MEMORY)),
+        Memory(MEMORY.tokens[:1], MEMORY.bias[:1]),
     )
     both = guided(*given, 2.0, memory_in_negative=True)(x, sigma)
     np.testing.assert_array_equal(guided(*given, 2.0)(x, sigma), both)

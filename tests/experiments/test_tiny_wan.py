@@ -9,6 +9,7 @@ from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
 from ditmem_jax.models.wan.vae import decode_scan, encode_scan
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
+from ditmem_jax.types import Conditioning
 from ditmem_jax.worlds.captions import caption
 from ditmem_jax.worlds.laws import planet_names, sample_world
 from ditmem_jax.worlds.simulate import sample_clip
@@ -51,6 +52,6 @@ def test_transformer_tells_a_clip_from_its_caption(config, clip):
     context = text(jnp.asarray(ids), jnp.asarray(mask))
     latents = encode_scan(load_vae(config), jnp.asarray(to_unit(clip.video[None])))
     noise = jnp.asarray(np.random.default_rng(0).normal(size=latents.shape), jnp.float32)
-    velocity = load_dit(config)(noise, jnp.full((1,), 999.0), context)
+    velocity = load_dit(config)(noise, jnp.full((1,), 999.0), Conditioning(context))
     # of nearly pure noise the caption alone tells the clip, and velocity is noise minus clip
     assert np.corrcoef((noise - velocity).ravel(), latents.ravel())[0, 1] > 0.8

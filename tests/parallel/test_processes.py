@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_freed_memory_is_kept():
     program = """
 import resource
-from ditmem_jax.parallel.processes import keep_freed_memory
+from ditmem_jax.parallel.compilation import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -149,7 +149,7 @@ def test_references_that_score_too_low_are_not_read(config, sampler):
     found = Bank.open(config.data.bank).search_records([PROMPT, PROMPT], config.data.references)
     found = dataclasses.replace(found, scores=np.array([[0.6] * 2, [0.4] * 2], np.float32))
     strict = copy.copy(sampler)
-    strict.config = replace(config, "sample", min_score=0.5)
+    strict.config = replace(sampler.config, "sample", min_score=0.5)
     fits, does_not = strict.latents([PROMPT, PROMPT], [0, 0], found)
     np.testing.assert_allclose(fits, sampler.latents([PROMPT], [0], found.latents[:1])[0], atol=1e-4)
     np.testing.assert_allclose(does_not, sampler.latents([PROMPT], [0])[0], atol=1e-4)
