@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ditmem_jax.bank import Bank, Table
 from ditmem_jax.bank.lexical import LexicalEmbedder
+from ditmem_jax.bank.search import Bank
+from ditmem_jax.bank.table import Table
 from ditmem_jax.demo import trials
 from ditmem_jax.demo.trials import SAMPLED, Findings, Kind
 from ditmem_jax.worlds.captions import caption
