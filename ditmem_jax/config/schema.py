@@ -697,6 +697,13 @@ class RunConfig:
     """[steps] Steps between two lines of the log."""
     validate_every: int = 200
     """[steps] Steps between two validations."""
+    evaluators: tuple[str, ...] = ("gain",)
+    """What a validation measures: names in `evaluate.kinds.EVALUATORS`. gain: from memory, at the noise levels of
+    `validation_sigmas`. law: error of the laws that clips made from held-out captions show, for records of `worlds`;
+    it costs the clips."""
+    best: str = "gain"
+    """The number of an evaluator that decides which encoder and which checkpoint are the best: the larger the
+    better. Of gain: gain. Of law: law_gain."""
     validation_batches: int = 4
     """[batches] Batches of a validation."""
     validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
@@ -704,7 +711,7 @@ class RunConfig:
     save_every: int = 200
     """[steps] Steps between two checkpoints."""
     keep: int = 3
-    """[checkpoints] Latest checkpoints that are kept, beside the one with the best gain."""
+    """[checkpoints] Latest checkpoints that are kept, beside the best."""
     remat: Literal["none", "products", "attention", "blocks", "offload"] = "none"
     """What the backward pass finds kept of the forward pass. none: everything, nothing is computed
     again. products: results of matrix products and attention. attention: results of attention. blocks:

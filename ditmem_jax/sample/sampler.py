@@ -4,6 +4,7 @@ One step is one compiled program, and a loop on the host takes the steps: their 
 the compiler's cache keeps the program, as it would not if that called back to tell its progress.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,6 +136,12 @@ class Sampler:
         dit = load_dit(config, place_on(mesh, "dit"), compute=compute_for(config, mesh))
         vae = load_vae(config, place_on(mesh, "vae"))
         return cls(config, dit, vae, text, memory, on_step, mesh)
+
+    def with_encoder(self, encoder: Encoder) -> "Sampler":
+        """The same networks and compiled programs, with another encoder of the memory that the config names."""
+        other = copy.copy(self)
+        other._encoders = (encoder,)
+        return other
 
     def generate(
         self,

@@ -27,7 +27,10 @@ class Restored:
 
 
 class TrainingCheckpoints:
-    """The checkpoints of a run: saved in the background, the last `keep` and the one with the best gain kept.
+    """The checkpoints of a run: saved in the background, the last `keep` and the one with the best score kept.
+
+    Args:
+        best: name of the score.
 
     Use as a context manager, so that the last one is on the disk at the end.
 
@@ -36,15 +39,15 @@ class TrainingCheckpoints:
             opens the folder: its threads do not like a program that ends at once.
     """
 
-    def __init__(self, folder: str | Path, keep: int):
-        self.folder = Path(folder).resolve()
+    def __init__(self, folder: str | Path, keep: int, best: str = "gain"):
+        self.folder, self._best = Path(folder).resolve(), best
         if steps := [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]:
             self._check_seal(max(steps))
         self._saving: int | None = None
-        best = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: metrics["gain"], n=1, keep_checkpoints_without_metrics=False
+        best_one = preservation_policy.BestN(
+            get_metric_fn=lambda metrics: metrics[best], n=1, keep_checkpoints_without_metrics=False
         )
-        policy = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
+        policy = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best_one])
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -69,14 +72,14 @@ class TrainingCheckpoints:
         """The step of the newest checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: Any, gain: float | None, extra: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, position: Any, score: float | None, extra: dict[str, Any]) -> None:
         """Saves in the background; `position` and `extra` are JSON values. Waits for the save before this one."""
         self._manager.wait_until_finished()
         self._saving = step
         saved = ocp.args.Composite(
             state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"position": position, "extra": extra})
         )
-        self._manager.save(step, args=saved, metrics=None if gain is None else {"gain": gain})
+        self._manager.save(step, args=saved, metrics=None if score is None else {self._best: score})
 
     def restore(self, abstract_state: Any) -> Restored:
         """The newest checkpoint, its arrays laid out as `abstract_state` says."""

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ FREE = {
         "steps",
         "log_every",
         "validate_every",
+        "evaluators",
         "validation_batches",
         "validation_sigmas",
         "save_every",
@@ -146,27 +147,39 @@ class Curves:
     def __init__(self, folder: Path, step: int):
         self.folder = folder
         for path in folder.glob("*.csv"):
-            with open(path, newline="", encoding="utf-8") as file:
-                header, *rows = list(csv.reader(file)) or [[]]
+            header, *rows = _read_csv(path)
             kept = [row for row in rows if len(row) == len(header) and 0 < step >= int(row[0])]
-            with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([header, *kept] if kept else [])
+            _write_csv(path, [header, *kept] if kept else [])
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Appends a row to `<kind>.csv`."""
+        """Appends a row to `<kind>.csv`, and columns that it does not have; NaN where a row has no such value."""
         path = self.folder / f"{kind}.csv"
-        new = not path.exists() or path.stat().st_size == 0
+        header, *rows = _read_csv(path)
+        if new := [name for name in ("step", *values) if name not in header]:
+            header += new
+            _write_csv(path, [header, *(row + ["nan"] * len(new) for row in rows)])
+        row = {"step": str(step)} | {name: f"{value:.8g}" for name, value in values.items()}
         with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *values])
-            writer.writerow([step, *(f"{value:.8g}" for value in values.values())])
+            csv.writer(file).writerow([row.get(name, "nan") for name in header])
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self._board.close()
+
+
+def _read_csv(path: Path) -> list[list[str]]:
+    """The header, empty for an empty file or none, and the rows."""
+    if not path.exists():
+        return [[]]
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file)) or [[]]
+
+
+def _write_csv(path: Path, rows: list[list[str]]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 class Monitor:
@@ -192,7 +205,7 @@ class Monitor:
         )
         self.task = self.progress.add_task("train", total=steps, completed=start, text="compiling")
         self._window: list[tuple[int, dict[str, jax.Array], np.ndarray]] = []
-        self._since, self._gain = time.perf_counter(), ""
+        self._since, self._score = time.perf_counter(), ""
 
     def __enter__(self) -> "Monitor":
         self.progress.start()
@@ -228,18 +241,14 @@ class Monitor:
         mean["step_ms"] = 1000 * (now - self._since) / len(self._window)
         if self.curves:
             self.curves.write("metrics", step, mean)
-        text = f"{mean['step_ms']:.0f} ms  loss {mean['loss']:.4g}  gain {mean['gain']:+.2%}{self._gain}"
+        text = f"{mean['step_ms']:.0f} ms  loss {mean['loss']:.4g}  gain {mean['gain']:+.2%}{self._score}"
         self.progress.update(self.task, completed=step, text=text)
         self._window, self._since = [], now
 
-    def validated(self, step: int, result: dict[str, float]) -> None:
+    def validated(self, step: int, numbers: Mapping[str, float], summaries: Sequence[str], best: str) -> None:
+        """Logs what evaluators measured; `best` is the name of the number that decides."""
         if self.curves:
-            self.curves.write("validation", step, result)
-        levels = {name: gain for name, gain in result.items() if name not in ("gain", "gain_wrong")}
-        worst = min(levels, key=lambda name: levels[name])
-        told = f"gain {result['gain']:+.2%}, worst level {worst.removeprefix('gain_')}: {levels[worst]:+.2%}"
-        if "gain_wrong" in result:
-            told += f", with another's memory {result['gain_wrong']:+.2%}"
-        self._gain = f"  validation {result['gain']:+.2%}"
-        self.console.print(f"step {step}: {told}", highlight=False)
+            self.curves.write("validation", step, numbers)
+        self._score = f"  validation {best} {numbers[best]:.4g}" if best in numbers else ""
+        self.console.print(f"step {step}: {'; '.join(summaries)}", highlight=False)
         self._since = time.perf_counter()

@@ -1,15 +1,17 @@
 """The loop of a training run, which a kill and the same command continue bit for bit."""
 
 import contextlib
+import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ditmem_jax.config import Config
+from ditmem_jax.evaluate.evaluator import Evaluator
 from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.storage.locks import owned
@@ -18,9 +20,6 @@ from ditmem_jax.train import folder as runs
 from ditmem_jax.train.checkpoints import TrainingCheckpoints
 from ditmem_jax.train.setup import Setup
 from ditmem_jax.train.step import TrainState, describe
-from ditmem_jax.train.validation import Validator
-
-GAIN = "gain: 1 - mean loss with memory / mean loss without, at each noise level; their mean over levels"
 
 
 def train_memory(config: Config, *, warm: bool = False) -> Path:
@@ -43,7 +42,7 @@ def _train(config: Config, phases: compilation.Phases, *, warm: bool) -> Path:
     setup, options = Setup(config), config.run
     with (
         jax.set_mesh(setup.mesh),
-        TrainingCheckpoints(setup.folder / "checkpoints", options.keep) as checkpoints,
+        TrainingCheckpoints(setup.folder / "checkpoints", options.keep, options.best) as checkpoints,
         _termination() as terminated,
     ):
         start = checkpoints.latest() or 0
@@ -56,14 +55,15 @@ def _train(config: Config, phases: compilation.Phases, *, warm: bool) -> Path:
         with runs.Monitor(setup.folder, start, options.steps) as monitor:
             monitor.console.print(describe(setup.backbone, state))
             monitor.console.print(f"attention by {compute_for(config, setup.mesh).backend}")
-            monitor.console.print(GAIN)
             phases.end("load")
-            train_step, validator = setup.compile()
+            train_step, evaluators = setup.compile()
+            for evaluator in evaluators:
+                monitor.console.print(evaluator.about)
             phases.end("compile")
             if warm:
                 return setup.folder
             if start == 0:
-                _validate(setup, validator, monitor, state, 0, notes)
+                _validate(setup, evaluators, monitor, state, 0, notes)
                 phases.end("validation")
             for step in range(start + 1, options.steps + 1):
                 batch = next(setup.data)
@@ -85,9 +85,9 @@ def _train(config: Config, phases: compilation.Phases, *, warm: bool) -> Path:
                 stop = ask and processes.any_process(bool(terminated))
                 if validate or save or stop or step % options.log_every == 0:
                     monitor.flush()  # nothing that is not finite is saved
-                gain = _validate(setup, validator, monitor, state, step, notes) if validate else None
+                score = _validate(setup, evaluators, monitor, state, step, notes) if validate else None
                 if save or stop:
-                    checkpoints.save(step, state, setup.data.get_state(), gain, notes)
+                    checkpoints.save(step, state, setup.data.get_state(), score, notes)
                 if stop and not last:
                     checkpoints.close()
                     monitor.console.print(f"stopped after step {step}; the same command continues")
@@ -99,22 +99,27 @@ def _train(config: Config, phases: compilation.Phases, *, warm: bool) -> Path:
 
 def _validate(
     setup: Setup,
-    validator: Validator | None,
+    evaluators: Sequence[Evaluator],
     monitor: runs.Monitor,
     state: TrainState,
     step: int,
     notes: dict[str, Any],
 ) -> float | None:
-    """Notes the gains at this step and keeps the encoder if they are the best so far; returns the mean gain."""
-    if validator is None:
+    """Notes what the evaluators measure and keeps the encoder if it is the best so far; returns its score, if any."""
+    if not evaluators:
         return None
-    notes["gains"] = validator(state.params, state.rest)
-    monitor.validated(step, notes["gains"])
-    gain = notes["gains"]["gain"]
-    if notes["best"] is None or gain > notes["best"]:
-        notes["best"] = gain
-        setup.export("encoder_best.safetensors", state, step, notes["gains"])
-    return gain
+    found = [evaluator(state.params, state.rest) for evaluator in evaluators]
+    notes["gains"] = numbers = {name: value for each in found for name, value in each.items()}
+    best = setup.config.run.best
+    summaries = [evaluator.summary(each) for evaluator, each in zip(evaluators, found, strict=True)]
+    monitor.validated(step, numbers, summaries, best)
+    score = numbers.get(best, math.nan)
+    if math.isnan(score):
+        return None
+    if notes["best"] is None or score > notes["best"]:
+        notes["best"] = score
+        setup.export("encoder_best.safetensors", state, step, numbers)
+    return score
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import References, majority_source
 from ditmem_jax.diffusion import objective
 from ditmem_jax.errors import UserError
+from ditmem_jax.evaluate.evaluator import Evaluator, HeldOut, Subject
+from ditmem_jax.evaluate.kinds import check_evaluators, make_evaluators
+from ditmem_jax.evaluate.others import others, relatives
 from ditmem_jax.models.ditmem import Networks, compute_for
 from ditmem_jax.models.free_tokens import source_numbers
 from ditmem_jax.models.placement import place_on
@@ -32,7 +35,6 @@ from ditmem_jax.train import folder as runs
 from ditmem_jax.train.calibration import calibrate
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_networks, state_layout
-from ditmem_jax.train.validation import Validator, others, relatives
 from ditmem_jax.types import Batch, Conditioning
 
 SMALL = 2**28  # bytes of frozen weights: up to here memory goes to speed, beyond it is scarce
@@ -46,11 +48,14 @@ class Setup:
     """
 
     def __init__(self, config: Config):
+        check_evaluators(config.run)
         check_weights(config, *stored_dits(config, config.experts.trains))
         self.mesh = make_mesh(config.mesh)
         self.optimizer = make_optimizer(config.optim, config.run.steps)
         records = RecordReader(config.data.records)
-        held_out = RecordReader(config.data.validation) if config.data.validation else None
+        held_out = self._records_held_out = (
+            RecordReader(config.data.validation) if config.data.validation else None
+        )
         begun = Path(config.run.out) / matches.FILE
         found = [matches.read(records, config.data.bank, config.data.references, begun)]
         if held_out:
@@ -78,33 +83,36 @@ class Setup:
         self.held_out = self._held_out(held_out, *references[1], sources[1]) if held_out else []
         self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
 
-    def compile(self) -> tuple[Callable, Validator | None]:
-        """The compiled step, and what validates if there is anything to do it with; under `jax.set_mesh`."""
+    def compile(self) -> tuple[Callable, list[Evaluator]]:
+        """The compiled step, and the evaluators if there is anything to measure on; under `jax.set_mesh`."""
         config, layout = self.config, self.state_layout
         step = jit_train_step(config, self.networks, self.optimizer, self.mesh)
         step = compilation.compile_for(step, layout, self.backbone, self.batch_layout)
-        validator = None
-        if self.held_out:
-            validator = Validator(
-                self.networks,
-                self.backbone,
-                (layout.params, layout.rest),
-                self.held_out,
-                config.run.validation_sigmas,
-                config.experts,
-                config.run.seed,
-                self.mesh,
-            )
-        return step, validator
+        return step, make_evaluators(self.subject) if self.subject else []
+
+    @functools.cached_property
+    def subject(self) -> Subject | None:
+        """What is evaluated, and on what; None without held-out records."""
+        if self._records_held_out is None:
+            return None
+        return Subject(
+            self.config,
+            self.mesh,
+            self.networks,
+            self.backbone,
+            (self.state_layout.params, self.state_layout.rest),
+            self.held_out,
+            self._records_held_out,
+        )
 
     def put(self, batch: Batch) -> Batch:
         """The arrays of a batch on the devices, divided among them."""
-        sharding, size = batch_sharding(self.mesh), self.config.data.batch_size
+        return jax.tree.map(self._divide, batch._replace(ids=None))
 
-        def place(x: np.ndarray) -> jax.Array:
-            return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
-
-        return jax.tree.map(place, batch._replace(ids=None))
+    def _divide(self, x: np.ndarray) -> jax.Array:
+        """What each process has of an array of a batch, as one on the devices."""
+        shape = (self.config.data.batch_size, *x.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), x, shape)
 
     def initial_state(self) -> TrainState:
         """The state before the first step; a gate begins where the first batch says. Under `jax.set_mesh`."""
@@ -128,7 +136,7 @@ class Setup:
 
     def _held_out(
         self, records: RecordReader, bank: References, matches: np.ndarray, sources: np.ndarray | None
-    ) -> list[tuple[Batch, Batch]]:
+    ) -> list[HeldOut]:
         """The batches to validate on, with their own references and with another's."""
 
         def batches(matches: np.ndarray, sources: np.ndarray | None) -> list[Batch]:
@@ -137,20 +145,24 @@ class Setup:
 
         right = batches(matches, sources)
         places = {entry.id: number for number, entry in enumerate(records.entries)}
-        numbers = [places[id] for batch in right for id in batch.ids]  # those of this process
+        numbers = [[places[id] for id in batch.ids] for batch in right]  # those of this process
+        ours, family = list(itertools.chain(*numbers)), relatives(records, bank, matches)
+        if sources is not None:  # samples of one source have one memory
+            family = np.column_stack([family, len(bank) + sources])
         data, seed = self.config.data, self.config.run.seed
-        family = relatives(records, bank, matches)
-        found = others(records.entries, family, numbers, seed, data.kind, data.group)
+        found = others(records.entries, family, ours, seed, data.kind, data.group)
         of_others = np.full_like(matches, -1)
-        of_others[numbers] = np.where(found[:, None] >= 0, matches[found], -1)
-        pairs = []
+        of_others[ours] = np.where(found[:, None] >= 0, matches[found], -1)
         if sources is not None:
             sources = sources.copy()
-            sources[numbers] = sources[found]
-        for batch, other in zip(right, batches(of_others, sources), strict=True):
+            sources[ours] = sources[found]
+        held_out = []
+        for batch, other, local in zip(right, batches(of_others, sources), numbers, strict=True):
             batch, other = self.put(batch), self.put(other)
-            pairs.append((batch, batch._replace(references=other.references, present=other.present)))
-        return pairs
+            other = batch._replace(references=other.references, present=other.present, source=other.source)
+            whole = all_gather_to_host(self._divide(np.array(local, np.int32)), self.mesh)
+            held_out.append(HeldOut(batch, other, [records.entries[number] for number in whole]))
+        return held_out
 
     def _stream(
         self, records: RecordReader, bank: References, index: np.ndarray, **options: Any

@@ -29,7 +29,8 @@ BUILD = ROOT / "build" / "mutants"
 MODULES = (  # the longest first
     "models/memory_encoder",
     "train/step",
-    "train/validation",
+    "evaluate/gain",
+    "evaluate/others",
     "train/optimizer",
     *(f"diffusion/{path.stem}" for path in sorted((ROOT / "ditmem_jax/diffusion").glob("[!_]*.py"))),
 )

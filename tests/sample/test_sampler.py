@@ -156,6 +156,17 @@ def test_references_that_score_too_low_are_not_read(config, sampler):
     assert np.abs(fits - does_not).max() > 1e-3
 
 
+def test_another_encoder_takes_the_same_programs(config, sampler, compilations, tmp_path):
+    references = retrieve(config, PROMPT).latents[None]
+    first = sampler.latents([PROMPT], [0], references)
+    write_encoder(tmp_path / "other.safetensors", config.memory, seed=1)
+    other = sampler.with_encoder(load_encoder(tmp_path / "other.safetensors"))
+    before = len(compilations)
+    assert np.abs(other.latents([PROMPT], [0], references) - first).max() > 1e-4
+    np.testing.assert_array_equal(sampler.latents([PROMPT], [0], references), first)
+    assert len(compilations) == before
+
+
 def test_a_second_clip_compiles_nothing(config, encoder, compilations):
     sampler, references = Sampler.load(config, encoder), retrieve(config, PROMPT).latents[None]
     sampler.generate([PROMPT], [0], references)

@@ -75,14 +75,14 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     assert rows(tmp_path / "metrics.csv") == [{"step": "10", "loss": "10"}, {"step": "20", "loss": "20"}]
 
 
-def test_the_worst_level_is_told(tmp_path, capsys):
-    with runs.Monitor(tmp_path, 0, 10) as monitor:
-        monitor.validated(4, {"gain": 0.1, "gain_wrong": -0.2, "gain_0.2": -0.031, "gain_0.8": 0.23})
-        monitor.validated(5, {"gain": 0.1, "gain_0.2": 0.1})
-    assert capsys.readouterr().out.splitlines() == [
-        "step 4: gain +10.00%, worst level 0.2: -3.10%, with another's memory -20.00%",
-        "step 5: gain +10.00%, worst level 0.2: +10.00%",
-    ]
+def test_a_row_with_other_values_widens_the_table(tmp_path):
+    curves = runs.Curves(tmp_path, 0)
+    for step, values in ((1, {"a": 1.0}), (2, {"b": 2.0, "a": 3.0}), (3, {"b": 4.0})):
+        curves.write("validation", step, values)
+    curves.close()
+    runs.Curves(tmp_path, 3).close()
+    found = [list(row.values()) for row in rows(tmp_path / "validation.csv")]
+    assert found == [["1", "1", "nan"], ["2", "3", "2"], ["3", "nan", "4"]]
 
 
 def test_metrics_are_the_mean_over_the_steps_since_the_last_row(tmp_path):

@@ -61,6 +61,9 @@ def test_samples_train_the_tokens_of_their_own_source(config):
     for id, number in zip(batch.ids, batch.source, strict=True):
         best = videos.entries[index[places[id]][0]]  # no two videos of the bank have one source
         assert setup.config.memory.sources[number] == best.source
+    for held_out in setup.held_out:
+        known = held_out.other.present.any(axis=1)
+        assert known.any() and (held_out.right.source != held_out.other.source)[known].all()
     state = setup.initial_state()
     with jax.set_mesh(setup.mesh):
         step, _ = setup.compile()

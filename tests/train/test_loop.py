@@ -20,7 +20,6 @@ from ditmem_jax.train import folder as runs
 from ditmem_jax.train import loop
 from ditmem_jax.train.setup import Setup
 from ditmem_jax.train.step import TrainState
-from ditmem_jax.train.validation import Validator
 from ditmem_jax.types import Batch, Conditioning
 from tests.tiny import make_tiny, replace, tiny_config
 
@@ -48,21 +47,27 @@ class Numbers:
         self.next = state["next"]
 
 
-class Scripted(Validator):
-    """Tells the gains that were written down for a step, which it knows by the weight."""
+class Scripted:
+    """An evaluator that tells the scores that were written down for a step, which it knows by the weight."""
 
-    def __init__(self, gains, steps):
-        self.gains, self.ends = gains, steps
+    about = "what is written down"
+
+    def __init__(self, name, scores, steps):
+        self.name, self.written, self.ends = name, scores, steps
 
     def __call__(self, params, rest):
-        gain = self.gains[sum(end <= float(params["w"]) for end in self.ends) if params["w"] else 0]
-        return {"gain": gain, "gain_0.5": gain}
+        score = self.written[sum(end <= float(params["w"]) for end in self.ends) if params["w"] else 0]
+        return {} if score is None else {self.name: score, f"{self.name}_0.5": score}
+
+    def summary(self, numbers):
+        return f"{self.name}: {numbers.get(self.name)}"
 
 
 class FakeSetup(Setup):
     """A run whose weight w becomes w / 2 + the number in the batch: it tells which batches were seen, in order."""
 
     gains: ClassVar[dict[int, float]] = {}  # of validation, by step; without any nothing validates
+    laws: ClassVar[dict[int, float]] = {}  # of a second evaluator
     at: ClassVar[dict] = {}  # what to call when a batch is read
     broken: int = -1  # step whose loss is not finite
     fingerprint: str | None = None
@@ -87,7 +92,8 @@ class FakeSetup(Setup):
             state = state.replace(step=state.step + 1, params={"w": state.params["w"] / 2 + number})
             return state, {"loss": jnp.where(state.step == self.broken, jnp.nan, number), "gain": number}
 
-        return step, Scripted(self.gains, self.steps()) if self.gains else None
+        scores = {name: found for name, found in (("gain", self.gains), ("law_gain", self.laws)) if found}
+        return step, [Scripted(name, found, self.steps()) for name, found in scores.items()]
 
     @staticmethod
     def steps():
@@ -154,6 +160,18 @@ def test_the_best_encoder_and_the_last_are_kept(run, tmp_path):
     assert best == [FakeSetup.steps()[2], 3, {"gain": 0.5, "gain_0.5": 0.5}]
     assert last == [FakeSetup.steps()[6], 7, {"gain": 0.1, "gain_0.5": 0.1}]
     assert saved(tmp_path / "run") == [3, 7]  # the best and the last
+
+
+def test_run_best_names_the_number_that_decides(run, tmp_path, capsys):
+    """Of another evaluator than the first; where that measures nothing, the encoder is not the best."""
+    laws = {0: None, 3: 0.1, 6: 0.4, 7: None}
+    run(fake={"gains": GAINS, "laws": laws}, best="law_gain", save_every=3, keep=1)
+    best = json.loads((tmp_path / "run" / "encoder_best.safetensors").read_text())
+    assert best[1:] == [6, {"gain": 0.2, "gain_0.5": 0.2, "law_gain": 0.4, "law_gain_0.5": 0.4}]
+    assert saved(tmp_path / "run") == [6, 7]
+    columns = [(row["gain"], row["law_gain"]) for row in rows(tmp_path / "run" / "validation.csv")]
+    assert columns == [("0", "nan"), ("0.5", "0.1"), ("0.2", "0.4"), ("0.1", "nan")]
+    assert "step 6: gain: 0.2; law_gain: 0.4" in capsys.readouterr().out
 
 
 def terminate():

@@ -95,12 +95,13 @@ def held_out(config, out, monkeypatch, devices):
     """Of each sample the bytes of its latents, of its references, and of another's."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     monkeypatch.setattr("ditmem_jax.train.setup.make_mesh", lambda _: mesh)
-    samples = {}
-    for right, wrong in Setup(replace(config, "run", out=str(out))).held_out:
+    samples, latents = {}, {record.id: record.latents for record in RecordReader(config.data.validation)}
+    for right, wrong, entries in Setup(replace(config, "run", out=str(out))).held_out:
         np.testing.assert_array_equal(right.latents, wrong.latents)
-        for number, latents in enumerate(np.asarray(right.latents)):
+        assert [latents[x.id].tobytes() for x in entries] == [x.tobytes() for x in np.asarray(right.latents)]
+        for number, ours in enumerate(np.asarray(right.latents)):
             videos = ([x.tobytes() for x in np.asarray(each.references[number])] for each in (right, wrong))
-            samples[latents.tobytes()] = tuple(videos)
+            samples[ours.tobytes()] = tuple(videos)
     return samples
 
 

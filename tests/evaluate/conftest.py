@@ -1,0 +1,12 @@
+import pytest
+
+from ditmem_jax.evaluate import laws
+from tests.evaluate.subjects import FakeSampler
+
+
+@pytest.fixture
+def sampler(monkeypatch):
+    """What the law error takes for a sampler."""
+    fake = FakeSampler()
+    monkeypatch.setattr(laws, "make_sampler", lambda subject: fake)
+    return fake
