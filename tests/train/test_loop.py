@@ -50,7 +50,7 @@ class Numbers:
 class Scripted:
     """An evaluator that tells the scores that were written down for a step, which it knows by the weight."""
 
-    about = "what is written down"
+    about, scores = "what is written down", ("gain", "law_gain")
 
     def __init__(self, name, scores, steps):
         self.name, self.written, self.ends = name, scores, steps
