@@ -706,7 +706,7 @@ class RunConfig:
     better. Of gain: gain. Of law: law_gain."""
     validation_batches: int = 4
     """[batches] Batches of a validation."""
-    validation_sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
+    validation_sigmas: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
     """[noise level] Noise levels at which a validation measures errors."""
     save_every: int = 200
     """[steps] Steps between two checkpoints."""

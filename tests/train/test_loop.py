@@ -137,7 +137,7 @@ def saved(folder):
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
-GAIN_COLUMNS = ("gain", "gain_wrong", "gain_0.2", "gain_0.4", "gain_0.6", "gain_0.8", "gain_0.95")
+GAIN_COLUMNS = ("gain", "gain_wrong", "gain_0.1", "gain_0.2", "gain_0.4", "gain_0.6", "gain_0.8", "gain_0.95")
 GAINS = {0: 0.0, 3: 0.5, 6: 0.2, 7: 0.1}
 
 
