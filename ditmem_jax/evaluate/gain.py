@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,10 @@ class Gain:
     train.
     """
 
-    about = "gain: 1 - mean loss with memory / mean loss without, at each noise level; their mean over levels"
-    scores = ("gain",)
+    about: ClassVar[str] = (
+        "gain: 1 - mean loss with memory / mean loss without, at each noise level; their mean over levels"
+    )
+    scores: ClassVar[tuple[str, ...]] = ("gain",)
 
     def __init__(self, subject: Subject):
         config, networks, mesh = subject.config, subject.networks, subject.mesh

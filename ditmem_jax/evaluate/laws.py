@@ -8,7 +8,7 @@ same functions.
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,8 +60,10 @@ class LawError:
     `run.validation_batches` are made.
     """
 
-    about = "law: mean of |ln(measured / true)| over constants that clips tell; law_gain: 1 - with memory / without"
-    scores = ("law_gain",)
+    about: ClassVar[str] = (
+        "law: mean of |ln(measured / true)| over constants that clips tell; law_gain: 1 - with memory / without"
+    )
+    scores: ClassVar[tuple[str, ...]] = ("law_gain",)
 
     def __init__(self, subject: Subject):
         self._subject = subject
@@ -92,7 +94,7 @@ class LawError:
         if (both := np.isfinite(right + without)).any():
             numbers["law_error"] = float(right[both].mean())
             numbers["law_gain"] = 1 - numbers["law_error"] / float(without[both].mean())
-            numbers["law_guess"] = float(np.mean(law_error(self._guess, self._true)[both]))
+            numbers["law_guess"] = float(np.asarray(law_error(self._guess, self._true))[both].mean())
         if (both := np.isfinite(wrong + without)).any():
             numbers["law_gain_wrong"] = 1 - float(wrong[both].mean() / without[both].mean())
         return numbers
