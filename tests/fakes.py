@@ -22,7 +22,7 @@ class Seen:
     """What networks were called with, where nothing is compiled."""
 
     def __init__(self):
-        self.references = self.present = self.sigma = self.noise = self.memory = None
+        self.references = self.present = self.sigma = self.noise = self.memory = self.dropout = None
 
 
 class FakeEncoder(MemoryEncoder):
@@ -37,6 +37,7 @@ class FakeEncoder(MemoryEncoder):
             self.calls[...] += 1
         if self.seen is not None:
             self.seen.references, self.seen.present = latents, present
+            self.seen.dropout = None if rngs is None else jax.random.key_data(rngs.dropout())
         tokens = self.factor * latents.mean((2, 3, 4, 5))[..., None]
         return Memory(tokens, jnp.where(present, 0.0, -jnp.inf))
 

@@ -12,6 +12,7 @@ from ditmem_jax.models.wan.vae import VAE
 from ditmem_jax.worlds.laws import PHENOMENA
 from ditmem_jax.worlds.simulate import sample_clip
 from tests.evaluate.subjects import WORLD, entry, held_out, subject
+from tests.fakes import FakeEncoder
 
 
 @pytest.mark.parametrize("phenomenon", PHENOMENA)
@@ -111,3 +112,6 @@ def test_clips_are_of_the_captions_and_the_networks_of_the_run(monkeypatch):
     captions = [x.caption for x in given.held_out[0].entries]
     clips = made.latents(captions, [3, 3])
     assert jnp.isfinite(clips).all() and (clips[0] != clips[1]).any()
+    encoder = FakeEncoder()
+    other = made.with_encoder(encoder)
+    assert other._stages is made._stages and (made._encoders, other._encoders) == ((None,), (encoder,))

@@ -128,11 +128,11 @@ def test_merging_nothing_keeps_the_sign_of_zero():
 
 def test_a_merged_matrix_by_hand():
     adapters = {
-        "q.lora.a": np.array([[1.0], [2.0]], np.float32),
-        "q.lora.b": np.array([[10.0, 20.0, 30.0]], np.float32),
+        "q.lora.a": np.array([[1.0, 1.0], [2.0, 0.0]], np.float32),
+        "q.lora.b": np.array([[10.0, 20.0, 30.0], [2.0, 2.0, 2.0]], np.float32),
     }
-    merged = lora.merge({"q.kernel": np.ones((2, 3), np.float32)}, adapters, AdapterConfig(rank=1, alpha=0.5))
-    np.testing.assert_array_equal(merged["q.kernel"], [[6, 11, 16], [11, 21, 31]])
+    merged = lora.merge({"q.kernel": np.ones((2, 3), np.float32)}, adapters, AdapterConfig(rank=2, alpha=1.0))
+    np.testing.assert_array_equal(merged["q.kernel"], [[7, 12, 17], [11, 21, 31]])  # 1 + A B / 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ditmem_jax.config import MemoryConfig
+from ditmem_jax.config import MemoryConfig, MeshConfig
 from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.models import ditmem
-from ditmem_jax.models.ditmem import keep_only, with_strength
+from ditmem_jax.models.ditmem import compute_for, keep_only, with_strength
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.parallel.mesh import make_mesh
 from ditmem_jax.types import Batch, Compute, Conditioning, Memory
-from tests.tiny import random_arrays, tiny_config
+from tests.tiny import random_arrays, replace, tiny_config
 
 velocity, encode = nnx.jit(ditmem.velocity), nnx.jit(ditmem.encode)
 
@@ -116,3 +117,10 @@ def test_ten_memory_rows_cost_the_full_size_transformer_next_to_nothing():
         jax.jit(forward).lower(weights, *inputs, *memory).cost_analysis()["flops"] for memory in ((), rows)
     )
     assert without < with_memory <= 1.002 * without
+
+
+def test_how_a_transformer_computes_is_what_the_config_says():
+    config = replace(replace(tiny_config("nowhere"), "run", remat="blocks"), "memory", blocks=(1, 1))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert compute_for(config, mesh, training=True) == Compute("xla", "blocks", memory_blocks=(1, 1))
+    assert compute_for(config, mesh) == Compute("xla", "none", memory_blocks=(1, 1))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ditmem_jax.config import to_dict
 from ditmem_jax.errors import UserError
 from ditmem_jax.train import folder as runs
 from tests.tiny import replace, tiny_config
@@ -36,6 +37,18 @@ def test_a_folder_belongs_to_one_run(config, tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="holds something else"):
         runs.claim(replace(config, "run", out=str(tmp_path / "other")), "abc").__enter__()
+
+
+def test_every_value_decides_but_those_that_enter_no_step(config):
+    every = {f"{part}.{key}" for part, values in to_dict(config).items() for key in values}
+    free = every - runs.identity(config).keys()
+    run = "out steps log_every validate_every evaluators validation_batches validation_sigmas save_every keep"
+    data = "validation kind group workers cache"
+    expected = {f"run.{key}" for key in run.split()} | {f"data.{key}" for key in data.split()}
+    expected |= {"weights.path", "weights.hub"} | {
+        key for key in every if key.startswith(("sample.", "mesh."))
+    }
+    assert free == expected
 
 
 def test_a_run_begun_before_a_key_existed_has_its_default(config, tmp_path):

@@ -145,7 +145,7 @@ def test_references_are_shuffled_for_each_sample_and_not_otherwise():
     np.testing.assert_array_equal(as_given.present, ~np.isnan(videos))
 
 
-def test_noise_depends_on_nothing_but_seed_step_and_sample():
+def test_noise_and_dropout_depend_on_nothing_but_seed_step_and_sample():
     """The bits that draw a level draw no noise: normal and uniform numbers of one key would be in the same order."""
     samples = batch(np.ones(64), np.ones((64, 1)))
     first = take(samples, density="uniform", sigma_range=(0.1, 1.0))
@@ -158,7 +158,9 @@ def test_noise_depends_on_nothing_but_seed_step_and_sample():
         take(samples, sigma_range=(0.1, 1.0), **changed) for changed in ({}, {"step": 1}, {"seed": 1})
     )
     np.testing.assert_array_equal(again.seen.noise, first.seen.noise)
+    np.testing.assert_array_equal(again.seen.dropout, first.seen.dropout)
     for taken in (later, other):
+        assert (taken.seen.dropout != first.seen.dropout).any()
         assert abs(np.corrcoef(np.asarray(taken.seen.noise).reshape(-1), noise.reshape(-1))[0, 1]) < 0.2
         assert abs(np.corrcoef(taken.sigma, first.sigma)[0, 1]) < 0.5
 
