@@ -12,7 +12,6 @@ it is first used: importing the library takes no time, defines no flag, starts n
 """
 
 import importlib
-import importlib.metadata
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ __all__ = (
 def __getattr__(name: str) -> Any:
     """Return a public name, imported on first use (PEP 562)."""
     if name == "__version__":
-        value = importlib.metadata.version(__name__)
+        value = importlib.import_module("importlib.metadata").version(__name__)
     elif name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     else:

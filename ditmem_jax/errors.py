@@ -1,7 +1,7 @@
 """The one error that users see: what is wrong, what was expected, what was found, what would fix it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -25,8 +25,8 @@ class UserError(Exception):
         return "; ".join(" ".join(line.split()) for line in str(self).split("\n"))
 
 
-def nearest(name: str, known: Iterable[str], count: int = 5) -> str:
-    """The known names as text, those closest to `name` first."""
-    ranked = sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
+def nearest(name: str, known: Iterable[str], count: int = 5, by: Callable[[str], str] = str) -> str:
+    """The known names as text, those closest to `name` first; `by` gives what is compared of each."""
+    ranked = sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name, by(other)).ratio(), other))
     more = f" and {len(ranked) - count} more" if len(ranked) > count else ""
     return ", ".join(ranked[:count]) + more

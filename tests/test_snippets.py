@@ -1,5 +1,7 @@
 """What the README and the pages show: Python runs, and every command and flag exists."""
 
+import importlib
+import inspect
 import multiprocessing
 import os
 import pkgutil
@@ -7,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,10 +22,10 @@ from sybil.parsers.markdown import CodeBlockParser
 
 import ditmem_jax as dm
 from ditmem_jax.bank import matches
-from ditmem_jax.cli import COMMANDS
+from ditmem_jax.cli import COMMANDS, EXAMPLES
 from ditmem_jax.config import files
+from ditmem_jax.config import flags as cli
 from ditmem_jax.data.records import RecordReader
-from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.parallel import compilation
@@ -118,15 +121,18 @@ def module_of(words):
 def parse(module, arguments, monkeypatch):
     """Parse the arguments as the command does, and build its config."""
     assert module in MODULES, f"no command {module}"
-    given = []
-    monkeypatch.setattr(app, "run", lambda main, argv: given.extend(flags.FLAGS(argv)))
-    monkeypatch.setattr("sys.argv", [module, *arguments])
-    with flagsaver.flagsaver():  # removes the flags that the command defines
-        names = runpy.run_module(module, run_name="__main__")
+
+    def find(line, given):
+        line.find(given)
         if "config" in flags.FLAGS and flags.FLAGS.config:
             files.load_config(flags.FLAGS.config, flags.FLAGS.set)
-    if known := names.get("COMMANDS"):
-        assert given[1] in known, f"{module} has no command {given[1]}"
+
+    monkeypatch.setattr(app, "run", lambda main, argv, flags_parser: main(flags_parser(argv)))
+    monkeypatch.setattr(cli._CommandLine, "run", find)
+    monkeypatch.setattr("sys.argv", [module, *arguments])
+    with flagsaver.flagsaver(), warnings.catch_warnings():  # removes the flags that the command defines
+        warnings.simplefilter("ignore", RuntimeWarning)  # that a test has imported it before
+        runpy.run_module(module, run_name="__main__")
 
 
 @pages_with("sh")
@@ -142,13 +148,32 @@ def test_commands_and_their_flags_exist(page, monkeypatch):
                 assert named <= targets, f"no target {named - targets}"
 
 
+def examples():
+    """The examples that help shows."""
+    modules = [importlib.import_module(f"ditmem_jax.{command}.__main__") for command in COMMANDS]
+    subcommands = [each.main for module in modules for each in getattr(module, "COMMANDS", {}).values()]
+    for text in (EXAMPLES, *(named.__doc__ for named in (*modules, *subcommands))):
+        paragraphs = [
+            part for part in inspect.cleandoc(text).split("\n\n") if part.lstrip().startswith("ditmem ")
+        ]
+        assert paragraphs, text
+        yield from (words for part in paragraphs for words in commands(part))
+
+
+@pytest.mark.parametrize("words", examples(), ids=" ".join)
+def test_the_examples_of_help_exist(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse(*module_of(words), monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [
         ("ditmem encod --out records", AssertionError),
-        ("ditmem encode --out records --videoz videos", flags.UnrecognizedFlagError),
-        ("python -m ditmem_jax.bank finds --bank bank", AssertionError),
-        ("ditmem train --config tiny --config.optim.rate=1", UserError),
+        ("ditmem encode --out records --videoz videos", SystemExit),
+        ("python -m ditmem_jax.bank finds --bank bank", SystemExit),
+        ("ditmem bank search --bank bank --port 80", SystemExit),
+        ("ditmem train --config tiny --config.optim.rate=1", SystemExit),
     ],
 )
 def test_what_does_not_exist_is_found(line, error, monkeypatch):

@@ -4,7 +4,7 @@
     make tfio-shards IN=http://server/captions.csv OUT=videos MODE=decode
     .venv-tfio/bin/python -m convert.tfio --in part.tfrecord --out videos --caption text
 
-`python -m ditmem_jax.encode --videos videos --out records` reads them in the main environment. The same command
+`ditmem encode --videos videos --out records` reads them in the main environment. The same command
 again continues after the last finished shard, and tries once more what is listed in skipped.csv.
 """
 

@@ -1,31 +1,35 @@
-"""Compiles the real step of training or sampling for TPUs that are not there, and tells whether it fits and
-how fast it can be: `python -m ditmem_jax.aot --config configs/wan_14b.py --topology v5p:2x2x1 --mesh fsdp=4`.
+"""Compile the real step of training or sampling for TPUs that are not there: does it fit, and how fast can it be?
 
-The TPU compiler (extra `tpu`) runs on any x86-64 Linux. Nothing is loaded: shapes, dtypes and shardings stand for all
-arrays. Memory is the compiler's own statement about one chip; operations, bytes and collectives are read from the
-compiled program (see `roof`).
+    ditmem aot --config wan_14b --topology v5p:2x2x1 --mesh fsdp=4
+    ditmem aot --config wan --program sample --topology v5e:2x4 --sweep
+
+The TPU compiler (extra tpu) runs on any x86-64 Linux. Nothing is loaded: shapes stand for all arrays. Memory is the
+compiler's own statement about one chip; operations, bytes and collectives are read from the compiled program.
 """
 
 import json
 import os
 
-import jax
 from absl import flags
-from rich.console import Console
 
-from ditmem_jax.aot.compile import ENVIRONMENT, PROGRAMS, examine, parse_mesh, sweep, with_batch
-from ditmem_jax.aot.tables import as_json, as_rows, as_table, mesh_flags
 from ditmem_jax.config import flags as cli
 from ditmem_jax.errors import UserError
 
 
 def main() -> None:
+    config, program, topology = CONFIG(), PROGRAM.value, TOPOLOGY.value
+    if MESH.value and SWEEP.value:
+        raise UserError("--sweep tries meshes of its own", found=f"--mesh={MESH.value}", fix="one of the two")
+
+    import jax
+    from rich.console import Console
+
+    from ditmem_jax.aot.compile import ENVIRONMENT, examine, parse_mesh, sweep, with_batch
+    from ditmem_jax.aot.tables import as_json, as_rows, as_table, mesh_flags
+
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU that is here may be in use
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    config, program, topology = cli.load_config(CONFIG), PROGRAM.value, TOPOLOGY.value
-    if MESH.value and SWEEP.value:
-        raise UserError("--sweep tries meshes of its own", found=f"--mesh={MESH.value}", fix="one of the two")
     if MESH.value:
         config = parse_mesh(MESH.value, config)
     if SWEEP.value:
@@ -50,7 +54,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
-    PROGRAM = flags.DEFINE_enum("program", "train", list(PROGRAMS), "What to compile.")
+    PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "What to compile.")
     TOPOLOGY = flags.DEFINE_string(
         "topology", None, "Chips, such as v5e:2x4, v5p:2x2x1, v6e:4x4.", required=True
     )

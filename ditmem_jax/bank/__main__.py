@@ -1,53 +1,37 @@
-"""`python -m ditmem_jax.bank COMMAND --bank BANK ...`: a memory that anyone can search and change.
+"""Build, search, change and show a bank of reference videos.
 
-    python -m ditmem_jax.bank build --bank bank --records records
-    python -m ditmem_jax.bank search "a ball falls on zorvex" --bank bank --k 3 --where "motion > 0.5"
-    python -m ditmem_jax.bank add --bank bank --records more
-    python -m ditmem_jax.bank remove clip-7.mp4,clip-9.mp4 --bank bank
-
-Commands:
-
-    build             a new bank of --records, or of --table with --vectors
-    add               the same into a bank that is there
-    remove [ID,ID]    videos by id, or all that --where leaves
-    search [PROMPT]   the --k videos nearest to a text, or to each line of the file --queries
-    show ID           all that the bank says about a video
-    stats             how many videos, of what
-    verify            checks the table and the records that it points to
-    match RECORDS     finds --k references for each record of a training set, see `bank.matches`
-    tokens            what an --encoder makes of each video, once, into --out; sampling takes it as --features
-    export-faiss DIR  the bank in the released layout: labels.index, id_map.json, metadata.json; --latents=DIR for .pt
-    import-faiss DIR  a new bank from that layout; with --latents=DIR a folder of records for sampling as well
-    versions          what the bank was, commit by commit; --version opens one
-    serve             a page to look into the bank and to change it, for this machine only unless --host says more;
-                      clips play with --videos or --config, and with --config videos can be added
+ditmem bank build --bank bank --records records
+ditmem bank search "a ball falls on planet Zorvex" --bank bank --k 3
+ditmem bank search --help
 """
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from absl import flags
-from rich.console import Console
-from rich.table import Table as Grid
 
-from ditmem_jax.bank import matches, released
-from ditmem_jax.bank.embedders import Embedder, load_embedder, make_embedder
-from ditmem_jax.bank.rows import read_rows, rows_of_records
-from ditmem_jax.bank.search import IVF_ABOVE, Bank
-from ditmem_jax.bank.table import Table
-from ditmem_jax.bank.verify import check
 from ditmem_jax.config import flags as cli
-from ditmem_jax.data.records import RecordReader
-from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from ditmem_jax.bank.embedders import Embedder
 
 
 def build() -> None:
+    """Make a bank of records, or of a table with captions or vectors.
+
+    ditmem bank build --bank bank --records records,more
+    ditmem bank build --bank bank --table captions.csv --embedder sentence-transformers:Alibaba-NLP/gte-modernbert-base
+    ditmem bank build --bank bank --table rows.parquet --vectors vectors.npy
+    """
+    from ditmem_jax.bank.embedders import make_embedder
+    from ditmem_jax.bank.table import Table
+
     rows, vectors = _given()
     name = EMBEDDER.value or ("lexical" if vectors is None else "vectors")
     dim = None if vectors is None else vectors.shape[1]
@@ -57,6 +41,13 @@ def build() -> None:
 
 
 def add() -> None:
+    """Add records, or the rows of a table, to a bank.
+
+    ditmem bank add --bank bank --records more
+    """
+    from ditmem_jax.bank.embedders import load_embedder
+    from ditmem_jax.bank.table import Table
+
     rows, vectors = _given()
     table = Table.open(BANK.value)
     embedder = load_embedder(table.description, table.words, embeds=vectors is None)
@@ -65,6 +56,13 @@ def add() -> None:
 
 
 def remove(ids: str | None = None) -> None:
+    """Remove videos by id, or all that a filter finds.
+
+    ditmem bank remove 7.mp4,9.mp4 --bank bank
+    ditmem bank remove --bank bank --where "duration < 1"
+    """
+    from ditmem_jax.bank.table import Table
+
     if (ids is None) == (WHERE.value is None):
         raise UserError("what is to be removed", expected="ids, as ID,ID, or --where")
     table = Table.open(BANK.value)
@@ -76,6 +74,13 @@ def remove(ids: str | None = None) -> None:
 
 
 def search(prompt: str | None = None) -> None:
+    """Find the videos nearest to a text, or to each line of a file.
+
+    ditmem bank search "a ball falls on planet Zorvex" --bank bank --k 3 --where "gravity > 0"
+    ditmem bank search --queries prompts.txt --bank bank --json
+    """
+    from ditmem_jax.bank.search import Bank
+
     queries = _queries(prompt)
     found = Bank.open(BANK.value, VERSION.value, IVF.value).search(queries, K.value, where=WHERE.value)
     shown = queries if isinstance(queries, list) else [f"query {i}" for i in range(len(queries))]
@@ -88,16 +93,29 @@ def search(prompt: str | None = None) -> None:
 
 
 def show(id: str) -> None:
+    """Print all that the bank says about a video, as JSON.
+
+    ditmem bank show 7.mp4 --bank bank
+    """
+    from ditmem_jax.bank.table import Table
+
     table = Table.open(BANK.value, VERSION.value)
     (row,) = table.by_id([id]).to_pylist()
     print(json.dumps(row, ensure_ascii=False, indent=1))
 
 
 def stats() -> None:
+    """Count the videos, and the values of each column.
+
+    ditmem bank stats --bank bank
+    """
+    from ditmem_jax.bank.rows import summary
+    from ditmem_jax.bank.table import Table
+
     table = Table.open(BANK.value, VERSION.value)
     rows = table.rows()
     about = {"bank": BANK.value, "version": table.version, "videos": len(rows), "embedder": table.description}
-    columns = [_summary(name, rows[name]) for name in rows.schema.names if rows[name].null_count < len(rows)]
+    columns = summary(rows)
     if JSON.value:
         print(json.dumps(about | {"columns": columns}, ensure_ascii=False))
     else:
@@ -105,20 +123,14 @@ def stats() -> None:
         _print("columns", columns)
 
 
-def _summary(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
-    """How many rows have a value, how many values there are, and their range."""
-    low, high = pc.min_max(column).values()
-    return {
-        "column": name,
-        "type": str(column.type),
-        "there": len(column) - column.null_count,
-        "different": pc.count_distinct(column).as_py(),
-        "least": low.as_py(),
-        "most": high.as_py(),
-    }
-
-
 def verify() -> None:
+    """Check the table and the records that it points to; a fault is exit status 1.
+
+    ditmem bank verify --bank bank --deep
+    """
+    from ditmem_jax.bank.table import Table
+    from ditmem_jax.bank.verify import check
+
     table = Table.open(BANK.value, VERSION.value)
     problems = check(table, DEEP.value)
     for problem in problems:
@@ -129,6 +141,16 @@ def verify() -> None:
 
 
 def match(folder: str) -> None:
+    """Find references in the bank for each record of a training set, once before training.
+
+    A record is never given itself, a clip of the same source, equal latents or a near duplicate.
+
+        ditmem bank match records --bank bank --k 3
+    """
+    from ditmem_jax.bank import matches
+    from ditmem_jax.bank.search import Bank
+    from ditmem_jax.data.records import RecordReader
+
     count = 5 if K.value is None else K.value
     bank = Bank.open(BANK.value, ivf_above=IVF.value)
     found = matches.find(RecordReader(folder), bank, count, THRESHOLD.value)
@@ -139,22 +161,44 @@ def match(folder: str) -> None:
 
 
 def tokens() -> None:
+    """Store what an encoder makes of each video, for ditmem sample --features.
+
+    ditmem bank tokens --bank bank --encoder runs/tiny/encoder.safetensors
+    """
+    from ditmem_jax.bank.features import make_features
+    from ditmem_jax.bank.table import Table
+
     if ENCODER.value is None:
         raise UserError("--encoder is missing", expected="the encoder.safetensors of a training run")
-    from ditmem_jax.bank.features import make_features  # the networks are slow to import
-
     out = OUT.value or BANK.value
     print(make_features(Table.open(BANK.value, VERSION.value), ENCODER.value, out))
-    print(f"for python -m ditmem_jax.sample: --features={out}")
+    print(f"for ditmem sample: --features={out}")
 
 
 def export_faiss(folder: str) -> None:
+    """Write the bank in the released layout.
+
+    The folder gets labels.index, id_map.json and metadata.json; --latents another one with latents as .pt files.
+
+        ditmem bank export-faiss exported --bank bank --latents exported/latents
+    """
+    from ditmem_jax.bank import released
+    from ditmem_jax.bank.table import Table
+
     table = Table.open(BANK.value, VERSION.value)
     released.export_faiss(table, folder, LATENTS.value)
     print(f"{len(table)} videos: {folder}")
 
 
 def import_faiss(folder: str) -> None:
+    """Make a bank of one in the released layout.
+
+    With --latents it makes a folder of --records as well, which sampling needs.
+
+        ditmem bank import-faiss released --bank bank --latents released/latents --records records
+    """
+    from ditmem_jax.bank import released
+
     if RECORDS.value and len(RECORDS.value) > 1:
         raise UserError("import-faiss writes one folder of records", found=", ".join(RECORDS.value))
     records = RECORDS.value[0] if RECORDS.value else None
@@ -163,6 +207,12 @@ def import_faiss(folder: str) -> None:
 
 
 def versions() -> None:
+    """List the versions of the bank, which --version opens.
+
+    ditmem bank versions --bank bank
+    """
+    from ditmem_jax.bank.table import Table
+
     rows = Table.open(BANK.value).versions()
     if JSON.value:
         print(json.dumps(rows, default=str))
@@ -171,16 +221,25 @@ def versions() -> None:
 
 
 def serve() -> None:
-    from ditmem_jax.gallery import server  # networks and a web server, which no other command needs
+    """Serve a page to look into the bank and to change it.
+
+    It answers this machine only unless --host says more. Clips play with --videos or --config; with --config
+    videos can be added.
+
+        ditmem bank serve --bank bank --videos videos --config tiny
+    """
+    from ditmem_jax.gallery import server
     from ditmem_jax.gallery.gallery import Gallery
 
-    config = None if CONFIG.value is None else cli.load_config(CONFIG)
+    config = None if flags.FLAGS.config is None else CONFIG()
     gallery = Gallery.open(BANK.value, videos=VIDEOS.value, config=config, cache=CACHE.value)
     server.serve(gallery, HOST.value, PORT.value)
 
 
-def _given() -> tuple[pa.Table, np.ndarray | None]:
-    """Rows, and vectors if there are any, of the command line."""
+def _given() -> "tuple[pa.Table, np.ndarray | None]":
+    """Return the rows, and the vectors if there are any, of --records or --table."""
+    from ditmem_jax.bank.rows import read_rows, read_vectors, rows_of_records
+
     if bool(RECORDS.value) == bool(TABLE.value) or (VECTORS.value and not TABLE.value):
         raise UserError("which videos", expected="--records=DIR[,DIR], or --table=FILE [--vectors=FILE.npy]")
     if RECORDS.value:
@@ -188,8 +247,8 @@ def _given() -> tuple[pa.Table, np.ndarray | None]:
     return read_rows(TABLE.value), read_vectors(VECTORS.value) if VECTORS.value else None
 
 
-def _vectors(embedder: Embedder, rows: pa.Table, given: np.ndarray | None) -> np.ndarray | None:
-    """The given vectors, or those that a cluster makes if it is to; None leaves them to the table."""
+def _vectors(embedder: "Embedder", rows: "pa.Table", given: "np.ndarray | None") -> "np.ndarray | None":
+    """Return the given vectors, or those that a cluster makes if it is to; None leaves them to the table."""
     cluster = CLUSTER()
     if cluster is None or given is not None:
         return given
@@ -198,7 +257,9 @@ def _vectors(embedder: Embedder, rows: pa.Table, given: np.ndarray | None) -> np
     return OnRay(*cluster).documents(embedder, rows["caption"].to_pylist())
 
 
-def _queries(prompt: str | None) -> list[str] | np.ndarray:
+def _queries(prompt: str | None) -> "list[str] | np.ndarray":
+    from ditmem_jax.bank.rows import read_vectors
+
     if (prompt is None) == (QUERIES.value is None):
         raise UserError(
             "what to search for", expected="either a text, or --queries=FILE with one a line (or .npy)"
@@ -214,25 +275,13 @@ def _queries(prompt: str | None) -> list[str] | np.ndarray:
     return [line for line in lines if line.strip()]
 
 
-def read_vectors(path: str) -> np.ndarray:
-    """A matrix [N, D] of float32 mapped from a .npy file."""
-    try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}", expected="a .npy file", found=error) from error
-    if vectors.ndim != 2 or vectors.dtype.kind != "f":
-        raise UserError(
-            f"{path} holds no vectors",
-            expected="floats [N, D]",
-            found=f"{vectors.dtype} {list(vectors.shape)}",
-        )
-    return vectors
-
-
 def _print(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table that fits the terminal; in a pipe it is as wide as it needs to be."""
+    """Print a table that fits the terminal; in a pipe it is as wide as it needs to be."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
-    grid = Grid(title=title, title_justify="left")
+    grid = Table(title=title, title_justify="left")
     for name in rows[0] if rows else ():
         grid.add_column(name, overflow="fold" if name == "id" else "ellipsis", no_wrap=name != "id")
     for row in rows:
@@ -240,40 +289,21 @@ def _print(title: str, rows: list[dict[str, Any]]) -> None:
     console.print(grid)
 
 
-# What a command takes from the command line beside flags, its flags beside --bank, and what it does.
-COMMANDS: dict[str, tuple[str, str, Callable[..., None]]] = {
-    "build": ("", "records table vectors embedder engine address workers", build),
-    "add": ("", "records table vectors engine address workers", add),
-    "remove": ("[ID,ID]", "where", remove),
-    "search": ("[PROMPT]", "k where queries version ivf_above json", search),
-    "show": ("ID", "version", show),
-    "stats": ("", "version json", stats),
-    "verify": ("", "version deep", verify),
-    "tokens": ("", "version encoder out", tokens),
-    "export-faiss": ("DIR", "version latents", export_faiss),
-    "import-faiss": ("DIR", "latents records embedder", import_faiss),
-    "versions": ("", "json", versions),
-    "match": ("RECORDS", "k threshold ivf_above", match),
-    "serve": ("", "config set videos cache host port", serve),
+COMMANDS = {
+    "build": cli.Command(build, flags="records table vectors embedder engine address workers"),
+    "add": cli.Command(add, flags="records table vectors engine address workers"),
+    "remove": cli.Command(remove, "[ID,ID]", "where"),
+    "search": cli.Command(search, "[PROMPT]", "k where queries version ivf_above json"),
+    "show": cli.Command(show, "ID", "version"),
+    "stats": cli.Command(stats, flags="version json"),
+    "verify": cli.Command(verify, flags="version deep"),
+    "match": cli.Command(match, "RECORDS", "k threshold ivf_above"),
+    "tokens": cli.Command(tokens, flags="version encoder out"),
+    "export-faiss": cli.Command(export_faiss, "DIR", "version latents"),
+    "import-faiss": cli.Command(import_faiss, "DIR", "latents records embedder"),
+    "versions": cli.Command(versions, flags="json"),
+    "serve": cli.Command(serve, flags="config videos cache host port"),
 }
-
-
-def main(command: str, argument: str | None = None) -> None:
-    if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}", expected=nearest(command, COMMANDS, len(COMMANDS)))
-    takes, names, action = COMMANDS[command]
-    ours = {name for _, names, _ in COMMANDS.values() for name in names.split()}
-    if ignored := [name for name in sorted(ours - set(names.split())) if flags.FLAGS[name].present]:
-        raise UserError(
-            f"{command} takes no --{ignored[0]}",
-            expected=", ".join(f"--{name}" for name in ["bank", *names.split()]),
-        )
-    if argument is not None and not takes:
-        raise UserError(f"{command} takes no {argument!r}", fix="flags start with --; see --help")
-    if argument is None and takes and not takes.startswith("["):
-        raise UserError(f"{command} needs {takes}")
-    action(*([] if argument is None else [argument]))
-
 
 if __name__ == "__main__":
     BANK = flags.DEFINE_string("bank", None, "The bank: a folder, or s3://, gs:// ...", required=True)
@@ -290,28 +320,24 @@ if __name__ == "__main__":
     QUERIES = flags.DEFINE_string("queries", None, "File of texts, one a line, or of vectors (.npy).")
     VERSION = flags.DEFINE_integer("version", None, "An older version of the bank.")
     THRESHOLD = flags.DEFINE_float(
-        "threshold", 0.98, "Cosine of captions above which match takes videos for duplicates; 1 for none."
+        "threshold", 0.98, "Cosine of captions above which videos are taken for duplicates; 1 for none."
     )
-    DEEP = flags.DEFINE_bool("deep", False, "verify reads the latents of every record.")
-    ENCODER = flags.DEFINE_string("encoder", None, "File of a trained memory encoder, for tokens.")
-    OUT = flags.DEFINE_string("out", None, "Folder that tokens go to; the bank itself by default.")
-    LATENTS = flags.DEFINE_string(
-        "latents", None, "Folder of latents as .pt files, for export-faiss and import-faiss."
-    )
+    DEEP = flags.DEFINE_bool("deep", False, "Read the latents of every record.")
+    ENCODER = flags.DEFINE_string("encoder", None, "File of a trained memory encoder.")
+    OUT = flags.DEFINE_string("out", None, "Folder that the tokens go to; the bank itself by default.")
+    LATENTS = flags.DEFINE_string("latents", None, "Folder of latents as .pt files.")
     IVF = flags.DEFINE_integer(
-        "ivf_above", IVF_ABOVE, "Videos beyond which search is approximate (FAISS IVF)."
+        "ivf_above", 1_000_000, "Videos beyond which search is approximate (FAISS IVF)."
     )
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
     CLUSTER = cli.define_cluster("embeds captions")
     CONFIG = cli.define_config()
-    VIDEOS = flags.DEFINE_string("videos", None, "serve: folder of the original videos.")
-    CACHE = flags.DEFINE_string(
-        "cache", None, "serve: folder of decoded clips; one of the user's by default."
-    )
+    VIDEOS = flags.DEFINE_string("videos", None, "Folder of the original videos.")
+    CACHE = flags.DEFINE_string("cache", None, "Folder of decoded clips; one of the user's by default.")
     HOST = flags.DEFINE_string(
         "host",
         "127.0.0.1",
-        "serve: address to answer at, and names that browsers call it by: 0.0.0.0,NAME lets other machines in.",
+        "Address to answer at, and names that browsers call it by: 0.0.0.0,NAME lets other machines in.",
     )
-    PORT = flags.DEFINE_integer("port", 7860, "serve: port to answer at; 0 takes a free one.", 0, 65535)
-    cli.run(main, "COMMAND [ARGUMENT]")
+    PORT = flags.DEFINE_integer("port", 7860, "Port to answer at; 0 takes a free one.", 0, 65535)
+    cli.run(COMMANDS)

@@ -1,4 +1,4 @@
-"""What a memory encoder makes of each video of a bank, once: `python -m ditmem_jax.bank tokens`.
+"""What a memory encoder makes of each video of a bank, once: `ditmem bank tokens`.
 
 Before the attention that mixes videos, the rows of a video depend on it and on the encoder alone (see
 `VideoEncoder.video_rows`). Kept in a store by the checksum of the video's latents, they spare sampling the latents
@@ -86,7 +86,7 @@ class Features:
                 f"{uri} holds no tokens of the encoder {encoder}",
                 expected=name,
                 found=", ".join(others) or "no tokens at all",
-                fix=f"python -m ditmem_jax.bank tokens --bank BANK --encoder {encoder} --out {uri}",
+                fix=f"ditmem bank tokens --bank BANK --encoder {encoder} --out {uri}",
             )
         with lance_errors(f"cannot open the tokens in {uri}"):
             return cls(uri, lancedb.connect(uri).open_table(name))
@@ -115,7 +115,7 @@ class Features:
                 f"the tokens in {self.uri} lack {places.null_count} of {len(checksums)} videos",
                 found="no video with latents of checksum "
                 + next(c for c, place in zip(checksums, places, strict=True) if not place.is_valid),
-                fix="python -m ditmem_jax.bank tokens once more; it adds those that are new in the bank",
+                fix="ditmem bank tokens once more; it adds those that are new in the bank",
             )
         found = found.take(places)
         rows = to_matrix(found["rows"]).reshape(-1, *self.shape)

@@ -1,4 +1,4 @@
-"""The references of a set of records, found once before training: `python -m ditmem_jax.bank match RECORDS`.
+"""The references of a set of records, found once before training: `ditmem bank match RECORDS`.
 
 No record is given itself, a clip of the same source, equal latents, or a near duplicate: a video whose caption is
 closer than a threshold in the bank's own embedding. The file `matches.parquet` beside the records holds a row per
@@ -194,7 +194,7 @@ def read(records: RecordReader, bank: str, k: int, own: Path | None = None) -> M
             that makes them.
     """
     path = own if own is not None and own.exists() else records.folder / FILE
-    command = f"python -m ditmem_jax.bank match {records.folder} --bank {bank} --k {k}"
+    command = f"ditmem bank match {records.folder} --bank {bank} --k {k}"
     if not path.exists():
         raise UserError(f"the records in {records.folder} have not been matched with a bank", fix=command)
     matches = Matches.load(path)

@@ -1,4 +1,4 @@
-"""Rows of a bank: from folders of records, or from a table of the user's."""
+"""Rows of a bank, from folders of records or from a table and vectors of the user's, and summaries of them."""
 
 import csv
 import dataclasses
@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
+from jaxtyping import Float
 
 from ditmem_jax.bank.table import FIXED, cast
 from ditmem_jax.data.records import Entry, RecordReader
@@ -92,6 +94,44 @@ def read_rows(path: str | Path) -> pa.Table:
             table = table.append_column(name, pa.array([""] * len(table), pa.string()))
     table = table.rename_columns(_free(table.schema.names))
     return pa.table({field.name: _plain(path, field, table[field.name]) for field in table.schema})
+
+
+def read_vectors(path: str | Path) -> Float[np.ndarray, "N D"]:
+    """Map the vectors of a .npy file into memory.
+
+    Raises:
+        UserError: for another file, or one that holds anything but a matrix of floats.
+    """
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}", expected="a .npy file", found=error) from error
+    if vectors.ndim != 2 or vectors.dtype.kind != "f":
+        raise UserError(
+            f"{path} holds no vectors",
+            expected="floats [N, D]",
+            found=f"{vectors.dtype} {list(vectors.shape)}",
+        )
+    return vectors
+
+
+def summary(rows: pa.Table) -> list[dict[str, Any]]:
+    """Return for each column with values its type, the count of values and of different ones, and their range."""
+    lines = []
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        if column.null_count < len(column):
+            low, high = pc.min_max(column).values()
+            lines.append(
+                {
+                    "column": name,
+                    "type": str(column.type),
+                    "there": len(column) - column.null_count,
+                    "different": pc.count_distinct(column).as_py(),
+                    "least": low.as_py(),
+                    "most": high.as_py(),
+                }
+            )
+    return lines
 
 
 def further(columns: Mapping[str, Iterable[str]], texts: Sequence[str] = ()) -> dict[str, pa.Array]:

@@ -140,7 +140,10 @@ class Bank:
         allowed = self._allowed(where)
         left = int(allowed.sum())
         if not len(self):
-            raise UserError(f"the bank {self.table.uri} is empty", fix="python -m ditmem_jax.bank add")
+            raise UserError(
+                f"the bank {self.table.uri} is empty",
+                fix=f"ditmem bank add --bank {self.table.uri} --records RECORDS",
+            )
         if not left:
             raise UserError(
                 "no video passes the filter",
@@ -172,7 +175,7 @@ class Bank:
         if len(self) and not len(self.table.row_ids(WITH_RECORD)):
             raise UserError(
                 f"no video of the bank {self.table.uri} has a record, only vectors",
-                fix="python -m ditmem_jax.bank build --records=FOLDER",
+                fix="ditmem bank build --bank BANK --records RECORDS",
             )
         return self.search(queries, k, where=WITH_RECORD)
 

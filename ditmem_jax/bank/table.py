@@ -77,13 +77,15 @@ class Table:
             UserError: if there is none, or it is of a newer format.
         """
         uri = str(uri)
+        build = f"ditmem bank build --bank {uri} --records RECORDS"
         if "://" not in uri and not (Path(uri) / f"{NAME}.lance").exists():
-            raise UserError(f"no bank at {uri}", fix="python -m ditmem_jax.bank build")
-        with lance_errors(f"cannot open the bank {uri}", fix="python -m ditmem_jax.bank build"):
+            raise UserError(f"no bank at {uri}", fix=build)
+        with lance_errors(f"cannot open the bank {uri}", fix=build):
             table = lancedb.connect(uri).open_table(NAME)
         if version is not None:
             with lance_errors(
-                f"the bank {uri} has no version {version}", fix="python -m ditmem_jax.bank versions"
+                f"the bank {uri} has no version {version}",
+                fix=f"ditmem bank versions --bank {uri} lists them",
             ):
                 table.checkout(version)
         return cls(uri, table, older=version is not None)

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ditmem_jax.config.schema import Config
-from ditmem_jax.config.strict import build, to_dict
+from ditmem_jax.config.strict import build, current_key, to_dict
 from ditmem_jax.errors import UserError, nearest
 
 
@@ -66,6 +66,7 @@ def _find(values: dict[str, Any], name: str, value: Any) -> tuple[dict[str, Any]
     """Return the part of the nested `values` that the dotted `name` is in, and its key there, to be set to `value`."""
     where, path = "config", name.split(".")
     for depth, part in enumerate(path, start=1):
+        part = current_key(where, part)
         if part not in values:
             raise UserError(f"unknown config key {where}.{part}", expected=f"one of: {nearest(part, values)}")
         where += f".{part}"

@@ -4,9 +4,13 @@ import dataclasses
 import json
 import types
 import typing
+import warnings
 from typing import Any, Literal
 
 from ditmem_jax.errors import UserError, nearest
+
+RENAMED: dict[str, str] = {}
+"""Former keys by their paths, such as {"config.optim.lr": "learning_rate"}: read with a warning for one version."""
 
 
 def build(cls: type | types.UnionType, values: Any, where: str = "config") -> Any:
@@ -25,10 +29,13 @@ def build(cls: type | types.UnionType, values: Any, where: str = "config") -> An
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     kwargs = {}
-    for key in values:
+    for given in values:
+        key = current_key(where, given)
         if key not in fields:
             raise UserError(f"unknown config key {where}.{key}", expected=f"one of: {nearest(key, fields)}")
-        kwargs[key] = _coerce(hints[key], values[key], f"{where}.{key}")
+        if key in kwargs:
+            raise UserError(f"{where}.{key} is given by its former name as well", fix=f"leave out {given}")
+        kwargs[key] = _coerce(hints[key], values[given], f"{where}.{key}")
     missing = [
         name
         for name, field in fields.items()
@@ -39,6 +46,14 @@ def build(cls: type | types.UnionType, values: Any, where: str = "config") -> An
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}", fix=f"set {where}.{missing[0]}")
     return cls(**kwargs)
+
+
+def current_key(where: str, key: str) -> str:
+    """Return the name of a key of the part `where`, with a FutureWarning if `key` is a former one."""
+    name = RENAMED.get(f"{where}.{key}", key)
+    if name != key:
+        warnings.warn(f"{where}.{key} is now {where}.{name}", FutureWarning, stacklevel=2)
+    return name
 
 
 def dataclasses_of(hint: Any) -> tuple[type, ...]:

@@ -425,7 +425,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder} is no folder of records",
             expected=path,
             found=error.strerror,
-            fix="python -m ditmem_jax.encode",
+            fix=f"ditmem encode --table TABLE --videos VIDEOS --out {folder}",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged", found=repr(error), fix=_anew(folder)) from error

@@ -1,6 +1,7 @@
 """Made-up planets from clips to a page: does a memory teach a frozen video model the laws of planets it never saw?
 
-ditmem demo --out=demo
+    ditmem demo
+    ditmem demo --quick --out quick
 
 Makes clips of made-up planets, encodes them, trains a memory encoder, makes clips of unseen planets with and
 without memory, measures their physics, and writes a table and a page. The same command goes on where it was stopped.
@@ -10,18 +11,21 @@ import dataclasses
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from ditmem_jax.config import flags as cli
-from ditmem_jax.demo.stages import FEW, Demo, Settings
 
 
 def main() -> None:
-    config = cli.load_config(CONFIG)
+    config = CONFIG()
+
+    from rich.console import Console
+
+    from ditmem_jax.demo.stages import FEW, Demo, Settings
+
     settings = FEW if QUICK.value else Settings(config.run.steps)
     if STEPS.value:
         settings = dataclasses.replace(settings, steps=STEPS.value)
-    options = [f"--config={CONFIG.value}", *(f"--config.{value}" for value in flags.FLAGS.set)]
+    options = [f"--config={flags.FLAGS.config}", *(f"--config.{value}" for value in flags.FLAGS.set)]
     Demo(Path(OUT.value), config, settings, options, Console()).run()
 
 

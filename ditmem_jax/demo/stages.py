@@ -148,34 +148,36 @@ class Demo:
         typical = self.settings.typical_seconds[stage]
         return typical, f"about {_duration(typical)} on two idle CPU cores"
 
-    def _command(self, module: str, *arguments: str) -> None:
+    def _command(self, command: str, *arguments: str) -> None:
         """Run one of the library's commands as a user would, from the folder that the demo was started in."""
-        self.commands.append(shlex.join(["python", "-m", module, *arguments]))
+        self.commands.append(shlex.join(["ditmem", command, *arguments]))
         self.console.print(f"$ {self.commands[-1]}", style="dim", highlight=False, soft_wrap=True)
-        done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+        done = subprocess.run([sys.executable, "-m", f"ditmem_jax.{command}", *arguments], check=False)
         if done.returncode:
-            raise UserError(f"{module} ended with exit status {done.returncode}", fix="see its message above")
+            raise UserError(
+                f"ditmem {command} ended with exit status {done.returncode}", fix="see its message above"
+            )
 
     def _worlds(self, split: str, worlds: int, clips: int) -> None:
         folder = self.out / "worlds" / split
         if not (folder / "captions.csv").exists():
             counts = f"--worlds={worlds}", f"--clips={clips}", f"--seed={self.settings.seed}"
-            self._command("ditmem_jax.worlds", f"--split={split}", *counts, f"--out={folder}")
+            self._command("worlds", f"--split={split}", *counts, f"--out={folder}")
 
     def _encode(self, split: str) -> None:
         videos = self.out / "worlds" / split
         places = f"--table={videos / 'captions.csv'}", f"--videos={videos / 'videos'}"
-        self._command("ditmem_jax.encode", *self.options, *places, f"--out={self.out / 'records' / split}")
+        self._command("encode", *self.options, *places, f"--out={self.out / 'records' / split}")
 
     def _build_bank(self) -> None:
         """All clips in one bank. Unseen planets are here only: no caption of training asks for them."""
         folders = [self.out / "records" / split for split in SPLITS]
         bank = f"--bank={self.bank}"
         if not Table.exists(self.bank):
-            self._command("ditmem_jax.bank", "build", bank, f"--records={','.join(map(str, folders))}")
+            self._command("bank", "build", bank, f"--records={','.join(map(str, folders))}")
         for folder in folders:  # captions are few words: equal ones are no sign of equal clips
             k = f"--k={self.config.data.references}"
-            self._command("ditmem_jax.bank", "match", str(folder), bank, k, "--threshold=1")
+            self._command("bank", "match", str(folder), bank, k, "--threshold=1")
 
     def _train(self) -> None:
         records = self.out / "records"
@@ -185,9 +187,7 @@ class Demo:
             "data.validation": records / "unseen",
         }
         values = places | {"run.out": self.encoder.parent, "run.steps": self.settings.steps}
-        self._command(
-            "ditmem_jax.train", *self.options, *(f"--config.{name}={value}" for name, value in values.items())
-        )
+        self._command("train", *self.options, *(f"--config.{name}={value}" for name, value in values.items()))
 
     def _sample(self) -> None:
         clips, found = trials.make(self.config, str(self.encoder), self.trials)

@@ -1,17 +1,14 @@
-"""`python -m ditmem_jax.encode --table captions.csv --videos DIR --out RECORDS`: videos to records.
+"""Turn videos and captions into records: latents of the frozen VAE and text embeddings, computed once.
 
-Every row of the table (CSV, parquet or JSON lines) becomes a record of VAE latents and its caption's embedding (see
-`data.records`), with the video's number of frames and frame rate, which a bank takes over. The videos lie in a folder,
-in zip or tar files, which are not unpacked, or in input records; without a table each takes its caption from the text
-file beside it (see `data.sources`):
+    ditmem encode --table captions.csv --videos videos --out records
+    ditmem encode --config wan --table OpenVid-1M.csv --videos 'OpenVid_part*.zip' --out records --engine ray
 
-    python -m ditmem_jax.encode --table OpenVid-1M.csv --videos 'OpenVid_part*.zip' --out records --engine ray
+The table (CSV, parquet or JSON lines) has a row for each video. The videos lie in a folder, in zip or tar files, which
+are not unpacked, or in input records. Without a table each takes its caption from the text file beside it.
 
-`--engine ray` uses all cores of this machine, or with `--address` a Ray cluster, and makes the same records.
-
-Running the same command again continues an interrupted run: it makes the shards that are missing. On complete
-records it takes up rows that were added to the table, and tries the videos once more that could not be encoded. Those
-are listed with the reason in `skipped.csv` beside the records. Records that were damaged meanwhile are refused.
+The same command continues an interrupted run. On complete records it takes up rows that were added to the table, and
+tries the videos again that could not be encoded; these are listed with the reason in skipped.csv beside the records.
+Records that were damaged meanwhile are refused.
 """
 
 import dataclasses
@@ -20,18 +17,22 @@ from pathlib import Path
 from absl import flags
 
 from ditmem_jax.config import flags as cli
-from ditmem_jax.encode.dataset import encode_videos
-from ditmem_jax.encode.engines import OnRay
 from ditmem_jax.errors import UserError
 
 
 def main() -> None:
-    config = cli.load_config(CONFIG)
+    config = CONFIG()
     if RESIZE.value:
         config = dataclasses.replace(config, video=dataclasses.replace(config.video, resize=RESIZE.value))
     if TABLE.value is None and not VIDEOS.value:
-        raise UserError("nothing to encode", expected="--table, --videos or both", fix="see --help")
+        raise UserError(
+            "nothing to encode", expected="--table, --videos or both", fix="see ditmem encode --help"
+        )
     cluster = CLUSTER()
+
+    from ditmem_jax.encode.dataset import encode_videos
+    from ditmem_jax.encode.engines import OnRay
+
     engine = OnRay(*cluster) if cluster else None
     options = dict(batch=BATCH.value, minimum=MINIMUM.value)
     summary = encode_videos(config, OUT.value, VIDEOS.value, TABLE.value, engine, **options)
@@ -50,7 +51,6 @@ if __name__ == "__main__":
     TABLE = flags.DEFINE_string(
         "table", None, "CSV, parquet or JSON lines with columns video (or video_path) and caption."
     )
-    flags.DEFINE_alias("csv", "table")
     VIDEOS = flags.DEFINE_multi_string(
         "videos",
         [],

@@ -1,1 +1,1 @@
-"""A bank as a page to look into and to change: `python -m ditmem_jax.bank serve`."""
+"""A bank as a page to look into and to change: `ditmem bank serve`."""

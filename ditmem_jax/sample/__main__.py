@@ -1,6 +1,10 @@
-"""Clips from prompts, as files: what the bank finds for a prompt, the clips, and beside each what it was made from.
+"""Make clips from prompts, with and without memory, and beside each a JSON file about its making.
 
-python -m ditmem_jax.sample --config configs/tiny.py --encoder runs/tiny/encoder.safetensors --prompt "..."
+    ditmem sample --config tiny --config.data.bank=bank --encoder runs/tiny/encoder.safetensors \\
+        --prompt "on planet Zorvex a ball drops" --count 2 --out clips
+    ditmem sample --config tiny --memory none --prompt "on planet Zorvex a ball drops" --out clips/plain.mp4
+
+The memory is made of the videos that the bank finds for the prompt, or of those that --memory names.
 """
 
 import dataclasses
@@ -8,12 +12,10 @@ import dataclasses
 from absl import flags
 
 from ditmem_jax.config import flags as cli
-from ditmem_jax.parallel import compilation, processes
-from ditmem_jax.sample.clips import make_clips
 
 
 def main() -> None:
-    config = cli.load_config(CONFIG)
+    config = CONFIG()
     given = {"strength": STRENGTH.value, "seed": SEED.value}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
@@ -21,6 +23,10 @@ def main() -> None:
     if memory not in ("auto", "none"):
         memory = [name.strip() for name in memory.split(",")]
     seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
+
+    from ditmem_jax.parallel import compilation, processes
+    from ditmem_jax.sample.clips import make_clips
+
     compilation.enable_cache(CACHE.value)
     with processes.Program(**PROCESSES()):
         options = dict(features=FEATURES.value, warm=WARM.value)
@@ -37,14 +43,14 @@ if __name__ == "__main__":
         None,
         "File of a trained memory encoder; FILE,FILE for one of each expert; --memory=none needs none.",
     )
-    PROMPT = flags.DEFINE_string("prompt", None, "What the clip shows.", required=True)
+    PROMPT = flags.DEFINE_string("prompt", None, "What the clips show; one prompt a call.", required=True)
     MEMORY = flags.DEFINE_string(
         "memory", "auto", "auto: what the bank finds for the prompt; none; or ids as ID,ID."
     )
     FEATURES = flags.DEFINE_string(
         "features",
         None,
-        "What `ditmem_jax.bank tokens` made of the bank with this encoder; saves reading latents.",
+        "What ditmem bank tokens made of the bank with this encoder; saves reading latents.",
     )
     COUNT = flags.DEFINE_integer("count", 1, "Number of clips, with seeds from the first on.", lower_bound=1)
     SEED = flags.DEFINE_integer(

@@ -1,20 +1,24 @@
-"""Trains a memory encoder against a frozen transformer: `python -m ditmem_jax.train --config configs/tiny.py`.
+"""Train a memory encoder against a frozen transformer.
 
-One jitted step for any mesh. The encoder's weights are float32 and its optimiser's state lies beside them; the
-transformer's are an argument of their own that is neither differentiated nor given away. Everything random in a
-step comes from the seed and the number of the step, and the data's position is in every checkpoint, so a run
-that was killed and started again ends bit for bit where it would have ended.
+    ditmem train --config tiny --config.data.records=records --config.data.bank=bank
+    ditmem train --config wan --config.optim.learning_rate=1e-4 --config.mesh.fsdp=8
+
+The records must have been matched with the bank, see ditmem bank match --help. The folder of a run, config.run.out,
+gets its curves, checkpoints and the trained encoder. The same command continues a run that was stopped, and ends bit
+for bit where it would have ended. On several hosts each runs the same command.
 """
 
 from absl import flags
 
 from ditmem_jax.config import flags as cli
-from ditmem_jax.parallel import compilation, processes
-from ditmem_jax.train.loop import train_memory
 
 
 def main() -> None:
-    config = cli.load_config(CONFIG)
+    config = CONFIG()
+
+    from ditmem_jax.parallel import compilation, processes
+    from ditmem_jax.train.loop import train_memory
+
     compilation.enable_cache(CACHE.value)
     with processes.Program(**PROCESSES()):
         path = train_memory(config, warm=WARM.value)

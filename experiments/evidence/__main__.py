@@ -209,7 +209,7 @@ def run(
 
 def main() -> None:
     compilation.enable_cache(CACHE.value)
-    base = cli.load_config(CONFIG)
+    base = CONFIG()
     # Read at every noise level, also where nothing trained: the harm there is a finding, not to be hidden.
     base = dataclasses.replace(base, sample=dataclasses.replace(base.sample, memory_range=(0.0, 1.0)))
     if QUICK.value:

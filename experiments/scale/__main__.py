@@ -82,7 +82,7 @@ def main() -> None:
             key = " ".join(arguments)
             if key in results or (sys.argv[1:] and place[0] not in sys.argv[1:]):
                 continue
-            print(f"python -m ditmem_jax.aot {key}", flush=True)
+            print(f"ditmem aot {key}", flush=True)
             done = subprocess.run(
                 [sys.executable, "-m", "ditmem_jax.aot", *arguments, "--json"],
                 stdout=subprocess.PIPE, text=True, check=True,

@@ -63,7 +63,7 @@ def test_the_other_commands(tmp_path):
 
 def test_bad_commands(tmp_path):
     place = f"--bank={tmp_path / 'nowhere'}"
-    assert "expected: search" in bank("serch", place, fails=True)
+    assert "expected: one of: search" in bank("serch", place, fails=True)
     assert "no bank at" in bank("search", "a ball", place, fails=True)
     assert "which videos" in bank("build", place, fails=True)
     assert "stats takes no --where" in bank("stats", place, "--where=true", fails=True)

@@ -1,19 +1,47 @@
 """Commands: help with an example, configs and their overrides, errors in a few lines without a traceback."""
 
+import dataclasses
+import inspect
+import io
+import runpy
 import subprocess
 import sys
+import typing
+import warnings
 from pathlib import Path
 
 import pytest
+from absl import app, flags
+from absl.testing import flagsaver
 
+import ditmem_jax.bank.__main__ as bank
+from ditmem_jax.aot import compile as aot
+from ditmem_jax.bank import matches
+from ditmem_jax.bank.search import IVF_ABOVE
+from ditmem_jax.cli import COMMANDS
+from ditmem_jax.config import flags as cli
+from ditmem_jax.config import help, schema, strict
 from ditmem_jax.config.files import load_config
+from ditmem_jax.convert.kinds import KINDS
 from ditmem_jax.errors import UserError
+from ditmem_jax.worlds.make import Split
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = (
-    *("ditmem_jax.encode", "ditmem_jax.train", "ditmem_jax.sample", "ditmem_jax.aot", "ditmem_jax.worlds"),
-    "convert",
-)
+HEAVY = {
+    "jax",
+    "flax",
+    "pyarrow",
+    "lancedb",
+    "faiss",
+    "grain",
+    "scipy",
+    "av",
+    "gradio",
+    "ray",
+    "rich",
+    "torch",
+}
+MODULES = (*(f"ditmem_jax.{command}" for command in COMMANDS), "convert")
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -40,13 +68,151 @@ def config(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_help_has_an_example(module):
-    result = run(module, "--help")
-    assert f"python -m {module} --" in result.stdout
-    assert "debug" in result.stdout
-    assert ("--engine" in result.stdout) == (module in ("ditmem_jax.bank", "ditmem_jax.encode"))
-    assert "Traceback" not in result.stderr
+@pytest.fixture
+def line(monkeypatch, capsys):
+    """A function that gives arguments to a command in this process; returns what it printed, or its error."""
+
+    def given(module, *arguments):
+        parsed = lambda main, argv, flags_parser: main(flags_parser(argv))  # noqa: E731
+        monkeypatch.setattr(app, "run", parsed)
+        monkeypatch.setattr(cli._CommandLine, "run", lambda self, rest: print(*self.find(rest)))
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        with flagsaver.flagsaver(), warnings.catch_warnings():  # removes the flags that the command defines
+            warnings.simplefilter("ignore", RuntimeWarning)  # that a test has imported it before
+            try:
+                runpy.run_module(module, run_name="__main__")
+            except SystemExit as error:
+                return str(error)
+        return capsys.readouterr().out
+
+    return given
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_has_an_example_and_imports_no_network(module):
+    script = f"import runpy, sys; sys.argv = [{module!r}, '--help']; runpy.run_module({module!r}, None, '__main__', True)"
+    check = f"; found = {HEAVY} & sys.modules.keys(); assert not found, found"
+    done = subprocess.run([sys.executable, "-c", script + check], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    name = module.removeprefix("ditmem_jax.")
+    assert f"\n    ditmem {name}" in done.stdout
+    assert ("\nConfiguration:\n  --config=TEXT" in done.stdout) == (name not in ("bank", "convert", "worlds"))
+    assert ("\nCluster:\n  --engine=local|ray" in done.stdout) == (name == "encode")
+    assert "\nDiagnostics:\n  --debug" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("name", bank.COMMANDS)
+def test_every_subcommand_has_help_with_an_example(line, name):
+    page = line("ditmem_jax.bank", "--bank=b", name, "--help")
+    assert page.startswith(f"usage: ditmem bank {name} ")
+    assert f"\n    ditmem bank {name} " in page
+    for flag in bank.COMMANDS[name].flags.split():
+        assert f"\n  --{flag}" in page
+    assert ("--queries" in page) == (name == "search")
+    assert "--bank=TEXT" in page and "Must be given." in page
+
+
+def test_help_config_tells_every_key(line):
+    page = line("ditmem_jax.train", "--help_config")
+    for _, part in help.parts_of(schema.Config):
+        told = help.meanings(part)
+        assert list(told) == [field.name for field in dataclasses.fields(part)]
+        for name, (unit, meaning) in told.items():
+            assert f"\n  {name}: " in page and f"  [{unit}]\n" * bool(unit) in page and meaning[:40] in page
+    assert "learning_rate: float = 1e-05  [per update]\n      Size of an update" in page
+    assert "\n  dim: int, must be given  [channels]\n" in page
+    page = line("ditmem_jax.train", "--help_config", "--config=tiny", "--config.optim.b1", "0.8")
+    assert "\n  b1: float = 0.8\n" in page and "\n  dim: int = 160  [channels]\n" in page
+
+
+@pytest.mark.parametrize(
+    "spelling", ["--config.mesh.fsdp=-1", "-config.mesh.fsdp=-1", "--config.mesh.fsdp -1"]
+)
+def test_an_override_has_a_sign_or_a_space(line, monkeypatch, spelling):
+    taken = []
+    monkeypatch.setattr(cli, "load_config", lambda config, overrides: taken.append((config, overrides)))
+    line("ditmem_jax.train", "--help_config", "--config", "tiny", *spelling.split(), "--config.data.bank=a b")
+    assert taken == [("tiny", ["mesh.fsdp=-1", "data.bank=a b"])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --confg=tiny", "unknown flag --confg\n  expected: one of: --config,"),
+        (
+            "train --learning_rate=1",
+            "unknown flag --learning_rate\n  expected: one of: --config.optim.learning_rate,",
+        ),
+        ("train --data.recordz=x", "one of: --config.data.records,"),
+        ("train --config.optim.learning_rate --warm", "fix:      --config.optim.learning_rate=VALUE"),
+        ("bank serch --k=3", "unknown command 'serch'\n  expected: one of: search,"),
+        ("bank serch --help", "unknown command 'serch'\n  expected: one of: search,"),
+        ("bank", "COMMAND is missing"),
+        ("bank --bank=b", "COMMAND is missing"),
+        ("bank build", "--bank is missing"),
+        ("bank build --bank=b --record=x", "one of: --records,"),
+        (
+            "bank stats --bank=b --where=true",
+            "stats takes no --where\n  expected: --bank, --version, --json, --debug",
+        ),
+        ("bank show --bank=b", "ID is missing"),
+        ("bank show a b --bank=b", "unexpected argument 'b'"),
+        ("bank serve --bank=b --port=99999", "65535"),
+        ("sample --prompt=a --config=tiny --prompt=b", "--prompt is given 2 times"),
+        ("sample --prompt a --prompt b", "--prompt is given 2 times"),
+        ("encode --out=a --csv=b --table=c", "--table is given 2 times"),
+        ("worlds --out=a --split=trian", "<backbone|train|unseen>"),
+    ],
+)
+def test_errors_name_what_is_wrong(line, arguments, message):
+    command, *rest = arguments.split()
+    error = line(f"ditmem_jax.{command}", *rest)
+    assert error.startswith("error: ") and message in error
+    assert "--help" in error or "VALUE" in error or "takes no" in error or "times" in error
+
+
+def test_what_follows_two_dashes_is_no_flag(line):
+    assert "('--help',)" in line("ditmem_jax.bank", "show", "--bank=b", "--", "--help").replace(
+        "[", "("
+    ).replace("]", ",)")
+
+
+def test_flags_that_may_be_repeated_are(line):
+    assert "Command" in line("ditmem_jax.encode", "--out=a", "--videos=b", "--videos=c")
+
+
+def test_a_former_name_of_a_flag_is_read_with_a_warning(line, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        cli._CommandLine, "find", lambda self, rest: seen or seen.append(flags.FLAGS.table) or seen
+    )
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    line("ditmem_jax.encode", "--out=a", "--csv=b")
+    assert seen == ["b"] and sys.stderr.getvalue() == "warning: --csv is now --table\n"
+
+
+def test_a_former_name_of_a_key_is_read_with_a_warning(config, monkeypatch):
+    monkeypatch.setattr(strict, "RENAMED", {"config.optim.lr": "learning_rate"})
+    with pytest.warns(FutureWarning, match=r"config\.optim\.lr is now config\.optim\.learning_rate"):
+        assert load_config(config, ["optim.lr=1e-4"]).optim.learning_rate == 1e-4
+    values = {"learning_rate": 1.0, "lr": 2.0}
+    with pytest.warns(FutureWarning), pytest.raises(UserError, match="by its former name as well"):
+        strict.build(schema.OptimConfig, values, "config.optim")
+
+
+def test_choices_and_defaults_of_flags_are_those_of_the_library(line):
+    """A command's flags do not import the library, since help would then be slow."""
+
+    def page(command, *arguments):
+        return line(f"ditmem_jax.{command}", *arguments, "--help")
+
+    assert f"--program={'|'.join(aot.PROGRAMS)} " in page("aot")
+    assert f"--split={'|'.join(typing.get_args(Split))}\n" in page("worlds")
+    assert f"--kind={'|'.join(KINDS)}\n" in line("convert", "--help")
+    assert f"(FAISS IVF). Default: {IVF_ABOVE}." in page("bank", "search")
+    threshold = inspect.signature(matches.find).parameters["threshold"].default
+    assert f"Default: {threshold}." in page("bank", "match")
 
 
 def test_overrides_of_every_type(config):
@@ -135,7 +301,7 @@ def test_a_wrong_name_names_the_nearest(given, nearest):
     [
         (["--prompt=x", "--config.optm.x=1"], "one of: optim"),
         (["--prompt=x", "more"], "unexpected argument 'more'"),
-        (["--prompt= "], "the prompt is missing or empty"),
+        (["--prompt=x", "--config.sample.steps=0"], "sample.steps"),
     ],
     ids=["override", "argument", "value"],
 )

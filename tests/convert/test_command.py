@@ -14,13 +14,12 @@ ROOT = Path(__file__).parents[2]
 
 
 INTERRUPTED = """
+import runpy
 from ditmem_jax.convert import folder
-from ditmem_jax.convert.__main__ import main
-from ditmem_jax.config import flags as cli
 def blocks(*_):
     raise KeyboardInterrupt
 folder.blocks = blocks
-cli.run(main, "SOURCE [DEST]")
+runpy.run_module("convert", run_name="__main__", alter_sys=True)
 """
 
 

@@ -76,7 +76,7 @@ def test_commands_are_modules_of_the_library_with_the_configuration_by_name(demo
     one = demo()
     one._encode("train")
     assert calls[0][1:4] == ["-m", "ditmem_jax.encode", "--config=tiny"]
-    with pytest.raises(UserError, match=r"ditmem_jax\.encode ended with exit status 1"):
+    with pytest.raises(UserError, match=r"ditmem encode ended with exit status 1"):
         one._encode("unseen")
 
 
