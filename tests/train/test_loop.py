@@ -117,6 +117,7 @@ def run(monkeypatch, tmp_path):
 
     def train(out="run", warm=False, fake=None, **values):
         monkeypatch.setattr(loop, "Setup", type("Setup", (FakeSetup,), fake or {}))
+        monkeypatch.setattr(loop, "check_weights", lambda *_: None)  # fakes have none
         options = dict(steps=7, log_every=2, validate_every=3, save_every=2, keep=10) | values
         config = replace(tiny_config(tmp_path), "run", out=str(tmp_path / out), **options)
         return loop.train_memory(config, warm=warm)
