@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from ditmem_jax.config import DiTConfig, MemoryConfig, build
-from ditmem_jax.config.presets import DIT_PRESETS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
 from ditmem_jax.storage.encoders import load_encoder
@@ -178,7 +177,7 @@ def _model_type(config: DiTConfig) -> str:
     """The word of original configurations for a kind of transformer."""
     if config.condition_dim:
         return "i2v"
-    return "ti2v" if config == DIT_PRESETS["wan2.2-ti2v-5b"] else "t2v"
+    return "ti2v" if config.clean_frames else "t2v"
 
 
 def _add_sizes(path: Path, networks: dict[str, Any]) -> None:

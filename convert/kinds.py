@@ -56,6 +56,7 @@ def _dit(shapes: Shapes) -> dict[str, Any]:
         freq_dim=shapes["time_embedding.0.weight"][1],
         patch_size=patch,
         image_dim=shapes["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in shapes else None,
+        clean_frames=channels == VAE_PRESETS["wan2.2"].z_dim,  # of the published ones only TI2V-5B
     )
 
 
@@ -221,4 +222,5 @@ def _described(kind: str, config: Mapping[str, Any], where: str) -> dict[str, An
     if (found := config.get("model_type", "t2v")) not in MODEL_TYPES:
         expected = f"model_type {' or '.join(MODEL_TYPES)}"
         raise UserError(f"{where} is another kind of transformer", expected=expected, found=found)
-    return {key: value for key, value in config.items() if key not in {*UNUSED, *KINDS}}
+    values = {"clean_frames": True} if found == "ti2v" else {}
+    return values | {key: value for key, value in config.items() if key not in {*UNUSED, *KINDS}}

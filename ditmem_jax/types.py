@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 Backend = Literal["xla", "cudnn", "splash"]
 Remat = Literal["none", "products", "attention", "blocks", "offload"]
@@ -42,13 +44,47 @@ class Conditioning(NamedTuple):
     """The inputs of a backbone beside noisy latents, noise level and memory.
 
     A backbone says which it takes: text-to-video kinds take text alone, image-to-video kinds `frames`, channels beside
-    the noisy latents such as a given first frame and its mask, and Wan 2.1's also `image`, CLIP image tokens.
+    the noisy latents such as a given first frame and its mask, and Wan 2.1's also `image`, CLIP image tokens. Others
+    take given frames among the noisy ones: `clean` latents where `given`, which are at timestep 0.
     """
 
     text: Float[Array, "B L E"]
     """Text embeddings, zero past their length."""
     frames: Float[Array, "B T H W Y"] | None = None
     image: Float[Array, "B I P"] | None = None
+    clean: Float[Array, "B T H W C"] | None = None
+    given: Bool[Array, "B T"] | None = None
+    """True for latent frames that `clean` gives; never all of a sample."""
+
+    def fill(self, latents: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+        """Return `latents` with the clean frames in their places."""
+        if self.clean is None or self.given is None:
+            return latents
+        return jnp.where(self.given[:, :, None, None, None], self.clean.astype(latents.dtype), latents)
+
+    def timesteps(self, timestep: Float[Array, " B"]) -> Float[Array, " B"] | Float[Array, "B T"]:
+        """Return the timestep of each latent frame, 0 for clean ones; where none is given, that of all."""
+        return timestep if self.given is None else jnp.where(self.given, 0.0, timestep[:, None])
+
+    def noisy_mean(self, error: Float[Array, "B T H W C"]) -> Float[Array, " B"]:
+        """Return the mean of `error` of each sample over its noisy latents."""
+        if self.given is None:
+            return error.mean(axis=(1, 2, 3, 4))
+        noisy = (~self.given).astype(error.dtype)
+        return (error.mean(axis=(2, 3, 4)) * noisy).sum(axis=1) / noisy.sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenFrames:
+    """Pictures that a clip is to hold: its first frames and, where there is one, its last.
+
+    They may be of any size; each kind of condition cuts them to that of the clip (`conditions`).
+    """
+
+    first: UInt8[np.ndarray, "n H W 3"]
+    last: UInt8[np.ndarray, "h w 3"] | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Where they come from, as JSON values: what a clip's file tells of them."""
 
 
 class Batch(NamedTuple):

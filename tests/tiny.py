@@ -55,6 +55,7 @@ def tiny_config(folder: str | Path, **parts) -> Config:
             text_dim=16,
             text_len=16,
             freq_dim=32,
+            clean_frames=True,
         ),
         memory=MemoryConfig(
             dim=48,

@@ -29,7 +29,9 @@ DIT_PRESETS = {
     "wan2.1-i2v-14b": dataclasses.replace(_14B, in_dim=36, image_dim=1280),
     "wan2.2-t2v-a14b": _14B,  # each of the two experts
     "wan2.2-i2v-a14b": dataclasses.replace(_14B, in_dim=36),  # each of the two experts
-    "wan2.2-ti2v-5b": DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+    "wan2.2-ti2v-5b": DiTConfig(
+        dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, clean_frames=True
+    ),
 }
 VAE_PRESETS = {
     "wan2.1": VAEConfig(),

@@ -72,6 +72,8 @@ class DiTConfig:
     image_dim: int | None = None
     """[channels] Width of CLIP image tokens that cross-attention reads beside the text; None: a kind
     without them."""
+    clean_frames: bool = False
+    """Takes given frames as clean latents at timestep 0 among the noisy ones, as it was trained to (Wan 2.2 TI2V-5B)."""
 
     def __post_init__(self):
         _check("dit", self, "at least 1", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")
@@ -82,6 +84,12 @@ class DiTConfig:
             "dit.in_dim holds the noisy latents and a condition",
             expected=f"at least dit.out_dim = {self.out_dim}",
             found=self.in_dim,
+        )
+        _require(
+            not self.clean_frames or (self.in_dim == self.out_dim and self.patch_size[0] == 1),
+            "dit.clean_frames are given among the noisy ones",
+            expected="no channels for a condition, and a patch of one latent frame",
+            found=f"{self.in_dim - self.out_dim} channels, {self.patch_size[0]} frames",
         )
         _require(
             self.dim % self.num_heads == 0 and (self.dim // self.num_heads) % 2 == 0,
@@ -532,6 +540,9 @@ class ObjectiveConfig:
     """[probability] Chance that a sample trains without any memory."""
     shuffle_references: bool = True
     """Give a sample its references in random order."""
+    first_frame: float = 0.0
+    """[probability] Chance that a sample is given its own first frame, whose latents then stay clean and count in no
+    error; for a transformer with `dit.clean_frames`."""
     trains: Literal["memory", "adapter", "both"] = "memory"
     """What trains. memory: a memory encoder. adapter: an adapter of the transformer in its place, by the same samples,
     noise and budget, which is what a memory must beat; the mean of "running" is then over errors with it, and
@@ -559,6 +570,12 @@ class ObjectiveConfig:
             "objective.memory_dropout is a probability",
             expected="0 <= p < 1",
             found=self.memory_dropout,
+        )
+        _require(
+            0 <= self.first_frame <= 1,
+            "objective.first_frame is a probability",
+            expected="0 <= p <= 1",
+            found=self.first_frame,
         )
         _require(
             self.kind != "running" or self.memory_dropout > 0,
@@ -658,6 +675,9 @@ class SampleConfig:
     than none. -1: all are read."""
     negative_prompt: str = ""
     """Text of the negative branch of guidance."""
+    follow_image: bool = True
+    """Clips take the shape of a given first frame, at the area of `video`, as Wan's own programs make them; otherwise
+    the picture is cut to the shape of `video`."""
     seed: int = 0
     """Seed of the first clip; the next clips take the seeds after it."""
 
@@ -776,6 +796,12 @@ class Config:
             "an adapter is of one transformer, and here two train",
             expected="experts.trains 'high' or 'low'",
             found=self.experts.trains,
+        )
+        _require(
+            self.objective.first_frame == 0 or (self.dit.clean_frames and self.latent_shape[0] > 1),
+            "objective.first_frame is for a transformer that takes clean frames, and for clips of more than one",
+            expected="dit.clean_frames = True and more latent frames than one, or 0",
+            found=f"dit.clean_frames = {self.dit.clean_frames}, {self.latent_shape[0]} latent frames",
         )
         _require(
             self.dit.condition_dim == 0 and self.dit.image_dim is None,

@@ -112,6 +112,25 @@ def read_clip(
     return Clip(picked, Facts(length, _mean_rate(length, span, rate)))
 
 
+def read_start(path: VideoFile, count: int, fps: int | float) -> Frames:
+    """The first `count` frames of a video file as it looks at `fps` frames per second, whatever its own rate.
+
+    Raises:
+        UserError: if the file cannot be read, or is too short for them.
+    """
+    _, rate = _declared(path)
+    wanted = np.rint(np.arange(count) * (rate / fps if rate else 1)).astype(int).tolist()
+    frames = [_upright(frame) for _, frame in zip(range(wanted[-1] + 1), _decode(path), strict=False)]
+    if len(frames) <= wanted[-1]:
+        raise UserError(
+            f"{path} is too short",
+            expected=f"{wanted[-1] + 1} frames, which are {count} at {fps:g} per second",
+            found=f"{len(frames)} frames",
+            fix="fewer frames, or a longer video",
+        )
+    return np.stack([frames[index] for index in wanted])
+
+
 def sample_frames(total: int, count: int) -> Int[np.ndarray, " count"]:
     """`count` indices into `total` frames, first to last evenly; the last repeated if there are fewer."""
     if total >= count:

@@ -30,7 +30,7 @@ class Backbone(Protocol):
         conditioning: Conditioning,
         memory: Memory | None = None,
     ) -> Float[Array, "B T H W C"]:
-        """Return the velocity of noisy `latents` at `timestep`, 1000 sigma."""
+        """Return the velocity of noisy `latents` at `timestep`, 1000 sigma; clean frames in `conditioning` are as given."""
 
 
 BACKBONES: dict[str, type[Backbone]] = {"wan": DiT}

@@ -5,10 +5,11 @@ Pure functions, the same for training, validation and sampling.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ditmem_jax.config import Config, MemoryConfig
 from ditmem_jax.config.schema import TRAIN_STEPS
@@ -81,6 +82,16 @@ def per_sample_mse(
     sigma: Float[Array, " B"],
     noise: Float[Array, "B T H W C"],
 ) -> Float[Array, " B"]:
-    """Mean squared error of the velocity, per sample."""
+    """Mean squared error of the velocity over the noisy latents, per sample."""
     predicted = velocity(backbone, memory, batch, sigma, noise)
-    return jnp.square(predicted - target(batch.latents.astype(jnp.float32), noise)).mean(axis=(1, 2, 3, 4))
+    error = jnp.square(predicted - target(batch.latents.astype(jnp.float32), noise))
+    return batch.conditioning.noisy_mean(error)
+
+
+def give_first_frame(batch: Batch, key: PRNGKeyArray, probability: float) -> Batch:
+    """The batch with each sample given its own first latent frame with this probability."""
+    if probability == 0:
+        return batch
+    size, frames = batch.latents.shape[:2]
+    given = jax.random.bernoulli(key, probability, (size, 1)) & (jnp.arange(frames) == 0)[None]
+    return batch._replace(conditioning=batch.conditioning._replace(clean=batch.latents, given=given))

@@ -11,6 +11,7 @@ import dataclasses
 
 from absl import flags
 
+from ditmem_jax.conditions.files import read_frames
 from ditmem_jax.config import flags as cli
 
 
@@ -29,7 +30,8 @@ def main() -> None:
 
     compilation.enable_cache(CACHE.value)
     with processes.Program(**PROCESSES()):
-        options = dict(features=FEATURES.value, warm=WARM.value)
+        frames = read_frames(config, FIRST_FRAME.value, LAST_FRAME.value, CONTINUE.value, GIVEN_FRAMES.value)
+        options = dict(features=FEATURES.value, frames=frames, warm=WARM.value)
         make_clips(config, PROMPT.value, OUT.value, ENCODER.value or None, memory, seeds, **options)
         if WARM.value and processes.is_primary():
             print("all is compiled")
@@ -51,6 +53,15 @@ if __name__ == "__main__":
         "features",
         None,
         "What ditmem bank tokens made of the bank with this encoder; saves reading latents.",
+    )
+    FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Picture that the clip begins with.")
+    LAST_FRAME = flags.DEFINE_string("last_frame", None, "Picture that the clip ends with.")
+    CONTINUE = flags.DEFINE_string("continue", None, "Video whose first frames the clip begins with.")
+    GIVEN_FRAMES = flags.DEFINE_integer(
+        "given_frames",
+        None,
+        "Frames of --continue, at the rate of config.video.fps; 5 by default.",
+        lower_bound=1,
     )
     COUNT = flags.DEFINE_integer("count", 1, "Number of clips, with seeds from the first on.", lower_bound=1)
     SEED = flags.DEFINE_integer(

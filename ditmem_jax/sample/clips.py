@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditmem_jax.bank.features import Features
+from ditmem_jax.conditions.condition import sized
+from ditmem_jax.conditions.kinds import require_condition
 from ditmem_jax.config import Config, FreeTokensConfig, to_dict
 from ditmem_jax.data.references import References, majority_source
 from ditmem_jax.data.video import write_video
@@ -25,6 +27,7 @@ from ditmem_jax.sample.retrieval import Retrieved, retrieve
 from ditmem_jax.sample.sampler import Rows, Sampler, with_encoders
 from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.files import write_text
+from ditmem_jax.types import GivenFrames
 
 
 def make_clips(
@@ -35,6 +38,7 @@ def make_clips(
     memory: Literal["auto", "none"] | Sequence[str] = "auto",
     seeds: Sequence[int] = (0,),
     features: str | Path | None = None,
+    frames: GivenFrames | None = None,
     *,
     warm: bool = False,
 ) -> list[Path]:
@@ -45,6 +49,7 @@ def make_clips(
         encoder: file of a trained memory encoder, or one for each of two experts; needed unless `memory` is "none".
         memory: "auto" takes the videos that the bank finds for the prompt; or ids of videos.
         features: store of `bank.features` to take what the encoder makes of them from, instead of their latents.
+        frames: pictures that the clips are to hold, see `conditions.files.read_frames`.
         warm: load and compile everything, which fills the compile cache, and make no clip.
     Raises:
         UserError: for an empty prompt, a missing or unfit file, a bank that cannot give the videos, or features
@@ -52,6 +57,8 @@ def make_clips(
     """
     if not prompt.strip():
         raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
+    if frames is not None:
+        config = sized(config, require_condition(config), frames)
     phases = compilation.Phases()
     paths = _paths(Path(out), prompt, "plain" if memory == "none" else "memory", seeds)
     about = {
@@ -60,6 +67,7 @@ def make_clips(
         "strength": config.sample.strength,
         "memory": [],
         "encoder": None,
+        "frames": {} if frames is None else frames.origin,
     }
     references = source = None
     if memory == "none":
@@ -106,12 +114,15 @@ def make_clips(
         progress.console.print(f"attention by {compute_for(config, sampler.mesh).backend}")
         if references is not None and not isinstance(references, tuple):
             references = sampler.rows(references)  # once for all clips
+        told = None if frames is None else sampler.given([frames])
         phases.end("load")
 
         def given(count: int) -> dict[str, Any]:
+            held = told and {name: np.repeat(x, count, axis=0) for name, x in told.items()}
             if source is not None:
-                return {"sources": [source] * count}
-            return {"references": references and tuple(np.repeat(x, count, axis=0) for x in references)}
+                return {"sources": [source] * count, "frames": held}
+            rows = references and tuple(np.repeat(x, count, axis=0) for x in references)
+            return {"references": rows, "frames": held}
 
         size = batch_parts(sampler.mesh)
         batches = [slice(start, start + size) for start in range(0, len(paths), size)]

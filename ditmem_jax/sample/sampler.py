@@ -18,7 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ditmem_jax.bank.features import encode_video
+from ditmem_jax.bank.features import encode_video
 from ditmem_jax.bank.search import Results
+from ditmem_jax.conditions.condition import ImageNetworks
+from ditmem_jax.conditions.kinds import require_condition
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.data.video import from_unit
 from ditmem_jax.diffusion import flow
@@ -38,10 +41,12 @@ from ditmem_jax.parallel import compilation
 from ditmem_jax.parallel.mesh import all_gather_to_host, check_mesh, make_mesh, shard
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
-from ditmem_jax.types import Conditioning, Memory
+from ditmem_jax.types import Conditioning, GivenFrames, Memory
 
 Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
 """What an encoder, or that of each expert, makes of single reference videos (`VideoEncoder.video_rows`)."""
+Given = dict[str, np.ndarray]
+"""What a kind of condition makes of given frames: fields of `types.Conditioning` by name."""
 Coefficients = Float[np.ndarray, "steps k"]
 """Of each step, as `diffusion.solvers` computes them."""
 Step = Callable[[Carry, Float[np.ndarray, " k"]], Carry]
@@ -150,9 +155,10 @@ class Sampler:
         references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
         sources: Sequence[str] | None = None,
+        frames: Sequence[GivenFrames] | Given | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Return one clip per prompt, as pixels; arguments and errors as `latents`."""
-        return self.pixels(self.latents(prompts, seeds, references, strength, sources))
+        return self.pixels(self.latents(prompts, seeds, references, strength, sources, frames))
 
     def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B F H8 W8 3"]:
         """The clips that these latents are of."""
@@ -165,6 +171,7 @@ class Sampler:
         references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
         sources: Sequence[str] | None = None,
+        frames: Sequence[GivenFrames] | Given | None = None,
     ) -> Latents:
         """Return one clip per prompt, as normalised latents.
 
@@ -175,12 +182,14 @@ class Sampler:
                 read; a prompt with none above it is exactly without memory.
             strength: instead of `config.sample.strength`.
             sources: for an encoder of free tokens, instead of references: the source of each prompt's memory.
+            frames: what each clip is to hold: pictures of any size, cut to that of `config.video`; or what `given` has
+                made of them.
         Raises:
-            UserError: for an empty prompt, for seeds or references that are not one for each prompt, and for
-                references or sources that do not fit the encoder.
+            UserError: for an empty prompt, for seeds, references or frames that are not one for each prompt, for
+                references or sources that do not fit the encoder, and frames that do not fit the transformer.
         """
         _check_count("seeds", len(seeds), prompts)
-        steps, noise = self.steps(prompts, references, strength, sources), self.noise(seeds)
+        steps, noise = self.steps(prompts, references, strength, sources, frames), self.noise(seeds)
         with jax.set_mesh(self.mesh):
             carry = self._solver.init(noise)
             for step, coefficients in steps:
@@ -199,6 +208,7 @@ class Sampler:
         references: Results | Float[np.ndarray, "B R t h w C"] | Rows | None = None,
         strength: float | None = None,
         sources: Sequence[str] | None = None,
+        frames: Sequence[GivenFrames] | Given | None = None,
     ) -> list[tuple[Step, Coefficients]]:
         """What `latents` goes through: of each transformer its compiled step and the coefficients of its steps.
 
@@ -223,6 +233,12 @@ class Sampler:
         if sources is not None:
             _check_count("sources", len(sources), prompts)
             numbers = [shard(self.mesh, x, "batch") for x in self._source_numbers(sources)]
+        given = {}
+        if frames is not None:
+            frames = frames if isinstance(frames, dict) else self.given(frames)
+            for name, x in frames.items():
+                _check_count("given frames", len(x), prompts)
+                given[name] = shard(self.mesh, x, "batch", *[None] * (x.ndim - 1))
         with jax.set_mesh(self.mesh):
             if references is not None:
                 mixed = [_mix(*pair, present, strength) for pair in zip(self._encoders, rows, strict=True)]
@@ -231,12 +247,20 @@ class Sampler:
                 chosen = [_choose(*pair, strength) for pair in zip(self._encoders, numbers, strict=True)]
                 memories = chosen * (len(self._stages) // len(chosen))
             texts = self._embed(prompts), jnp.repeat(self._negative, len(prompts), axis=0)
-            texts = tuple(map(Conditioning, texts))
+            texts = tuple(Conditioning(text, **given) for text in texts)
             return [
                 (self._step(stage, *texts, memory), stage.coefficients)
                 for stage, memory in zip(self._stages, memories, strict=True)
                 if len(stage.coefficients)
             ]
+
+    def given(self, frames: Sequence[GivenFrames]) -> Given:
+        """Return what the transformer is told of the frames of each clip, to be given to several calls.
+
+        Raises:
+            UserError: for frames that it does not take.
+        """
+        return require_condition(self.config).encode(frames, ImageNetworks(self.vae))
 
     def _step(self, stage: _Stage, *given: Any) -> Step:
         """The compiled step of a stage with the texts and the memory that it takes."""
@@ -321,7 +345,8 @@ def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Carry]:
             (low, high), sigma = config.sample.memory_range, row[0]
             memory = memory._replace(bias=jnp.where((low <= sigma) & (sigma <= high), memory.bias, -jnp.inf))
         velocity = guided(nnx.merge(graph, weights), positive, negative, memory, scale, **options)
-        return SOLVERS[config.sample.solver].step(velocity, carry, row)
+        carry = SOLVERS[config.sample.solver].step(velocity, carry, row)
+        return carry._replace(latents=positive.fill(carry.latents))  # no solver moves what is given
 
     return step
 

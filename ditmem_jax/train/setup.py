@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ class Setup:
         memory = self.config.memory
         if not isinstance(memory, MemoryConfig) or memory.gate == "none":
             return state
-        batch = self.put(next(self._training_stream()))
+        batch = self.put(with_first_frames(next(self._training_stream()), self.config))
         state = calibrate(self.config, self.networks, self.backbone, state, batch, self.mesh)
         return jax.device_put(state, shardings)
 
@@ -158,7 +159,7 @@ class Setup:
             sources[ours] = sources[found]
         held_out = []
         for batch, other, local in zip(right, batches(of_others, sources), numbers, strict=True):
-            batch, other = self.put(batch), self.put(other)
+            batch, other = self.put(with_first_frames(batch, self.config)), self.put(other)
             other = batch._replace(references=other.references, present=other.present, source=other.source)
             whole = all_gather_to_host(self._divide(np.array(local, np.int32)), self.mesh)
             held_out.append(HeldOut(batch, other, [records.entries[number] for number in whole]))
@@ -186,6 +187,17 @@ def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> Batch:
         array(data.references, dtype=bool),
         source=array(dtype=np.int32) if isinstance(config.memory, FreeTokensConfig) else None,
     )
+
+
+def with_first_frames(batch: Batch, config: Config) -> Batch:
+    """A batch on the host whose samples are given their first frame by chance; its records and the seed decide."""
+    probability = config.objective.first_frame
+    if probability == 0:
+        return batch
+    given = np.zeros(batch.latents.shape[:2], bool)
+    for row, id in zip(given, batch.ids, strict=True):
+        row[0] = np.random.default_rng([config.run.seed, zlib.crc32(id.encode())]).random() < probability
+    return batch._replace(conditioning=batch.conditioning._replace(clean=batch.latents, given=given))
 
 
 def with_sources(

@@ -21,7 +21,7 @@ from ditmem_jax.diffusion import objective
 from ditmem_jax.diffusion.objective import Baseline
 from ditmem_jax.models import adapters
 from ditmem_jax.models.backbone import with_expert
-from ditmem_jax.models.ditmem import Networks, encode, keep_only, per_sample_mse
+from ditmem_jax.models.ditmem import Networks, encode, give_first_frame, keep_only, per_sample_mse
 from ditmem_jax.models.encoders import Encoder, new_encoder
 from ditmem_jax.models.memory_encoder import shuffle_videos
 from ditmem_jax.models.placement import tree_shardings
@@ -78,6 +78,7 @@ def make_train_step(
         if goal.shuffle_references:
             references, present = shuffle_videos(batch.references, batch.present, keys[3])
             batch = batch._replace(references=references, present=present)
+        batch = give_first_frame(batch, jax.random.fold_in(keys[1], 1), goal.first_frame)
 
         def loss_and_gradients(dit: DiT):
             def error_with(dit: DiT, memory: Memory | None) -> jax.Array:

@@ -114,6 +114,12 @@ def test_bad_keys_and_types(parts, messages):
         (lambda: SampleConfig(strength=-1.0), "sample.strength"),
         (lambda: small(memory={"dim": 64, "num_heads": 4}), "memory.dim must equal dit.dim"),
         (lambda: small(dit=SMALL["dit"] | {"out_dim": 8}), "dit.out_dim must equal vae.z_dim"),
+        (lambda: ObjectiveConfig(first_frame=1.1), "objective.first_frame is a probability"),
+        (lambda: small(objective={"first_frame": 0.5}), "a transformer that takes clean frames"),
+        (
+            lambda: small(dit=SMALL["dit"] | {"clean_frames": True, "in_dim": 36}),
+            "clean_frames are given among the noisy ones",
+        ),
         (lambda: small(dit=SMALL["dit"] | {"in_dim": 36}), "wants an image"),
         (lambda: small(dit=SMALL["dit"] | {"image_dim": 1280}), "wants an image"),
         (lambda: small(video={"frames": 80}), "4n + 1 frames"),

@@ -124,3 +124,42 @@ def test_how_a_transformer_computes_is_what_the_config_says():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert compute_for(config, mesh, training=True) == Compute("xla", "blocks", memory_blocks=(1, 1))
     assert compute_for(config, mesh) == Compute("xla", "none", memory_blocks=(1, 1))
+
+
+def test_a_given_frame_stays_clean_and_counts_in_no_error(parts):
+    """The loss and its gradient are those of the released program: the frame put in, at timestep 0, and left out."""
+    dit, encoder, batch, sigma, noise = parts
+    memory = encode(encoder, batch)
+    held = ditmem.give_first_frame(batch, jax.random.key(0), 1.0)
+    first = (jnp.arange(3) == 0)[None]
+    np.testing.assert_array_equal(held.conditioning.given, jnp.repeat(first, 2, axis=0))
+
+    def by_hand(tokens, noise):
+        spread = sigma[:, None, None, None, None]
+        noisy = (1 - spread) * batch.latents + spread * noise
+        noisy = jnp.concatenate([batch.latents[:, :1], noisy[:, 1:]], axis=1)
+        times = jnp.where(first, 0.0, 1000 * sigma[:, None])
+        predicted = dit(noisy, times, batch.conditioning, memory._replace(tokens=tokens))
+        return jnp.square(predicted - (noise - batch.latents))[:, 1:].mean(axis=(1, 2, 3, 4))
+
+    def ours(tokens, noise):
+        return ditmem.per_sample_mse(dit, memory._replace(tokens=tokens), held, sigma, noise)
+
+    def both(error):
+        return jax.jit(jax.value_and_grad(lambda *inputs: error(*inputs).sum(), argnums=(0, 1)))
+
+    (value, slopes), (want, expected) = (both(each)(memory.tokens, noise) for each in (ours, by_hand))
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for got, slope in zip(slopes, expected, strict=True):
+        np.testing.assert_allclose(got, slope, atol=1e-6)
+    assert not slopes[1][:, 0].any()  # no noise reaches the frame
+    assert np.abs(slopes[0]).max() > 1e-4
+
+
+def test_a_first_frame_is_given_as_often_as_it_should(parts):
+    batch = parts[2]
+    many = batch._replace(latents=jnp.zeros((2000, 3, 1, 1, 1)))
+    given = ditmem.give_first_frame(many, jax.random.key(0), 0.3).conditioning.given
+    assert float(given[:, 0].mean()) == pytest.approx(0.3, abs=0.04)
+    assert not given[:, 1:].any()
+    assert ditmem.give_first_frame(batch, jax.random.key(0), 0.0) is batch

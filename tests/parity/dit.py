@@ -32,7 +32,8 @@ def make_dit(meta: dict, weights: dict[str, np.ndarray]) -> DiT:
     """The transformer that a golden file describes, filled with its weights."""
     image_norm = weights.get("img_emb.proj.0.weight")
     image_dim = None if image_norm is None else len(image_norm)
-    config = build(DiTConfig, {key: meta[key] for key in FIELDS} | {"image_dim": image_dim})
+    given = {"image_dim": image_dim, "clean_frames": meta["in_dim"] == meta["out_dim"]}
+    config = build(DiTConfig, {key: meta[key] for key in FIELDS} | given)
     dit = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))  # all of it comes from the file
     load(dit, names.table(config), weights)
     return dit
@@ -44,11 +45,11 @@ def velocity(
     time: jax.Array,
     context: jax.Array,
     memory: Memory | None = None,
-    **image: jax.Array,
+    **condition: jax.Array,
 ) -> jax.Array:
     """The transformer's output, compiled."""
     graph, state = nnx.split(dit)
-    given = Conditioning(context, **image)
+    given = Conditioning(context, **condition)
     return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(
         state, latents, time, given, memory
     )
@@ -155,22 +156,26 @@ def check_given_frame(golden: GoldenFile) -> list[Check]:
     patches = math.prod(latents.shape[2:4]) // math.prod(dit.config.patch_size)  # of a frame
     per_frame = jnp.repeat(time[:, None], latents.shape[1], axis=1)
     given = per_frame.at[:, 0].set(0.0)
+    first = jnp.broadcast_to(jnp.arange(latents.shape[1]) == 0, per_frame.shape)
+    held = dict(clean=latents, given=first)  # whatever stands in the places of the frames that it gives
+    other = jnp.where(first[:, :, None, None, None], 7.0, latents)
     per_token = jnp.repeat(per_frame, patches, axis=1)
     runs = [
-        ("text_only_no_memory", "", time, None),
-        ("text_only_memory", "", time, memory),
-        ("text_only_memory", " (a timestep per token)", per_token, memory),
-        ("first_frame_given_no_memory", "", given, None),
-        ("first_frame_given_no_memory", " (absent rows)", given, absent),
-        ("first_frame_given_memory", "", given, memory),
+        ("text_only_no_memory", "", (latents, time), None, {}),
+        ("text_only_memory", "", (latents, time), memory, {}),
+        ("text_only_memory", " (a timestep per token)", (latents, per_token), memory, {}),
+        ("first_frame_given_no_memory", "", (latents, given), None, {}),
+        ("first_frame_given_no_memory", " (absent rows)", (latents, given), absent, {}),
+        ("first_frame_given_no_memory", " (as a condition)", (other, time), absent, held),
+        ("first_frame_given_memory", "", (latents, given), memory, {}),
     ]
     return [
         Check(
             f"out/{name}{note}",
-            channels_first(velocity(dit, latents, times, context, rows)),
+            channels_first(velocity(dit, *inputs, context, rows, **condition)),
             tensors[f"out/{name}"],
         )
-        for name, note, times, rows in runs
+        for name, note, inputs, rows, condition in runs
         if f"out/{name}" in tensors
     ]
 

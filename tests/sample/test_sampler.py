@@ -13,7 +13,7 @@ from flax import nnx
 
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.config import ExpertsConfig
-from ditmem_jax.data.video import read_video
+from ditmem_jax.data.video import read_video, to_unit
 from ditmem_jax.diffusion import flow
 from ditmem_jax.diffusion.guidance import guided
 from ditmem_jax.diffusion.solvers import SOLVERS, Carry
@@ -21,12 +21,13 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import with_strength
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
+from ditmem_jax.models.wan.vae import encode as vae_encode
 from ditmem_jax.sample.clips import make_clips
 from ditmem_jax.sample.retrieval import retrieve
 from ditmem_jax.sample.sampler import Sampler, denoise, make_step, schedule
 from ditmem_jax.storage.encoders import load_encoder, save_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
-from ditmem_jax.types import Conditioning, Memory
+from ditmem_jax.types import Conditioning, GivenFrames, Memory
 from tests.fakes import FakeDiT
 from tests.tiny import make_tiny, random_arrays, replace, tiny_config, with_experts
 
@@ -348,3 +349,84 @@ def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):
             make_clips(**good | bad)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "one.mp4").exists()
+
+
+# --- given frames -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_solver_moves_a_given_frame(solver):
+    """Nor does it change the others."""
+    config = replace(tiny_config("nowhere"), "sample", solver=solver, steps=4)
+    graph, weights = nnx.split(FakeDiT())
+    rng = np.random.default_rng(0)
+    noise, clean = (jnp.asarray(rng.standard_normal((2, 3, 2, 2, 1)), jnp.float32) for _ in range(2))
+    given = jnp.array([[True, False, False], [True, True, False]])
+    text = Conditioning(jnp.ones((2, 1, 1)))
+    held = text._replace(clean=clean, given=given)
+
+    def run(conditioning):
+        program = make_step(config, graph, 3.0)
+        carry, seen = SOLVERS[solver].init(noise), []
+        for row in schedule(config)[0][0]:
+            carry = program(weights, carry, jnp.asarray(row), conditioning, conditioning, None)
+            seen.append(carry.latents)
+        return seen
+
+    for got, free in zip(run(held), run(text), strict=True):
+        np.testing.assert_array_equal(got, jnp.where(given[:, :, None, None, None], clean, free))
+
+
+def frames_of(*counts, size=32):
+    return [
+        GivenFrames(np.random.default_rng(n).integers(0, 256, (n, size, size, 3), np.uint8)) for n in counts
+    ]
+
+
+def test_given_frames_are_at_timestep_0_and_put_back_after_each_step(sampler, config):
+    """As Wan's own program does for TI2V-5B, with a memory and a solver that remembers."""
+    references = retrieve(config, PROMPT).latents[None]
+    frames = frames_of(5)
+    got = sampler.latents([PROMPT], [3], references, frames=frames)
+
+    told = sampler.given(frames)
+    first = vae_encode(sampler.vae, jnp.asarray(to_unit(frames[0].first[None])))
+    np.testing.assert_allclose(told["clean"][:, :2], first, atol=1e-5)
+    mask = (np.arange(3) < 2).reshape(1, 3, 1, 1, 1)
+    dit, encoder = load_dit(config), sampler._encoders[0]
+    memory = encoder(jnp.asarray(references), training=False)
+    texts = Conditioning(sampler._embed([PROMPT])), Conditioning(sampler._negative)
+
+    def velocity(x, sigma):
+        times = jnp.asarray(1000 * sigma * ~mask[:, :, 0, 0, 0], jnp.float32)
+        positive, negative = (dit(x, times, text, memory) for text in texts)
+        return negative + config.sample.guidance * (positive - negative)
+
+    solver = SOLVERS["unipc"]
+    carry = solver.init(jnp.where(mask, told["clean"], sampler.noise([3])))
+    for row in solver.coefficients(flow.shifted_sigmas(3, 5.0)):
+        carry = solver.step(velocity, carry, row)
+        carry = carry._replace(latents=jnp.where(mask, told["clean"], carry.latents))
+    np.testing.assert_allclose(got, carry.latents, atol=1e-4)
+    np.testing.assert_array_equal(got[:, :2], told["clean"][:, :2])
+
+
+def test_each_clip_of_a_batch_has_its_own_frames(sampler):
+    prompts = [PROMPT, "A ball falls on planet Cyta"]
+    both = sampler.latents(prompts, [5, 6], frames=frames_of(1, 5))
+    alone = sampler.latents(prompts[1:], [6], frames=sampler.given(frames_of(5)))
+    np.testing.assert_allclose(both[1:], alone, atol=1e-4)
+    with pytest.raises(UserError, match="the given frames do not fit the prompts"):
+        sampler.latents(prompts, [5, 6], frames=frames_of(1))
+
+
+def test_a_clip_with_a_first_frame_as_a_file(config, encoder, tmp_path):
+    """It follows the picture's shape, 32 x 32 pixels at most; the file beside it tells of the picture."""
+    picture = np.random.default_rng(0).integers(0, 256, (60, 150, 3), np.uint8)
+    frames = GivenFrames(picture[None], origin={"first_frame": {"file": "a.png"}})
+    (path,) = make_clips(config, PROMPT, tmp_path / "a.mp4", encoder, frames=frames)
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["frames"] == frames.origin
+    assert (about["config"]["video"]["height"], about["config"]["video"]["width"]) == (16, 64)
+    clip = read_video(path).frames
+    assert clip.shape == (9, 16, 64, 3)

@@ -16,8 +16,9 @@ from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 from ditmem_jax.parallel.mesh import make_mesh
 from ditmem_jax.storage.encoders import encoder_metadata
-from ditmem_jax.train.setup import Setup, check, load_networks
-from tests.tiny import make_bank, make_tiny, replace, with_experts
+from ditmem_jax.train.setup import Setup, check, load_networks, with_first_frames
+from ditmem_jax.types import Batch, Conditioning
+from tests.tiny import make_bank, make_tiny, replace, tiny_config, with_experts
 from tests.train.test_step import first_state
 
 
@@ -116,3 +117,21 @@ def test_another_memory_is_of_another_planet_whatever_the_batch_size(config, tmp
     for latents, (ours, theirs) in eight.items():
         assert {planets[x] for x in ours} == {planets[latents]}
         assert planets[latents] not in {planets[x] for x in theirs}
+
+
+def test_a_validation_gives_the_same_samples_their_first_frame():
+    config = replace(tiny_config("nowhere"), "objective", first_frame=0.5)
+    latents = np.ones((40, 3, 1, 1, 1), np.float32)
+    ids = np.array([f"video{i}" for i in range(40)])
+    batch = Batch(
+        latents,
+        Conditioning(np.zeros((40, 1, 1), np.float32)),
+        latents[:, None],
+        latents[:, :1, 0, 0, 0] > 0,
+        ids,
+    )
+    given = with_first_frames(batch, config).conditioning.given
+    assert 10 < given[:, 0].sum() < 30 and not given[:, 1:].any()
+    again = batch._replace(ids=ids[::-1])
+    np.testing.assert_array_equal(with_first_frames(again, config).conditioning.given, given[::-1])
+    assert with_first_frames(batch, tiny_config("nowhere")) is batch

@@ -367,3 +367,11 @@ def test_a_step_of_two_experts_holds_no_copy_of_weights(tmp_path):
 
     two = dataclasses.replace(config, experts=ExpertsConfig(0.875))
     assert memory(two, lambda: Experts(one(), one())) <= 1.1 * memory(config, one)
+
+
+def test_a_step_gives_first_frames_as_often_as_it_should(config):
+    """At 1 the loss is that of clean first frames, whatever the frozen weights; at 0 nothing changes."""
+    plain, held = (run_steps(replace(config, "objective", first_frame=p), steps=1)[0][0] for p in (0.0, 1.0))
+    assert abs(held["loss"] - plain["loss"]) > 1e-4
+    assert np.isfinite(list(held.values())).all()
+    np.testing.assert_array_equal(plain["loss"], run_steps(config, steps=3)[0][0]["loss"])

@@ -1,9 +1,9 @@
 """The Wan video transformer, with memory rows in every self-attention (Wan 2.1 and 2.2; DiT-Mem section 3.2).
 
 One class for every kind. Text-to-video is the plain one. Image-to-video takes a condition beside the noisy latents
-and, in Wan 2.1, CLIP image tokens beside the text. Where frames are given among noisy ones (TI2V-5B), each run of
-tokens has a timestep of its own: 0 for a given frame. A memory has no frame, and its rows are modulated like the
-noisy ones.
+and, in Wan 2.1, CLIP image tokens beside the text. Where clean frames are given among noisy ones (TI2V-5B), they take
+the places of the noisy ones, whatever stands there, and each frame has a timestep of its own: 0 for a given one. A
+memory has no frame, and its rows are modulated like the noisy ones.
 """
 
 from collections.abc import Callable
@@ -261,7 +261,8 @@ class DiT(nnx.Module):
                 latent frame, or even one per token. Memory tokens take the highest.
             conditioning: text, and for kinds with a condition `frames` of `config.condition_dim` channels: in Wan a mask
                 of 4 channels, 1 where a frame is given, then the latents of the given frames; and, where
-                `config.image_dim` says so, CLIP tokens of the given frame.
+                `config.image_dim` says so, CLIP tokens of the given frame. Kinds with `config.clean_frames` may have
+                clean frames, which are then at timestep 0.
         Raises:
             UserError: if something is missing, not wanted, or of another size than the configuration says.
         """
@@ -310,8 +311,11 @@ class DiT(nnx.Module):
     ) -> tuple:
         """What the blocks take: tokens, text, image, timesteps, their modulation and that of memory tokens, angles."""
         config = self.config
-        text, frames, image = conditioning
-        _check_inputs(config, latents, memory, frames, image)
+        text, frames, image = conditioning.text, conditioning.frames, conditioning.image
+        _check_inputs(config, latents, memory, conditioning)
+        latents = conditioning.fill(latents)
+        if timestep.ndim == 1:
+            timestep = conditioning.timesteps(timestep)
         rotary = rotary_table(self._grid(latents), config.head_dim)
 
         if frames is not None:
@@ -388,12 +392,14 @@ class DiT(nnx.Module):
 
 
 def _check_inputs(
-    config: DiTConfig, latents: Array, memory: Memory | None, frames: Array | None, image: Array | None
+    config: DiTConfig, latents: Array, memory: Memory | None, conditioning: Conditioning
 ) -> None:
     """What the configuration wants is there, as wide as it says, and nothing else."""
     _check_width("latents", latents, config.out_dim)
-    _check_width("given frames", frames, config.condition_dim)
-    _check_width("image tokens", image, config.image_dim or 0)
+    _check_width("given frames", conditioning.frames, config.condition_dim)
+    _check_width("image tokens", conditioning.image, config.image_dim or 0)
+    if conditioning.clean is not None:
+        _check_width("clean frames", conditioning.clean, config.out_dim if config.clean_frames else 0)
     if memory is not None:
         _check_width("memory rows", memory.tokens, config.dim)
 
