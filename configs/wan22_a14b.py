@@ -7,7 +7,7 @@ of each expert train with --config.experts.trains=high and =low, and sample with
 from ml_collections import ConfigDict
 
 from ditmem_jax.config import to_dict
-from ditmem_jax.config.presets import DIT_PRESETS
+from ditmem_jax.config.presets import DIT_PRESETS, NEGATIVE_PROMPTS
 
 
 def get_config() -> ConfigDict:
@@ -22,6 +22,15 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(dict(records="records", bank="bank", references=5, batch_size=1))
     config.objective = ConfigDict(dict(kind="released", density="shifted", shift=12.0, memory_dropout=0.0))
     config.optim = ConfigDict(dict(learning_rate=1e-5))
-    config.sample = ConfigDict(dict(steps=40, shift=12.0, guidance=3.0, guidance_high=4.0))
+    config.sample = ConfigDict(
+        dict(
+            solver="unipc",
+            steps=40,
+            shift=12.0,
+            guidance=3.0,
+            guidance_high=4.0,
+            negative_prompt=NEGATIVE_PROMPTS["wan"],
+        )
+    )
     config.run = ConfigDict(dict(out="runs/wan22_a14b", steps=10_000, remat="blocks"))
     return config

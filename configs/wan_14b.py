@@ -6,7 +6,7 @@ The weights come from `ditmem convert Wan2.1-T2V-14B weights/wan2.1-t2v-14b`.
 from ml_collections import ConfigDict
 
 from ditmem_jax.config import to_dict
-from ditmem_jax.config.presets import DIT_PRESETS
+from ditmem_jax.config.presets import DIT_PRESETS, NEGATIVE_PROMPTS
 
 
 def get_config() -> ConfigDict:
@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(dict(records="records", bank="bank", references=5, batch_size=1))
     config.objective = ConfigDict(dict(kind="released", density="shifted", shift=5.0, memory_dropout=0.0))
     config.optim = ConfigDict(dict(learning_rate=1e-5))
-    config.sample = ConfigDict(dict(steps=50, shift=5.0, guidance=5.0))
+    config.sample = ConfigDict(
+        dict(solver="unipc", steps=50, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPTS["wan"])
+    )
     config.run = ConfigDict(dict(out="runs/wan_14b", steps=10_000, remat="blocks"))
     return config

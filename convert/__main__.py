@@ -9,7 +9,7 @@
     ditmem convert --export dit-mem ENCODER OUT.safetensors
 
 SOURCE is a folder of original files or of diffusers, or one file (.safetensors, .pth): the transformer, its VAE, its
-text encoder, or a DiT-Mem memory encoder. Everything in it that is known is converted. DEST becomes a folder that
+text encoder, CLIP's image encoder, or a DiT-Mem memory encoder. Everything in it that is known is converted. DEST becomes a folder that
 config.weights.path names; a memory encoder in it is DEST/encoder.safetensors, for --encoder.
 
 A folder can be put together in several calls: a DEST of an earlier call gets what it lacks.
@@ -75,7 +75,7 @@ def _check_flags() -> None:
 
 if __name__ == "__main__":
     KIND = flags.DEFINE_enum(
-        "kind", None, ["dit", "vae", "text", "memory"], "Convert this kind of network only."
+        "kind", None, ["dit", "vae", "text", "clip", "memory"], "Convert this kind of network only."
     )
     DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the result; by default as stored.")
     LIST = flags.DEFINE_bool("list", False, "Print which tensor goes where; read no values.")

@@ -79,7 +79,8 @@ def export_folder(converted: str, dest: str, names: str) -> None:
     with _progress(size) as advance:
         left_out = export.export_folder(converted, dest, names, advance)
     for network in left_out:
-        print(f"left out: {network}: --export dit-mem writes it")
+        why = "--export dit-mem writes it" if network == "memory" else "not all of it was converted"
+        print(f"left out: {network}: {why}")
     print(f"{dest} is ready")
 
 

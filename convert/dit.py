@@ -34,6 +34,7 @@ def table(config: DiTConfig) -> Table:
     rules += _attention("cross_attn.{}", "cross_attention", "qkvo")
     if config.image_dim is not None:
         rules += [
+            *_positions(config),
             *_norm("img_emb.proj.0", "image_embedding.norm_in"),
             *_linear("img_emb.proj.1", "image_embedding.feed_forward.up"),
             *_linear("img_emb.proj.3", "image_embedding.feed_forward.down"),
@@ -41,6 +42,12 @@ def table(config: DiTConfig) -> Table:
             *_attention("cross_attn.{}_img", "image_attention", "kv"),
         ]
     return Table(rules)
+
+
+def _positions(config: DiTConfig) -> list[Rule]:
+    if config.image_positions is None:
+        return []
+    return [Rule("img_emb.emb_pos", "image_embedding.positions", "squeeze0")]
 
 
 def _attention(source: str, target: str, names: str) -> list[Rule]:

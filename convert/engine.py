@@ -21,7 +21,8 @@ TRANSFORMS = {
     "linear": lambda x: x.T,
     "conv2d": lambda x: x.transpose(2, 3, 1, 0),
     "conv3d": lambda x: x.transpose(2, 3, 4, 1, 0),
-    "patch": lambda x: x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0]),
+    "patch": lambda x: np.moveaxis(x, (1, 0), (-2, -1)).reshape(-1, x.shape[0]),
+    "rows": lambda x: x.reshape(x.shape[-2:]),
     "flatten": lambda x: x.reshape(-1),
     "squeeze0": lambda x: x[0],
 }

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ditmem_jax.config import DiTConfig, MemoryConfig, build
+from ditmem_jax.config.presets import VAE_PRESETS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
 from ditmem_jax.storage.encoders import load_encoder
@@ -202,6 +203,15 @@ def _export_network(source: Path, path: Path, kind: str, naming: str, config: An
     write_safetensors(path, shapes, pieces(), {"format": "pt"})
 
 
+def _untold(config: DiTConfig) -> dict[str, Any]:
+    """What diffusers has no word for and shapes do not tell, where it is not as in the published models."""
+    inferred = config.out_dim == VAE_PRESETS["wan2.2"].z_dim
+    return {
+        "text_len": None if config.text_len == 512 else config.text_len,
+        "clean_frames": None if config.clean_frames == inferred else config.clean_frames,
+    }
+
+
 def _theirs(kind: str, config: Any) -> dict[str, Any]:
     """The config.json of diffusers or transformers for a network."""
     if kind == "dit":
@@ -220,10 +230,9 @@ def _theirs(kind: str, config: Any) -> dict[str, Any]:
             "qk_norm": "rms_norm_across_heads",
             "eps": config.eps,
             "image_dim": config.image_dim,
+            "pos_embed_seq_len": config.image_positions,
             "added_kv_proj_dim": config.dim if config.image_dim else None,
-        } | (
-            {} if config.text_len == 512 else {"text_len": config.text_len}
-        )  # the length that diffusers is told
+        } | {key: value for key, value in _untold(config).items() if value is not None}
     if kind == "vae":
         return {
             "_class_name": "AutoencoderKLWan",

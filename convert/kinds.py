@@ -8,21 +8,23 @@ from typing import Any
 
 from flax import nnx
 
-from ditmem_jax.config import DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
+from ditmem_jax.config import CLIPConfig, DiTConfig, MemoryConfig, UMT5Config, VAEConfig, build
 from ditmem_jax.config.presets import VAE_PRESETS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.wan.clip import CLIPVision
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE
 
-from . import dit, memory, names_diffusers, umt5, vae
+from . import clip, dit, memory, names_diffusers, umt5, vae
 from .engine import Table
 
 PLAIN = Table(())
 Shapes = Mapping[str, tuple[int, ...]]
 MODEL_TYPES = ("t2v", "i2v", "ti2v")
 UNUSED = {"_class_name", "_diffusers_version", "model_type", "window_size", "qk_norm", "cross_attn_norm"}
+CLIP_HEAD = 80  # width of a head in ViT-H
 HEAD = 128  # width of a head in every published transformer, where no config.json tells
 
 
@@ -55,6 +57,7 @@ def _dit(shapes: Shapes) -> dict[str, Any]:
         text_dim=shapes["text_embedding.0.weight"][1],
         freq_dim=shapes["time_embedding.0.weight"][1],
         patch_size=patch,
+        image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
         image_dim=shapes["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in shapes else None,
         clean_frames=channels == VAE_PRESETS["wan2.2"].z_dim,  # of the published ones only TI2V-5B
     )
@@ -109,6 +112,18 @@ def _text(shapes: Shapes) -> dict[str, Any]:
     )
 
 
+def _clip(shapes: Shapes) -> dict[str, Any]:
+    (dim, _, _, patch), tokens = shapes["visual.patch_embedding.weight"], shapes["visual.pos_embedding"][-2]
+    return dict(
+        dim=dim,
+        ffn_dim=shapes["visual.transformer.0.mlp.0.weight"][0],
+        num_heads=max(dim // CLIP_HEAD, 1),
+        num_layers=_layers(shapes, "visual.transformer") - 1,
+        image_size=patch * math.isqrt(tokens - 1),
+        patch_size=patch,
+    )
+
+
 def _memory(shapes: Shapes) -> dict[str, Any]:
     """Strides and pools leave no trace in shapes: the released ones. The latent grid is one that the filter fits."""
     stages, block = [], "high_pass_module.conv_block{}"
@@ -134,7 +149,7 @@ KINDS = {
     "dit": Kind(
         {"original": r"blocks\.\d+\.(self|cross)_attn\.", "diffusers": r"blocks\.\d+\.attn[12]\."},
         DiTConfig, _dit, DiT, dit.table,
-        {"num_attention_heads": "num_heads", "eps": "eps", "text_len": "text_len"},
+        {"num_attention_heads": "num_heads", "eps": "eps", "text_len": "text_len", "clean_frames": "clean_frames"},
     ),
     "vae": Kind(
         {
@@ -148,6 +163,14 @@ KINDS = {
         {"original": r"blocks\.\d+\.attn\.[qkvo]\.", "diffusers": r"encoder\.block\.\d+\.layer\."},
         UMT5Config, _text, UMT5, lambda config: umt5.table(),
         {"relative_attention_max_distance": "max_dist"},
+    ),
+    "clip": Kind(
+        {
+            "original": r"visual\.transformer\.\d+\.",
+            "diffusers": r"(vision_model\.)?encoder\.layers\.\d+\.",
+        },
+        CLIPConfig, _clip, CLIPVision, clip.table,
+        {"num_attention_heads": "num_heads", "layer_norm_eps": "eps"}, clip.SPELLING,
     ),
     "memory": Kind(
         {"original": r"(pipe\.)?(dit_mem\.)?(high|low)_pass_module\."},
@@ -208,6 +231,8 @@ def _inferred(network: Kind, shapes: Shapes, where: str) -> dict[str, Any]:
 def _described(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a config.json says of a network of this kind, in our names."""
     theirs = KINDS[kind].fields
+    if kind == "clip" and (found := config.get("hidden_act", "gelu")) != "gelu":
+        raise UserError(f"{where} is another kind of CLIP", expected="hidden_act gelu", found=found)
     if any(key in config for key, ours in theirs.items() if key != ours):
         return {ours: config[key] for key, ours in theirs.items() if key in config}
     if kind != "dit":

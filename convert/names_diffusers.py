@@ -19,6 +19,7 @@ DIT: Pairs = (
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
     ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
     ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
     ("head.head", "proj_out"),
     ("head.modulation", "scale_shift_table"),
     ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table"),
@@ -48,6 +49,22 @@ TEXT: Pairs = (
     *((f"blocks.{{i}}.attn.{leaf}", f"encoder.block.{{i}}.layer.0.SelfAttention.{leaf}") for leaf in "qkvo"),
 )
 
+CLIP: Pairs = (
+    ("visual.patch_embedding", "embeddings.patch_embedding"),
+    ("visual.cls_embedding", "embeddings.class_embedding"),
+    ("visual.pos_embedding", "embeddings.position_embedding.weight"),
+    ("visual.pre_norm", "pre_layrnorm"),  # so spelled there
+    ("visual.post_norm", "post_layernorm"),
+    *(
+        (f"visual.transformer.{{i}}.{original}", f"encoder.layers.{{i}}.{other}")
+        for original, other in (
+            ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2"),
+            ("attn.q", "self_attn.q_proj"), ("attn.k", "self_attn.k_proj"), ("attn.v", "self_attn.v_proj"),
+            ("attn.proj", "self_attn.out_proj"),
+        )
+    ),
+)  # fmt: skip
+
 RESIDUAL = (
     ("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"),
     ("shortcut", "conv_shortcut"),
@@ -56,7 +73,7 @@ RESIDUAL = (
 
 def pairs(kind: str, names: Iterable[str]) -> Pairs:
     """The pairs of a kind of network, for a file or table with these names (original or other)."""
-    return _vae(list(names)) if kind == "vae" else {"dit": DIT, "text": TEXT}.get(kind, ())
+    return _vae(list(names)) if kind == "vae" else {"dit": DIT, "text": TEXT, "clip": CLIP}.get(kind, ())
 
 
 def aliases(found: Pairs) -> dict[str, str]:

@@ -16,10 +16,11 @@ from ditmem_jax.storage.tensors import DTYPES
 from ditmem_jax.storage.weights import FORMAT
 
 from . import kinds
+from .clip import unfused
 from .engine import Match, Table, canonical, findings, match, one_line, targets
 from .sources import Part, Source
 
-FILES = {name: f"{name}.safetensors" for name in ("dit", "dit_high", "vae", "text")} | {
+FILES = {name: f"{name}.safetensors" for name in ("dit", "dit_high", "vae", "text", "clip")} | {
     "memory": "encoder.safetensors"
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -63,6 +64,8 @@ def plan(source: Source, *, kind: str | None = None, dtype: str | None = None) -
     for part in source.parts:
         if (detected := kinds.detect(part.tensors, kind)) is None:
             continue
+        if detected[0] == "clip":
+            part = dataclasses.replace(part, tensors=unfused(part.tensors))
         role = _role(detected[0], part)
         if role in roles:
             problems.append(f"{roles[role]} and {part} are both the network {role}")

@@ -18,7 +18,15 @@ from ditmem_jax.storage.torch_files import load_torch, to_numpy
 
 from .engine import findings, one_line
 
-FOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2", "vae", "text_encoder")
+FOLDERS = (
+    "high_noise_model",
+    "low_noise_model",
+    "transformer",
+    "transformer_2",
+    "vae",
+    "text_encoder",
+    "image_encoder",
+)
 TOKENIZERS = ("tokenizer.json", "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
 TORCH = ".pth"
 INDEX = ".safetensors.index.json"

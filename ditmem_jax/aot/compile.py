@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ditmem_jax.aot import roof
+from ditmem_jax.conditions.kinds import condition_layout
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.errors import UserError, nearest
@@ -141,7 +142,11 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
     carry = with_shardings(carry, jax.tree.map(lambda _: each, carry))
     coefficients, scale = schedule(config)[0]
     row = jax.ShapeDtypeStruct(coefficients.shape[1:], jnp.float32, sharding=every)
-    inputs = carry, row, Conditioning(text), Conditioning(text), memory
+    told = {
+        name: jax.ShapeDtypeStruct((size, *shape), jnp.float32, sharding=each)
+        for name, shape in condition_layout(config).items()
+    }
+    inputs = carry, row, Conditioning(text, **told), Conditioning(text, **told), memory
 
     graph, weights = nnx.split(structure.merge(arrays))
     step = make_step(config, graph, scale)

@@ -8,7 +8,7 @@ import numpy as np
 from ditmem_jax.conditions.condition import ImageNetworks
 from ditmem_jax.conditions.images import cover
 from ditmem_jax.config import Config, DiTConfig
-from ditmem_jax.data.video import to_unit
+from ditmem_jax.data.video import Frames, to_unit
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.wan.vae import encode
 from ditmem_jax.types import GivenFrames
@@ -51,13 +51,21 @@ class CleanFrames:
         clean = np.zeros((len(frames), *shape), np.float32)
         given = np.zeros((len(frames), shape[0]), bool)
         for sample, each in enumerate(frames):
-            self._check(each)
+            self.check(each)
             pixels = to_unit(cover(each.first, video.height, video.width))
-            latents = np.asarray(encode(networks.vae, jnp.asarray(pixels[None])))[0]
+            latents = networks.to_host(encode(networks.vae, jnp.asarray(pixels[None])))[0]
             clean[sample, : len(latents)], given[sample, : len(latents)] = latents, True
         return {"clean": clean, "given": given}
 
-    def _check(self, frames: GivenFrames) -> None:
+    def stored(self, clip: Frames) -> None:
+        """Nothing: the clean frames of a record are the first of its latents."""
+
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def check(self, frames: GivenFrames | None) -> None:
+        if frames is None:
+            return
         count, stride = len(frames.first), self.config.vae.temporal_stride
         if frames.last is not None:
             raise UserError(
@@ -65,7 +73,7 @@ class CleanFrames:
                 expected="the first frames alone",
                 fix="leave the last frame out, or a model such as Wan2.1-FLF2V-14B",
             )
-        if count % stride != 1 or count >= self.config.video.frames:
+        if (count - 1) % stride or count >= self.config.video.frames:
             most = self.config.video.frames - stride
             raise UserError(
                 "the number of given frames does not fit",

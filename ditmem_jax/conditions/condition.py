@@ -1,18 +1,25 @@
 """What a kind of condition does, and the shape of a clip that follows its first frame."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Array
+
 from ditmem_jax.config import Config, DiTConfig
+from ditmem_jax.data.video import Frames
+from ditmem_jax.models.wan.clip import CLIPVision
 from ditmem_jax.models.wan.vae import VAE
 from ditmem_jax.types import GivenFrames
 
 
 class ImageNetworks(NamedTuple):
-    """The networks that conditions are made with."""
+    """The networks that conditions are made with, CLIP's for transformers that read its tokens, and what fetches arrays
+    from where these compute."""
 
     vae: VAE
+    clip: CLIPVision | None = None
+    to_host: Callable[[Array], np.ndarray] = np.asarray
 
 
 @runtime_checkable
@@ -28,6 +35,9 @@ class Condition(Protocol):
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of a clip that begins with a picture of these, at the area of `config.video`."""
 
+    def check(self, frames: GivenFrames | None) -> None:
+        """Raise a UserError for frames, or for none, that this transformer cannot make a clip of."""
+
     def encode(self, frames: Sequence[GivenFrames], networks: ImageNetworks) -> dict[str, Any]:
         """Return what becomes of the frames of each sample: fields of `types.Conditioning` as NumPy arrays.
 
@@ -35,10 +45,8 @@ class Condition(Protocol):
             UserError: for frames that this transformer does not take.
         """
 
+    def stored(self, clip: Frames) -> GivenFrames | None:
+        """Return the frames of a clip that training gives, if its record is to keep what becomes of them."""
 
-def sized(config: Config, condition: Condition, frames: GivenFrames) -> Config:
-    """The config with clips of the shape that the first frame asks for, if `sample.follow_image` says so."""
-    if not config.sample.follow_image:
-        return config
-    height, width = condition.size(*frames.first.shape[1:3])
-    return dataclasses.replace(config, video=dataclasses.replace(config.video, height=height, width=width))
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what records keep, of one sample, by field of `types.Conditioning`."""

@@ -1,6 +1,7 @@
 """What can be configured: types and checks, presets by name, files and command lines that set values."""
 
 from ditmem_jax.config.schema import AdapterConfig as AdapterConfig
+from ditmem_jax.config.schema import CLIPConfig as CLIPConfig
 from ditmem_jax.config.schema import Config as Config
 from ditmem_jax.config.schema import DataConfig as DataConfig
 from ditmem_jax.config.schema import DiTConfig as DiTConfig

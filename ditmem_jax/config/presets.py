@@ -27,6 +27,7 @@ DIT_PRESETS = {
     "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": _14B,
     "wan2.1-i2v-14b": dataclasses.replace(_14B, in_dim=36, image_dim=1280),
+    "wan2.1-flf2v-14b": dataclasses.replace(_14B, in_dim=36, image_dim=1280, image_positions=514),
     "wan2.2-t2v-a14b": _14B,  # each of the two experts
     "wan2.2-i2v-a14b": dataclasses.replace(_14B, in_dim=36),  # each of the two experts
     "wan2.2-ti2v-5b": DiTConfig(
@@ -45,3 +46,15 @@ VAE_PRESETS = {
         shortcuts=True,
     ),
 }
+
+_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+NEGATIVE_PROMPTS = {
+    "wan": _NEGATIVE,
+    "wan2.1-i2v": f"镜头晃动，{_NEGATIVE}",
+    "wan2.1-flf2v": f"镜头切换，镜头晃动，{_NEGATIVE}",
+}
+"""Negative prompts of Wan's own programs: of Wan 2.1 that make clips of pictures, and of all others."""

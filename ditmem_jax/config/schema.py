@@ -72,13 +72,23 @@ class DiTConfig:
     image_dim: int | None = None
     """[channels] Width of CLIP image tokens that cross-attention reads beside the text; None: a kind
     without them."""
+    image_positions: int | None = None
+    """[tokens] Image tokens that have learned positions: those of a first and a last frame together (FLF2V); None: a
+    kind that reads the tokens of a first frame, if any."""
     clean_frames: bool = False
     """Takes given frames as clean latents at timestep 0 among the noisy ones, as it was trained to (Wan 2.2 TI2V-5B)."""
 
     def __post_init__(self):
         _check("dit", self, "at least 1", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")
         _check("dit", self, "at least 1", "text_dim", "text_len", "freq_dim", "patch_size", "image_dim")
+        _check("dit", self, "at least 1", "image_positions")
         _check("dit", self, "above 0", "eps")
+        _require(
+            self.image_positions is None or self.image_dim is not None,
+            "dit.image_positions are of image tokens",
+            expected="a dit.image_dim",
+            found=f"dit.image_dim = None, dit.image_positions = {self.image_positions}",
+        )
         _require(
             self.in_dim >= self.out_dim,
             "dit.in_dim holds the noisy latents and a condition",
@@ -450,6 +460,46 @@ class UMT5Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP's image encoder, for transformers that read image tokens; the defaults are those of Wan 2.1."""
+
+    dim: int = 1280
+    """[channels] Width of the tokens."""
+    ffn_dim: int = 5120
+    """[channels] Width inside the feed-forward layers."""
+    num_heads: int = 16
+    """Attention heads."""
+    num_layers: int = 31
+    """Transformer blocks that are computed: all but the last."""
+    image_size: int = 224
+    """[px] Side of the pictures."""
+    patch_size: int = 14
+    """[px] Side of the patch that becomes a token."""
+    eps: float = 1e-5
+    """Added to variances in normalisation layers."""
+
+    def __post_init__(self):
+        numbers = ("dim", "ffn_dim", "num_heads", "num_layers", "image_size", "patch_size")
+        _check("clip", self, "at least 1", *numbers)
+        _check("clip", self, "above 0", "eps")
+        for name, part, whole in (
+            ("dim", "num_heads", self.dim),
+            ("image_size", "patch_size", self.image_size),
+        ):
+            _require(
+                whole % getattr(self, part) == 0,
+                f"clip.{name} must divide into clip.{part}",
+                expected=f"a multiple of {getattr(self, part)}",
+                found=whole,
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture: one a patch, after the class token."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
 class VideoConfig:
     """Size of the clips."""
 
@@ -759,6 +809,7 @@ class Config:
     experts: ExpertsConfig = ExpertsConfig()
     vae: VAEConfig = VAEConfig()
     text: UMT5Config = UMT5Config()
+    clip: CLIPConfig = CLIPConfig()
     video: VideoConfig = VideoConfig()
     weights: WeightsConfig = WeightsConfig()
     data: DataConfig = DataConfig()
@@ -803,11 +854,25 @@ class Config:
             expected="dit.clean_frames = True and more latent frames than one, or 0",
             found=f"dit.clean_frames = {self.dit.clean_frames}, {self.latent_shape[0]} latent frames",
         )
+        channels = self.vae.temporal_stride + self.vae.z_dim
         _require(
-            self.dit.condition_dim == 0 and self.dit.image_dim is None,
-            "the transformer wants an image, which training and sampling do not give",
-            expected="a text-to-video kind",
-            found=f"{self.dit.condition_dim} channels of a condition, dit.image_dim {self.dit.image_dim}",
+            self.dit.condition_dim in (0, channels),
+            "dit.in_dim holds the noisy latents, and beside them a mask and latents of given frames",
+            expected=f"dit.out_dim + {channels}, or dit.out_dim",
+            found=f"dit.out_dim + {self.dit.condition_dim}",
+        )
+        _require(
+            self.dit.image_dim in (None, self.clip.dim)
+            and (self.dit.condition_dim > 0 or not self.dit.image_dim),
+            "dit.image_dim is the width of clip's tokens, for a transformer that takes given frames as channels",
+            expected=f"clip.dim = {self.clip.dim} with a dit.in_dim above dit.out_dim, or None",
+            found=f"{self.dit.image_dim} with {self.dit.condition_dim} channels",
+        )
+        _require(
+            self.dit.image_positions in (None, 2 * self.clip.tokens),
+            "dit.image_positions are those of the tokens of two pictures",
+            expected=f"twice {self.clip.tokens}, or None",
+            found=self.dit.image_positions,
         )
         _require(
             any(map(self.experts.trained_at, self.run.validation_sigmas)),

@@ -152,9 +152,12 @@ class _Load:
             for column, match in enumerate(matches[row]):
                 if match >= 0:
                     references[row, column] = self.record(True, match).latents
+        condition = {
+            name: np.stack([sample.condition[name] for sample in samples]) for name in samples[0].condition
+        }
         return Batch(
             np.stack([sample.latents for sample in samples]),
-            Conditioning(text),
+            Conditioning(text, **condition),
             references,
             matches >= 0,
             np.array([sample.id for sample in samples]),

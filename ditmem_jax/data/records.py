@@ -56,12 +56,14 @@ class Entry:
 class Record(Entry):
     """One encoded video: normalised VAE latents, and its caption's embedding without padding.
 
-    `facts` are of the whole video that the latents were made from, if they are known.
+    `facts` are of the whole video that the latents were made from, if they are known. `condition` holds what a
+    transformer that takes given frames as channels is told of the video's own, by field of `types.Conditioning`.
     """
 
     latents: Float[np.ndarray, "T H W C"]
     text_embedding: Float[np.ndarray, "L D"]
     facts: Facts | None = dataclasses.field(default=None, kw_only=True)
+    condition: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def entry(self) -> Entry:
@@ -99,7 +101,7 @@ def to_bytes(record: Record) -> bytes:
     """The record as a safetensors file, with its entry and facts as metadata."""
     metadata = dataclasses.asdict(record.entry) | {"extra": json.dumps(record.extra)}
     metadata |= {name: json.dumps(facts) for name, facts in _facts_to_json(record).items()}
-    tensors = {"latents": record.latents, "text_embedding": record.text_embedding}
+    tensors = record.condition | {"latents": record.latents, "text_embedding": record.text_embedding}
     return _to_safetensors(tensors, metadata)
 
 
@@ -113,7 +115,8 @@ def from_bytes(data: bytes) -> Record:
     try:
         entry = metadata | {"extra": json.loads(metadata["extra"])}
         facts = _facts_from_json(json.loads(entry.pop("facts", "null")))
-        return Record(**entry, **tensors, facts=facts)
+        own = {name: tensors.pop(name) for name in ("latents", "text_embedding")}
+        return Record(**entry, **own, facts=facts, condition=tensors)
     except (KeyError, TypeError) as error:
         raise ValueError("a safetensors file, but not of a record") from error
 
@@ -181,7 +184,8 @@ def _cast(record: Record, meta: Meta) -> Record:
         )
     dtype = DTYPES[meta.dtype]
     arrays = {"latents": record.latents.astype(dtype), "text_embedding": record.text_embedding.astype(dtype)}
-    return dataclasses.replace(record, **arrays)
+    condition = {name: x.astype(dtype) for name, x in record.condition.items()}
+    return dataclasses.replace(record, **arrays, condition=condition)
 
 
 class RecordWriter:

@@ -5,10 +5,11 @@ networks `batch` at a time, in order. So its bytes do not depend on who makes it
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ditmem_jax.conditions.condition import ImageNetworks
+from ditmem_jax.conditions.kinds import condition_for, condition_layout
 from ditmem_jax.config import Config
 from ditmem_jax.data.records import Entry, Meta, Record, Shard, write_shard
 from ditmem_jax.data.sources import Row
-from ditmem_jax.data.video import Clip, to_unit
+from ditmem_jax.data.video import Clip, Frames, to_unit
 from ditmem_jax.models.state import split
+from ditmem_jax.models.wan.clip import CLIPVision
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, encode
 from ditmem_jax.storage.digests import of_arrays, of_file, of_json
 from ditmem_jax.storage.files import write_text
+from ditmem_jax.storage.weights import load_clip
 
 Networks = tuple[VAE, tuple[UMT5, Tokenizer]]
 
@@ -76,10 +81,12 @@ def write_part(rows: Sequence[Row], clips: Iterable[Clip | str], networks: Netwo
             else:
                 yield entry, clip
 
+    told = functools.partial(_condition, job.config, networks[0])
+
     def records() -> Iterator[Record]:
         todo = good()
         while group := list(itertools.islice(todo, job.batch)):
-            yield from _encode_batch(group, job.batch, *networks)
+            yield from _encode_batch(group, job.batch, *networks, told)
 
     name = (
         uuid.uuid4().hex
@@ -113,7 +120,8 @@ def describe(config: Config, networks: Networks) -> Meta:
         latents=(*grid, vae.config.z_dim),
         text_dim=umt5.config.dim,
         dtype=config.weights.computed_in,
-        made_by={
+        made_by=_describe_condition(config)
+        | {
             "frames": video.frames,
             "height": video.height,
             "width": video.width,
@@ -124,6 +132,14 @@ def describe(config: Config, networks: Networks) -> Meta:
             "tokenizer": of_file(tokenizer.path),
         },
     )
+
+
+def _describe_condition(config: Config) -> dict[str, Any]:
+    layout = condition_layout(config)
+    if not layout:
+        return {}
+    clip = {"clip": fingerprint(_clip(config))} if config.dit.image_dim is not None else {}
+    return {"condition": {name: list(shape) for name, shape in layout.items()}} | clip
 
 
 def embed(umt5: UMT5, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[Float[np.ndarray, "L D"]]:
@@ -139,14 +155,36 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, ids: Array, mask: Array) -> Ar
     return nnx.merge(graph, state)(ids, mask)
 
 
+def _condition(config: Config, vae: VAE, frames: Frames) -> dict[str, np.ndarray]:
+    """What training tells the transformer of these frames of a clip, where records are to keep that."""
+    condition = condition_for(config)
+    if condition is None or (given := condition.stored(frames)) is None:
+        return {}
+    clip = _clip(config) if config.dit.image_dim is not None else None
+    told = condition.encode([given], ImageNetworks(vae, clip))
+    return {name: x[0] for name, x in told.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _clip(config: Config) -> CLIPVision:
+    return load_clip(config)
+
+
 def _encode_batch(
-    group: list[tuple[Entry, Clip]], size: int, vae: VAE, text: tuple[UMT5, Tokenizer]
+    group: list[tuple[Entry, Clip]],
+    size: int,
+    vae: VAE,
+    text: tuple[UMT5, Tokenizer],
+    told: Callable[[Frames], dict[str, np.ndarray]],
 ) -> Iterator[Record]:
     padded = group + group[-1:] * (size - len(group))  # one shape, one compilation
     latents = np.asarray(encode(vae, jnp.asarray(to_unit(np.stack([clip.frames for _, clip in padded])))))
     embeddings = embed(*text, [entry.caption for entry, _ in padded])
     for (entry, clip), x, embedding in zip(group, latents, embeddings, strict=False):
-        yield Record(**vars(entry), latents=x, text_embedding=embedding, facts=clip.facts)
+        condition = told(clip.frames)
+        yield Record(
+            **vars(entry), latents=x, text_embedding=embedding, facts=clip.facts, condition=condition
+        )
 
 
 def fingerprint(module: nnx.Module) -> str:

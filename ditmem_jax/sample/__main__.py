@@ -3,6 +3,7 @@
     ditmem sample --config tiny --config.data.bank=bank --encoder runs/tiny/encoder.safetensors \\
         --prompt "on planet Zorvex a ball drops" --count 2 --out clips
     ditmem sample --config tiny --memory none --prompt "on planet Zorvex a ball drops" --out clips/plain.mp4
+    ditmem sample --config wan22_5b --first_frame ball.jpg --prompt "the ball falls" --encoder encoder.safetensors
 
 The memory is made of the videos that the bank finds for the prompt, or of those that --memory names.
 """
@@ -11,7 +12,6 @@ import dataclasses
 
 from absl import flags
 
-from ditmem_jax.conditions.files import read_frames
 from ditmem_jax.config import flags as cli
 
 
@@ -25,6 +25,7 @@ def main() -> None:
         memory = [name.strip() for name in memory.split(",")]
     seeds = range(config.sample.seed, config.sample.seed + COUNT.value)
 
+    from ditmem_jax.conditions.files import read_frames
     from ditmem_jax.parallel import compilation, processes
     from ditmem_jax.sample.clips import make_clips
 

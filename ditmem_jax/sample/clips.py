@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditmem_jax.bank.features import Features
-from ditmem_jax.conditions.condition import sized
-from ditmem_jax.conditions.kinds import require_condition
+from ditmem_jax.conditions.kinds import prepared
 from ditmem_jax.config import Config, FreeTokensConfig, to_dict
 from ditmem_jax.data.references import References, majority_source
 from ditmem_jax.data.video import write_video
@@ -57,8 +56,7 @@ def make_clips(
     """
     if not prompt.strip():
         raise UserError("the prompt is missing or empty", expected="what the clip shows, in words")
-    if frames is not None:
-        config = sized(config, require_condition(config), frames)
+    config = prepared(config, frames)
     phases = compilation.Phases()
     paths = _paths(Path(out), prompt, "plain" if memory == "none" else "memory", seeds)
     about = {

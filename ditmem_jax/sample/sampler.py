@@ -6,6 +6,7 @@ the compiler's cache keeps the program, as it would not if that called back to t
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +19,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ditmem_jax.bank.features import encode_video
-from ditmem_jax.bank.features import encode_video
 from ditmem_jax.bank.search import Results
 from ditmem_jax.conditions.condition import ImageNetworks
-from ditmem_jax.conditions.kinds import require_condition
+from ditmem_jax.conditions.kinds import prepared, require_condition
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.data.video import from_unit
 from ditmem_jax.diffusion import flow
@@ -40,7 +40,7 @@ from ditmem_jax.models.wan.vae import VAE, decode
 from ditmem_jax.parallel import compilation
 from ditmem_jax.parallel.mesh import all_gather_to_host, check_mesh, make_mesh, shard
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
-from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
+from ditmem_jax.storage.weights import load_clip, load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, GivenFrames, Memory
 
 Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
@@ -234,7 +234,9 @@ class Sampler:
             _check_count("sources", len(sources), prompts)
             numbers = [shard(self.mesh, x, "batch") for x in self._source_numbers(sources)]
         given = {}
-        if frames is not None:
+        if frames is None:
+            prepared(self.config, None)
+        else:
             frames = frames if isinstance(frames, dict) else self.given(frames)
             for name, x in frames.items():
                 _check_count("given frames", len(x), prompts)
@@ -260,7 +262,11 @@ class Sampler:
         Raises:
             UserError: for frames that it does not take.
         """
-        return require_condition(self.config).encode(frames, ImageNetworks(self.vae))
+        condition, clip = require_condition(self.config), None
+        if self.config.dit.image_dim is not None:  # and gone when its turn is over
+            clip = load_clip(self.config, place_on(self.mesh, "clip"))
+        fetch = functools.partial(all_gather_to_host, mesh=self.mesh)
+        return condition.encode(frames, ImageNetworks(self.vae, clip, fetch))
 
     def _step(self, stage: _Stage, *given: Any) -> Step:
         """The compiled step of a stage with the texts and the memory that it takes."""

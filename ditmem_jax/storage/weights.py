@@ -5,6 +5,7 @@ config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit":
                        "checksums": {file: {array: CRC-32}, "tokenizer.json": SHA-256}}
 dit.safetensors, vae.safetensors, text.safetensors    arrays by our dotted paths, layers stacked
 dit_high.safetensors  of two experts, the one for high noise
+clip.safetensors      the image encoder of transformers that read image tokens
 encoder.safetensors   a memory encoder, if one was converted
 tokenizer.json
 """
@@ -24,6 +25,7 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.models.backbone import Experts
 from ditmem_jax.models.quantised import to_int8
 from ditmem_jax.models.state import Arrays, abstract
+from ditmem_jax.models.wan.clip import CLIPVision
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
@@ -98,6 +100,12 @@ def load_umt5(config: Config, place: Place = on_default_device) -> tuple[UMT5, T
     dtype = DTYPES[config.weights.computed_in]
     text = _load(config, "text", lambda: UMT5(config.text, rngs=nnx.Rngs(0), dtype=dtype), place)
     return text, Tokenizer(Path(config.weights.path) / "tokenizer.json", config.dit.text_len)
+
+
+def load_clip(config: Config, place: Place = on_default_device) -> CLIPVision:
+    """CLIP's image encoder of `config.weights`, in its dtype; errors as `load_dit`."""
+    dtype = DTYPES[config.weights.computed_in]
+    return _load(config, "clip", lambda: CLIPVision(config.clip, rngs=nnx.Rngs(0), dtype=dtype), place)
 
 
 def _load(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ditmem_jax.bank import matches
+from ditmem_jax.conditions.kinds import condition_layout
 from ditmem_jax.config import Config, FreeTokensConfig, MemoryConfig
 from ditmem_jax.data.pipeline import training_data
 from ditmem_jax.data.records import RecordReader
@@ -180,9 +181,10 @@ def batch_layout(config: Config, mesh: Mesh, dtype: DTypeLike) -> Batch:
     def array(*shape: int, dtype: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
 
+    condition = {name: array(*shape) for name, shape in condition_layout(config).items()}
     return Batch(
         array(*latents),
-        Conditioning(array(config.dit.text_len, config.dit.text_dim)),
+        Conditioning(array(config.dit.text_len, config.dit.text_dim), **condition),
         array(data.references, *latents),
         array(data.references, dtype=bool),
         source=array(dtype=np.int32) if isinstance(config.memory, FreeTokensConfig) else None,
@@ -260,6 +262,15 @@ def check(config: Config, mesh: Mesh, references: Sequence[References], *streams
                 f"the records in {records.folder} do not fit the config",
                 expected=f"latents {list(expected[0])}, text width {expected[1]}",
                 found=f"latents {list(found[0])}, text width {found[1]}",
+                fix="encode the videos with this config",
+            )
+    wanted = condition_layout(config).keys()
+    for records in streams:
+        if wanted and (found := records[0].condition.keys()) != wanted:
+            raise UserError(
+                f"the records in {records.folder} lack what the transformer is told of given frames",
+                expected=", ".join(sorted(wanted)),
+                found=", ".join(sorted(found)) or "latents and text alone",
                 fix="encode the videos with this config",
             )
     for records in streams:

@@ -9,8 +9,8 @@ import pytest
 
 from ditmem_jax.conditions import clean
 from ditmem_jax.conditions.clean import CleanFrames
-from ditmem_jax.conditions.condition import ImageNetworks, sized
-from ditmem_jax.conditions.kinds import CONDITIONS, condition_for, require_condition
+from ditmem_jax.conditions.condition import ImageNetworks
+from ditmem_jax.conditions.kinds import CONDITIONS, condition_for, prepared, require_condition
 from ditmem_jax.config.files import load_config
 from ditmem_jax.errors import UserError
 from ditmem_jax.types import GivenFrames
@@ -39,10 +39,10 @@ def test_a_clip_has_the_shape_that_wans_own_program_gives_it(shape, expected):
     config = load_config("configs/wan22_5b.py")
     assert CleanFrames(config).size(*shape) == expected
     given = frames(1, *shape)
-    video = sized(config, CleanFrames(config), given).video
+    video = prepared(config, given).video
     assert (video.height, video.width) == expected
     fixed = replace(config, "sample", follow_image=False)
-    assert sized(fixed, CleanFrames(fixed), given) == fixed
+    assert prepared(fixed, given) == fixed
 
 
 @pytest.mark.parametrize(("count", "latent_frames"), [(1, 1), (5, 2)])

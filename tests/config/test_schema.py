@@ -120,8 +120,13 @@ def test_bad_keys_and_types(parts, messages):
             lambda: small(dit=SMALL["dit"] | {"clean_frames": True, "in_dim": 36}),
             "clean_frames are given among the noisy ones",
         ),
-        (lambda: small(dit=SMALL["dit"] | {"in_dim": 36}), "wants an image"),
-        (lambda: small(dit=SMALL["dit"] | {"image_dim": 1280}), "wants an image"),
+        (lambda: small(dit=SMALL["dit"] | {"in_dim": 35}), "a mask and latents of given frames"),
+        (lambda: small(dit=SMALL["dit"] | {"image_dim": 1280}), "as channels"),
+        (lambda: small(dit=SMALL["dit"] | {"in_dim": 36, "image_dim": 16}), "the width of clip's tokens"),
+        (
+            lambda: small(dit=SMALL["dit"] | {"in_dim": 36, "image_dim": 1280, "image_positions": 257}),
+            "the tokens of two pictures",
+        ),
         (lambda: small(video={"frames": 80}), "4n + 1 frames"),
         (lambda: small(video={"height": 484}), "multiple of 8 pixels"),
         (lambda: small(video={"height": 488}), "patches of the transformer"),
@@ -175,7 +180,8 @@ def test_a_wrong_number_of_frames_names_the_nearest():
 def test_presets_are_the_published_sizes():
     assert {config.head_dim for config in DIT_PRESETS.values()} == {128}
     conditions = {name: config.condition_dim for name, config in DIT_PRESETS.items() if config.condition_dim}
-    assert conditions == {"wan2.1-i2v-14b": 20, "wan2.2-i2v-a14b": 20}
+    assert conditions == {"wan2.1-i2v-14b": 20, "wan2.1-flf2v-14b": 20, "wan2.2-i2v-a14b": 20}
+    assert [name for name, config in DIT_PRESETS.items() if config.clean_frames] == ["wan2.2-ti2v-5b"]
     assert VAE_PRESETS["wan2.1"] == VAEConfig()
 
 

@@ -58,6 +58,8 @@ def test_networks_come_back_bit_for_bit(original, tmp_path, naming):
 FILES_OF_NETWORKS = {
     ("image", "original"): ["diffusion_pytorch_model"],
     ("image", "diffusers"): ["transformer/diffusion_pytorch_model"],
+    ("two images", "original"): ["diffusion_pytorch_model"],
+    ("two images", "diffusers"): ["transformer/diffusion_pytorch_model"],
     ("experts", "original"): [
         "high_noise_model/diffusion_pytorch_model", "low_noise_model/diffusion_pytorch_model",
     ],
@@ -68,7 +70,8 @@ FILES_OF_NETWORKS = {
     ("nested", "diffusers"): ["vae/diffusion_pytorch_model"],
 }  # fmt: skip
 KINDS_OF_NETWORKS = {
-    "image": ("dit", dict(in_dim=6, image_dim=24)),
+    "image": ("dit", dict(clean_frames=False, in_dim=6, image_dim=24)),
+    "two images": ("dit", dict(clean_frames=False, in_dim=6, image_dim=24, image_positions=10)),
     "experts": ("dit", {}),
     "nested": ("vae", dict(patch_size=2, decoder_dim=16, shortcuts=True)),
 }

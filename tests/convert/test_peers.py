@@ -14,7 +14,9 @@ from ditmem_jax.config import build
 from ditmem_jax.convert.export import export_folder
 from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.kinds import KINDS
+from ditmem_jax.convert.names_diffusers import CLIP, renamed
 from ditmem_jax.models.state import abstract
+from ditmem_jax.models.wan import clip
 from ditmem_jax.models.wan import vae as vae_module
 from ditmem_jax.storage.weights import read_networks
 from ditmem_jax.types import Conditioning
@@ -53,6 +55,11 @@ def converted(model, part, tmp_path, dtype=jnp.float32):
     """The same network here, after a check that its export has exactly the tensors that the model was saved with."""
     model.save_pretrained(tmp_path / "source" / part)
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")
+    check_export(tmp_path, part)
+    return loaded(tmp_path / "converted", dtype)
+
+
+def check_export(tmp_path, part):
     export_folder(tmp_path / "converted", tmp_path / "exported", "diffusers")
     (saved,) = (tmp_path / "source" / part).glob("*.safetensors")
     tensors, exported = (
@@ -62,10 +69,14 @@ def converted(model, part, tmp_path, dtype=jnp.float32):
     for name in tensors:
         assert exported[name].shape == tensors[name].shape
         assert exported[name].tobytes() == tensors[name].tobytes(), name
-    ((kind, values),) = read_networks(tmp_path / "converted").items()
+
+
+def loaded(folder, dtype=jnp.float32):
+    """The only network in a converted folder."""
+    ((kind, values),) = read_networks(folder).items()
     config = build(KINDS[kind].config, values)
     structure, wanted = abstract(lambda: KINDS[kind].module(config, rngs=nnx.Rngs(0), dtype=dtype))
-    arrays = safetensors.numpy.load_file(tmp_path / "converted" / f"{kind}.safetensors")
+    arrays = safetensors.numpy.load_file(folder / f"{kind}.safetensors")
     return structure.merge({name: jnp.asarray(x, wanted[name].dtype) for name, x in arrays.items()})
 
 
@@ -102,8 +113,10 @@ def in_dtypes(model, forward):
 
 def transformer(kind):
     """A model of diffusers and what it is fed: its arguments, and ours."""
-    image = kind == "i2v"
+    image, both = kind in ("i2v", "flf2v"), kind == "flf2v"
     extra = dict(in_channels=8, image_dim=24, added_kv_proj_dim=24) if image else {}
+    extra |= dict(pos_embed_seq_len=10) if both else {}
+    extra |= dict(in_channels=8) if kind == "i2v without CLIP" else {}
     model = randomised(diffusers.WanTransformer3DModel(**DIT | extra))
     length = 512 if image else 7  # diffusers takes what is beyond 512 rows for the image
     latents, context = random(*SHAPE), random(2, length, 16, seed=1)
@@ -111,12 +124,14 @@ def transformer(kind):
     timestep = np.array([900.0, 20.0], np.float32)
     if kind == "a timestep per token":
         timestep = np.abs(random(2, 3 * 2 * 3, seed=4)) * 300
-    theirs = (np.concatenate([latents, condition], axis=1) if image else latents, timestep, context)
+    conditioned = image or kind == "i2v without CLIP"
+    theirs = (np.concatenate([latents, condition], axis=1) if conditioned else latents, timestep, context)
     theirs = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), theirs, strict=True))
-    given = {}
+    given = dict(frames=channels_last(condition)) if conditioned else {}
     if image:
+        tokens = random(4, 5, 24, seed=3) if both else tokens  # a picture a row: first, last, first, last
         theirs["encoder_hidden_states_image"] = tokens
-        given = dict(frames=channels_last(condition), image=jnp.asarray(tokens))
+        given |= dict(image=jnp.asarray(tokens.reshape(2, -1, 24)))
     return (
         model,
         {name: torch.from_numpy(x) for name, x in theirs.items()},
@@ -128,7 +143,7 @@ def transformer(kind):
     )
 
 
-KINDS_OF_TRANSFORMERS = ["t2v", "i2v", "a timestep per token"]
+KINDS_OF_TRANSFORMERS = ["t2v", "i2v", "flf2v", "i2v without CLIP", "a timestep per token"]
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_TRANSFORMERS)
@@ -195,3 +210,63 @@ def test_text_encoder_in_bfloat16(tmp_path):
     text = converted(model.to(torch.bfloat16), "text_encoder", tmp_path, jnp.bfloat16)
     peer, expected = in_dtypes(model, forward)
     assert_as_close(text(*given), peer, expected)
+
+
+def image_encoder():
+    """A model of transformers, and the picture in [-1, 1] that it is fed."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=160, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28,
+        patch_size=14, hidden_act="gelu",
+    )  # fmt: skip
+    pixels = np.clip(random(2, 28, 28, 3), -1, 1)
+    normal = ((pixels + 1) / 2 - np.float32(clip.MEAN)) / np.float32(clip.STD)
+
+    def forward(model, dtype):
+        given = torch.from_numpy(np.moveaxis(normal, -1, 1)).to(dtype)
+        return model(given, output_hidden_states=True).hidden_states[-2]
+
+    return randomised(transformers.CLIPVisionModel(config)), forward, jnp.asarray(pixels)
+
+
+def original_clip(model):
+    """The tensors of a model of transformers as Wan's own file has them, beside others of that file."""
+    found, fused = (
+        {"textual.head.0.weight": np.zeros((2, 2), np.float32), "log_scale": np.float32(1)[None]},
+        {},
+    )
+    for name, x in model.state_dict().items():
+        name, x = renamed([(b, a) for a, b in CLIP], name.removeprefix("vision_model.")), x.numpy()
+        stem, attention, leaf = name.rpartition(".attn.")
+        if attention and leaf[0] in "qkv":
+            fused.setdefault(f"{stem}.attn.to_qkv.{leaf[2:]}", {})[leaf[0]] = x
+        else:
+            found[name] = x[None, None] if "cls" in name else x[None] if "pos" in name else x
+    found |= {name: np.concatenate([parts[p] for p in "qkv"]) for name, parts in fused.items()}
+    return found | {"visual.head": np.zeros((160, 8), np.float32)}
+
+
+@pytest.mark.parametrize("layout", ["transformers", "transformers before 5", "original"])
+def test_image_encoder(tmp_path, layout):
+    model, forward, pixels = image_encoder()
+    folder = tmp_path / "source" / ("." if layout == "original" else "image_encoder")
+    model.save_pretrained(folder)
+    if layout != "transformers":
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+        tensors = {f"vision_model.{name}": x for name, x in tensors.items()}
+        if layout == "original":
+            tensors = original_clip(model)
+            (folder / "config.json").unlink()
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted")
+    with torch.no_grad():
+        expected = forward(model, torch.float32)
+    with jax.default_matmul_precision("highest"):
+        assert_close(loaded(tmp_path / "converted")(pixels), expected)
+
+
+def test_image_encoder_in_bfloat16(tmp_path):
+    model, forward, pixels = image_encoder()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "source" / "image_encoder")
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted")
+    peer, expected = in_dtypes(model, forward)
+    assert_as_close(loaded(tmp_path / "converted", jnp.bfloat16)(pixels), peer, expected)

@@ -138,3 +138,21 @@ def test_a_bank_of_other_latents_is_refused(records, tmp_path):
     bank = write(tmp_path, meta=Meta((1, 2, 2, 3), 4, "float32"))
     with pytest.raises(UserError, match="does not fit the records"):
         stream(records, 1, bank=bank)
+
+
+def test_what_records_keep_of_given_frames_is_in_the_batch(tmp_path):
+    with RecordWriter(tmp_path / "records", META) as writer:
+        for index in range(2):
+            told = {
+                "frames": np.full((2, 2, 2, 7), index, np.float32),
+                "image": np.full((5, 6), -index, np.float32),
+            }
+            latents, text = np.zeros(META.latents, np.float32), np.zeros((1, META.text_dim), np.float32)
+            writer.add(Record(str(index), "", "", latents=latents, text_embedding=text, condition=told))
+    records = RecordReader(tmp_path / "records")
+    assert records[1].condition.keys() == {"frames", "image"}
+    (batch,) = stream(records, 1, np.full((2, 1), -1), batch_size=2, shuffle=False)
+    np.testing.assert_array_equal(
+        batch.conditioning.frames, np.ones((2, 2, 2, 2, 7)) * [[[[[0]]]], [[[[1]]]]]
+    )
+    np.testing.assert_array_equal(batch.conditioning.image, np.ones((2, 5, 6)) * [[[0]], [[-1]]])

@@ -102,11 +102,15 @@ class ImageEmbedding(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         width, eps = config.image_dim, 1e-5  # not the transformer's own eps
+        count = config.image_positions
+        self.positions = None if count is None else nnx.Param(jnp.zeros((count, width), dtype))
         self.norm_in = LayerNorm(width, eps, dtype=dtype)
         self.feed_forward = FeedForward(width, width, config.dim, exact=True, rngs=rngs, dtype=dtype)
         self.norm_out = LayerNorm(config.dim, eps, dtype=dtype)
 
     def __call__(self, image: Float[Array, "B I P"]) -> Float[Array, "B I D"]:
+        if self.positions is not None:
+            image = image + self.positions[...][None]
         return self.norm_out(self.feed_forward(self.norm_in(image)))
 
 
@@ -397,7 +401,14 @@ def _check_inputs(
     """What the configuration wants is there, as wide as it says, and nothing else."""
     _check_width("latents", latents, config.out_dim)
     _check_width("given frames", conditioning.frames, config.condition_dim)
-    _check_width("image tokens", conditioning.image, config.image_dim or 0)
+    image = conditioning.image
+    _check_width("image tokens", image, config.image_dim or 0)
+    if config.image_positions is not None and image.shape[1] != config.image_positions:
+        raise UserError(
+            "wrong input of the transformer: image tokens",
+            expected=f"{config.image_positions}, of a first and a last frame",
+            found=image.shape,
+        )
     if conditioning.clean is not None:
         _check_width("clean frames", conditioning.clean, config.out_dim if config.clean_frames else 0)
     if memory is not None:

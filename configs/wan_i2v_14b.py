@@ -1,0 +1,30 @@
+"""Wan2.1-I2V-14B-720P, which makes clips of a first frame, with a memory encoder of the released kind.
+
+The weights come from `ditmem convert Wan2.1-I2V-14B-720P weights/wan2.1-i2v-14b`. At 480 x 832 pixels Wan's own
+program samples with a shift of 3.
+"""
+
+from ml_collections import ConfigDict
+
+from ditmem_jax.config import to_dict
+from ditmem_jax.config.presets import DIT_PRESETS, NEGATIVE_PROMPTS
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.dit = ConfigDict(to_dict(DIT_PRESETS["wan2.1-i2v-14b"]))
+    config.video = ConfigDict(dict(frames=81, height=720, width=1280, fps=16))
+    config.memory = ConfigDict(dict(dim=config.dit.dim, latent_grid=(21, 90, 160)))
+    config.weights = ConfigDict(
+        dict(path="weights/wan2.1-i2v-14b", hub="Wan-AI/Wan2.1-I2V-14B-720P", dtype="bfloat16")
+    )
+    config.data = ConfigDict(dict(records="records", bank="bank", references=5, batch_size=1))
+    config.objective = ConfigDict(dict(kind="released", density="shifted", shift=5.0, memory_dropout=0.0))
+    config.optim = ConfigDict(dict(learning_rate=1e-5))
+    config.sample = ConfigDict(
+        dict(
+            solver="unipc", steps=40, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPTS["wan2.1-i2v"]
+        )
+    )
+    config.run = ConfigDict(dict(out="runs/wan_i2v_14b", steps=10_000, remat="blocks"))
+    return config
