@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,29 +12,29 @@ from ditmem_jax.storage.weights import empty_index, read_index
 
 from . import export, folder
 from .engine import differences, findings
-from .plan import FILES, Network, mapping, plan, skipped
+from .plan import FILES, Network, Options, left_out, mapping, plan
 from .sources import Source, open_source
 
 RATE = 150e6  # bytes per second that two slow cores read, turn and write
 
 
-def list_tensors(source: str, kind: str | None) -> None:
-    """Print which tensor goes where; read no values."""
-    for network in plan(open_source(source), kind=kind, dtype=None):
+def list_tensors(source: str, **options: Any) -> None:
+    """Print which tensor goes where; read no values. `options` are those of `plan.Options`, here and below."""
+    for network in plan(open_source(source), Options(**options)):
         print("\n".join(mapping(network)))
 
 
-def convert(source: str, dest: str, kind: str | None, dtype: str | None) -> None:
+def convert(source: str, dest: str, **options: Any) -> None:
     """Convert the networks of `source` into the folder `dest`; print what it still lacks."""
-    opened, networks = _planned(source, kind, dtype)
+    opened, networks = _planned(source, options)
     with _progress(folder.work(networks)) as advance:
         folder.write_folder(opened, networks, dest, advance)
-    _print_ready(Path(dest))
+    _print_ready(Path(dest), networks)
 
 
-def dry_run(source: str, dest: str, kind: str | None, dtype: str | None) -> None:
+def dry_run(source: str, dest: str, **options: Any) -> None:
     """Print what `convert` would read and write; raise what it would raise."""
-    opened, networks = _planned(source, kind, dtype)
+    opened, networks = _planned(source, options)
     target = Path(dest)
     index = read_index(target) if target.exists() else empty_index()
     folder.check_target(networks, target, index)
@@ -45,13 +46,13 @@ def dry_run(source: str, dest: str, kind: str | None, dtype: str | None) -> None
     print(f"about {folder.work(networks) / RATE:.0f} seconds; nothing was written")
 
 
-def verify(source: str, dest: str, kind: str | None, dtype: str | None) -> None:
+def verify(source: str, dest: str, **options: Any) -> None:
     """Compare `dest` with `source` tensor by tensor, and with its checksums.
 
     Raises:
         UserError: with a list of all that differs.
     """
-    _, networks = _planned(source, kind, dtype)
+    _, networks = _planned(source, options)
     problems = folder.damage(dest)
     for network in networks:
         problems += differences(network.match.equal, network.part.tensors)
@@ -63,7 +64,9 @@ def verify(source: str, dest: str, kind: str | None, dtype: str | None) -> None:
             if problem:
                 problems.append(f"{name}: {problem}")
     if problems:
-        raise findings(f"{dest} is not what its source gives", problems, fix="convert again")
+        raise findings(
+            f"{dest} is not what its source gives", problems, fix=f"ditmem convert {source} ANOTHER_DEST"
+        )
     print(f"{compared} tensors agree, and so do the checksums of {dest}")
 
 
@@ -74,30 +77,38 @@ def export_encoder(encoder: str, dest: str, *, prefix: str, dtype: str) -> None:
 
 
 def export_folder(converted: str, dest: str, names: str) -> None:
-    """Write the networks of a converted folder under "original" names or those of "diffusers"."""
+    """Write the networks of a converted folder under the names "original", "diffusers" or "comfyui"."""
     size = sum(path.stat().st_size for path in Path(converted).glob("*.safetensors"))
     with _progress(size) as advance:
-        left_out = export.export_folder(converted, dest, names, advance)
-    for network in left_out:
-        why = "--export dit-mem writes it" if network == "memory" else "not all of it was converted"
-        print(f"left out: {network}: {why}")
+        if names == "comfyui" and dest.endswith(".safetensors"):
+            unwritten = export.export_file(converted, dest, advance)
+        else:
+            unwritten = export.export_folder(converted, dest, names, advance)
+    for network, reason in unwritten.items():
+        print(f"left out: {network}: {reason}")
     print(f"{dest} is ready")
 
 
-def _planned(source: str, kind: str | None, dtype: str | None) -> tuple[Source, list[Network]]:
-    """Open a source, and print what of it is converted and what is skipped."""
+def _planned(source: str, options: dict[str, Any]) -> tuple[Source, list[Network]]:
+    """Open a source, and print what of it is converted, what is worth knowing of that, and what is left out."""
     opened = open_source(source)
-    networks = plan(opened, kind=kind, dtype=dtype)
+    networks = plan(opened, Options(**options))
     for network in networks:
         print(network)
-    for part in skipped(opened, networks):
-        print(f"skipped: {part}: no network that we know")
+        for note in network.notes:
+            print(f"  {note}")
+    for line in left_out(opened, networks):
+        print(f"left out: {line}")
     return opened, networks
 
 
-def _print_ready(dest: Path) -> None:
+def _print_ready(dest: Path, networks: list[Network]) -> None:
     print(f"{dest} is ready")
-    held = read_index(dest)["networks"]
+    index = read_index(dest)
+    for network in networks:
+        if rounding := index["provenance"][network.role].get("rounding"):
+            print(f"{network.role}: rounding changed its weights by {100 * rounding:.2g} % of their norm")
+    held = index["networks"]
     missing = [name for name in ("dit", "vae", "text") if name not in held]
     if missing and held.keys() & {"dit", "dit_high"}:
         print(f"to train and sample, add {' and '.join(missing)} by another call with the same DEST")

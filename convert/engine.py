@@ -7,7 +7,7 @@ shape and a value that is not finite are all reported together, in one error.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,9 @@ import numpy as np
 from flax import nnx
 
 from ditmem_jax.errors import UserError
+
+LINES = 20  # of findings that are shown
+BLOCK = re.compile(r"(?:(?<=blocks[._])|(?<=block\.))(\d+)")
 
 TRANSFORMS = {
     "copy": lambda x: x,
@@ -199,14 +202,50 @@ def assign(
 
 
 def findings(what: str, problems: Sequence[str], fix: str | None = None) -> UserError:
-    """One error with every finding, a line each."""
+    """One error with every finding, a line each; those that differ in the number of a block only are one."""
+    lines = compact(problems)
     count = f"{len(problems)} finding" + "s" * (len(problems) != 1)
-    return UserError(f"{what} ({count}):\n  " + "\n  ".join(problems), fix=fix)
+    more = [f"and {len(lines) - LINES} more"] if len(lines) > LINES else []
+    return UserError(f"{what} ({count}):\n  " + "\n  ".join([*lines[:LINES], *more]), fix=fix)
+
+
+def told_fix(problems: Sequence[str]) -> str | None:
+    """The first remedy that findings name (see `one_line`)."""
+    return next((found[1] for problem in problems if (found := re.search(r"; fix: (.+)", problem))), None)
+
+
+def compact(names: Iterable[str]) -> list[str]:
+    """Names or messages in their order, those that differ in the number of a block only as one with its range."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for name in names:
+        before, number, after = (*BLOCK.split(name, maxsplit=1), "", "")[:3]
+        groups.setdefault((before, after), []).extend([int(number)] if number else [])
+    return [f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in groups.items()]
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """A few names, and how many there are beyond."""
+    names = list(names)
+    lines = compact(sorted(names))
+    shown = ", ".join(lines[:most])
+    return shown if len(lines) <= most else f"{shown} and {len(lines) - most} more ({len(names)} tensors)"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers of blocks as text: 3, or {0-29}, or {0,2-4}."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    parts = [str(first) if first == last else f"{first}-{last}" for first, last in found]
+    return "".join(parts) if len(set(numbers)) <= 1 else "{" + ",".join(parts) + "}"
 
 
 def one_line(error: UserError) -> str:
     """An error as a finding among others."""
-    return "; ".join(line.strip() for line in str(error).splitlines())
+    return error.in_one_line()
 
 
 def _shape_after(transform: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def export_encoder(source: str | Path, out: str | Path, *, prefix: str = "", dty
     """
     source, out = Path(source), Path(out)
     if out.exists():
-        raise UserError(f"{out} exists", fix="another file, or delete it first")
+        raise UserError(f"{out} exists", fix=f"another file; or delete it first: rm {out}")
     encoder = load_encoder(source / FILES["memory"] if source.is_dir() else source)
     config = encoder.config
     if not isinstance(config, MemoryConfig):
@@ -113,37 +113,101 @@ EXPERTS = {
         "dit": "transformer_2/diffusion_pytorch_model.safetensors",
         "dit_high": "transformer/diffusion_pytorch_model.safetensors",
     },
+    "comfyui": {
+        "dit": "diffusion_models/wan_low_noise.safetensors",
+        "dit_high": "diffusion_models/wan_high_noise.safetensors",
+    },
 }
+
+
+COMFY_FILES = {
+    "dit": "diffusion_models/wan.safetensors",
+    "vae": "vae/wan_vae.safetensors",
+}
+PLACES = {"original": ORIGINAL_FILES, "diffusers": DIFFUSERS_FILES, "comfyui": COMFY_FILES}
+LEFT_OUT = {
+    "clip": "not all of it was converted",
+    "memory": "--export=dit-mem writes it",
+    "text": "ComfyUI reads its tokenizer from the same file: take its own umt5_xxl_fp16.safetensors",
+}
+
+
+def export_file(source: str | Path, dest: str | Path, advance: Advance = lambda _: None) -> dict[str, str]:
+    """Writes the transformer of a converted folder as one file for ComfyUI's models/diffusion_models.
+
+    Returns:
+        the networks that are left out, with the reasons.
+    Raises:
+        UserError: if `dest` exists, or the folder is damaged or holds no transformer, or two.
+    """
+    source, dest = Path(source), Path(dest)
+    networks = _networks(source, dest, ("dit", "dit_high"), "comfyui")
+    if len(found := sorted(networks.keys() & {"dit", "dit_high"})) > 1:
+        raise UserError(
+            f"{source} holds two transformers, and {dest} is one file",
+            found=", ".join(found),
+            fix=f"ditmem convert --export=comfyui {source} {dest.with_suffix('')}, a folder",
+        )
+    (role,) = found
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        _export_network(
+            source / FILES[role],
+            dest,
+            "dit",
+            "comfyui",
+            build(KINDS["dit"].config, networks[role], role),
+            advance,
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write {dest}", found=error, fix="free space on the disk, or another file"
+        ) from error
+    return {
+        name: LEFT_OUT.get(name, f"ditmem convert --export=comfyui {source} FOLDER writes it")
+        for name in networks
+        if name != role
+    }
+
+
+def _networks(source: Path, dest: Path, places: Iterable[str], naming: str) -> dict[str, Any]:
+    """Configurations of the networks in a converted folder, after a check that they can be written to `dest`."""
+    if dest.exists():
+        raise UserError(f"{dest} exists", fix=f"another folder or file; or delete it first: rm -r {dest}")
+    networks = read_index(source)["networks"]
+    if not networks.keys() & set(places):
+        raise UserError(
+            f"{source} holds no network that has {naming} names",
+            expected=f"one of: {', '.join(places)}",
+            found=", ".join(networks) or "none at all",
+            fix=f"ditmem convert --export dit-mem {source} OUT.safetensors writes a memory encoder",
+        )
+    if problems := damage(source):
+        raise findings(
+            f"{source} is damaged", problems, fix=f"ditmem convert SOURCE DEST again, in place of {source}"
+        )
+    return networks
 
 
 def export_folder(
     source: str | Path, dest: str | Path, naming: str, advance: Advance = lambda _: None
-) -> list[str]:
-    """Writes the networks of a converted folder in "original" or "diffusers" names, to a new folder.
+) -> dict[str, str]:
+    """Writes the networks of a converted folder in the names and layout of another program, to a new folder.
 
-    Returns the names of the networks that are left out, which have no place there: a memory encoder.
+    Args:
+        naming: "original"; "diffusers", with all that its pipelines open beside the weights; or "comfyui".
+    Returns:
+        the networks that are left out, which have no place there, with the reasons.
 
     Raises:
         UserError: if `dest` exists, or the folder is damaged or holds nothing that has a place there.
     """
     source, dest = Path(source), Path(dest)
-    if dest.exists():
-        raise UserError(f"{dest} exists", fix="another folder, or delete it first")
     networks = read_index(source)["networks"]
-    files = ORIGINAL_FILES if naming == "original" else DIFFUSERS_FILES
-    if "dit_high" in networks:
-        files = files | EXPERTS[naming]
+    files = PLACES[naming] | (EXPERTS[naming] if "dit_high" in networks else {})
     if naming == "original" and networks.get("vae", {}).get("shortcuts"):
         files = files | {"vae": VAE_2_2}
-    if not networks.keys() & files.keys():
-        raise UserError(
-            f"{source} holds no network that has {naming} names",
-            expected=f"one of: {', '.join(files)}",
-            found=", ".join(networks) or "none at all",
-            fix="--export dit-mem writes a memory encoder",
-        )
-    if problems := damage(source):
-        raise findings(f"{source} is damaged", problems, fix="convert again")
+    networks = _networks(source, dest, files, naming)
     with new_folder(dest) as unfinished:
         for role in sorted(networks.keys() & files.keys()):
             kind = role.removesuffix("_high")
@@ -153,13 +217,16 @@ def export_folder(
             _export_network(source / FILES[role], path, kind, naming, config, advance)
             if naming == "diffusers":
                 _write_json(path.with_name("config.json"), _theirs(kind, config))
-            elif kind == "dit":
+            elif kind == "dit" and naming == "original":
                 _write_json(
                     path.with_name("config.json"), {"model_type": _model_type(config)} | networks[role]
                 )
         if naming == "original":
             _add_sizes(unfinished / "config.json", networks)
-        if (source / "tokenizer.json").exists():
+        has_tokenizer = (source / "tokenizer.json").exists() and naming != "comfyui"
+        if naming == "diffusers":
+            _write_pipeline(unfinished, networks, has_tokenizer)
+        if has_tokenizer:
             path = (
                 unfinished / ("google/umt5-xxl" if naming == "original" else "tokenizer") / "tokenizer.json"
             )
@@ -167,7 +234,57 @@ def export_folder(
             with reading(source / "tokenizer.json"):
                 content = (source / "tokenizer.json").read_bytes()
             path.write_bytes(content)
-    return sorted(networks.keys() - files.keys())
+            if naming == "diffusers":
+                _write_json(path.with_name("tokenizer_config.json"), _tokenizer_config(content))
+    return {name: LEFT_OUT[name] for name in sorted(networks.keys() - files.keys())}
+
+
+def _write_pipeline(folder: Path, networks: dict[str, Any], has_tokenizer: bool) -> None:
+    """Writes the description of a pipeline of diffusers, and the scheduler that it needs beside the networks."""
+    role = "dit" if "dit" in networks else "dit_high"
+    config = build(DiTConfig, networks[role], role) if role in networks else None
+    given = bool(config and config.condition_dim)
+    parts = {
+        "scheduler": ("diffusers", "UniPCMultistepScheduler"),
+        "transformer": ("diffusers", "WanTransformer3DModel"),
+        "transformer_2": ("diffusers", "WanTransformer3DModel"),
+        "vae": ("diffusers", "AutoencoderKLWan"),
+        "text_encoder": ("transformers", "UMT5EncoderModel"),
+        "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
+    }
+    two = "dit_high" in networks
+    there = {
+        "scheduler": True, "transformer": config is not None, "transformer_2": two and "dit" in networks,
+        "vae": "vae" in networks, "text_encoder": "text" in networks, "tokenizer": has_tokenizer,
+    }  # fmt: skip
+    index: dict[str, Any] = {
+        "_class_name": "WanImageToVideoPipeline" if given else "WanPipeline",
+        "_diffusers_version": "0.35.0",
+        "boundary_ratio": (0.9 if given else 0.875) if two else None,
+        "expand_timesteps": bool(config and config.clean_frames),
+    }
+    index |= {name: list(place) if there[name] else [None, None] for name, place in parts.items()}
+    if given:
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    _write_json(folder / "model_index.json", index)
+    (folder / "scheduler").mkdir()
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 12.0 if two and not given else 5.0,
+        "solver_order": 2,
+    }
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def _tokenizer_config(content: bytes) -> dict[str, Any]:
+    """What transformers needs to know of a tokenizer.json; of the special tokens those that it has."""
+    text = content.decode()
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    found = {key: token for key, token in tokens.items() if json.dumps(token) in text}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **found}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -177,7 +294,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def _model_type(config: DiTConfig) -> str:
     """The word of original configurations for a kind of transformer."""
     if config.condition_dim:
-        return "i2v"
+        return "flf2v" if config.image_positions else "i2v"
     return "ti2v" if config.clean_frames else "t2v"
 
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -26,8 +27,9 @@ from ditmem_jax.storage.locks import owned
 from ditmem_jax.storage.tensors import Stored, open_tensors, write_safetensors
 from ditmem_jax.storage.weights import empty_index, read_index
 
+from . import dequantise, lora
 from .engine import canonical, convert, differences, findings, one_line, stream
-from .plan import FILES, Network, plan
+from .plan import DEFAULTS, FILES, Network, Options, plan
 from .sources import Source, open_source
 
 TOKENIZER = "tokenizer.json"
@@ -71,17 +73,18 @@ def converted(source: str | Path) -> str:
     return str(target)
 
 
-def convert_checkpoint(source: str | Path, target: str | Path) -> None:
+def convert_checkpoint(source: str | Path, target: str | Path, options: Options = DEFAULTS) -> None:
     """Convert all weights in `source` that are known, to the folder `target` for `config.weights.path`.
 
     Args:
-        source: folder or file of original Wan or DiT-Mem weights, or of a diffusers model (.safetensors, .pth).
+        source: folder or file of weights of Wan or DiT-Mem, in any of the names and containers of `sources`.
         target: a new folder, or one of converted weights that lacks them.
+        options: choices that the files leave.
     Raises:
         UserError: with every finding: tensors that are unknown, missing or of another shape, and as `write_folder`.
     """
     opened = open_source(source)
-    write_folder(opened, plan(opened), target)
+    write_folder(opened, plan(opened, options), target)
 
 
 def write_folder(
@@ -141,13 +144,17 @@ def check_target(networks: list[Network], target: Path, index: dict[str, Any]) -
     """Raises a UserError if `target` holds one of the networks or its disk has no room for them."""
     if held := [network.role for network in networks if network.role in index["networks"]]:
         raise UserError(
-            f"{target} exists and holds {', '.join(held)}", fix="another target, or delete it first"
+            f"{target} exists and holds {', '.join(held)}",
+            fix=f"another target; or delete it first: rm -r {target}",
         )
     existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     needed, free = sum(network.size for network in networks), shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"no room for {target}", expected=f"{needed:,} bytes", found=f"{free:,} bytes free on its disk"
+            f"no room for {target}",
+            expected=f"{needed:,} bytes",
+            found=f"{free:,} bytes free on its disk",
+            fix="free space, another DEST, or --dtype=bfloat16",
         )
 
 
@@ -190,14 +197,19 @@ def _write(
     for network in networks:
         path = folder / FILES[network.role]
         if network.kind == "memory":
-            sums = _write_encoder(network, path, problems, advance)
+            sums, rounding = _write_encoder(network, path, problems, advance), 0.0
         else:
-            sums = _write_network(network, path, problems, advance)
+            sums, rounding = _write_network(network, path, problems, advance)
         index["networks"][network.role] = to_dict(network.config)
-        index["provenance"][network.role] = _provenance(source, network, advance)
+        provenance = _provenance(source, network, advance)
+        index["provenance"][network.role] = provenance | ({"rounding": rounding} if rounding else {})
         index["checksums"][path.name] = sums
     if problems:
-        raise findings(f"the weights in {source.root} are not usable", problems)
+        raise findings(
+            f"the weights in {source.root} are not usable",
+            problems,
+            fix="download or save them again; for values too large for --dtype=bfloat16 or float16: --dtype=float32",
+        )
     if tokenizer:
         with reading(tokenizer):
             content = tokenizer.read_bytes()
@@ -209,25 +221,43 @@ def _write(
     write_text(folder / "config.json", json.dumps(index, indent=1) + "\n")
 
 
-def _write_network(network: Network, path: Path, problems: list[str], advance: Advance) -> dict[str, str]:
-    """Writes the arrays of a network block by block; returns their checksums."""
+def _write_network(
+    network: Network, path: Path, problems: list[str], advance: Advance
+) -> tuple[dict[str, str], float]:
+    """Writes the arrays of a network block by block; returns their checksums, and by how much rounding
+    changes them, relative to their norm."""
     sums = dict.fromkeys(network.wanted, 0)
     unequal = differences(network.match.equal, network.part.tensors)
     problems += [f"{network.part}: {problem}" for problem in unequal]
+    lost, whole = 0.0, 0.0
 
     def pieces() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal lost, whole
         for target, _, name, values in stream(network.match.assignments, network.part.tensors):
-            finite = True
-            for block in blocks(values, network.wanted[target].dtype):
+            finite, dtype, start = True, network.wanted[target].dtype, 0
+            for block in blocks(values, dtype):
                 finite = finite and bool(np.isfinite(block).all())
                 sums[target] = crc32([block], sums[target])
+                if dtype != values.dtype and finite:
+                    part = np.atleast_1d(values)[start : start + len(block)]
+                    lost, whole = lost + _squares(part, block), whole + _squares(part)
+                start += len(block)
                 yield target, block
                 advance(block.nbytes)
             if not finite:
                 problems.append(f"{network.part}: {name} holds values that are not finite")
 
     write_safetensors(path, network.wanted, pieces(), {})
-    return {target: f"{value:08x}" for target, value in sums.items()}
+    return {target: f"{value:08x}" for target, value in sums.items()}, math.sqrt(
+        lost / whole
+    ) if whole else 0.0
+
+
+def _squares(values: np.ndarray, less: np.ndarray | None = None) -> float:
+    """The sum of the squares of values, or of what they differ by from others."""
+    values = np.asarray(values, np.float32)
+    values = (values if less is None else values - np.asarray(less, np.float32)).reshape(-1)
+    return float(np.dot(values, values))
 
 
 def _write_encoder(network: Network, path: Path, problems: list[str], advance: Advance) -> dict[str, str]:
@@ -265,7 +295,23 @@ def _provenance(source: Source, network: Network, advance: Advance) -> dict[str,
         digest, size = of_file(path), path.stat().st_size
         files.append({"name": str(path.relative_to(root)), "bytes": size, "sha256": digest})
         advance(size)
-    return {"kind": network.kind, "names": network.naming, "files": files, "tool": f"ditmem_jax {_version()}"}
+    known = {
+        "kind": network.kind,
+        "names": network.naming,
+        "files": files,
+        "tool": f"ditmem_jax {_version()}",
+    }
+    if network.part.prefix:
+        known["prefix"] = network.part.prefix
+    if formats := dequantise.summary(network.part.tensors):
+        known["quantised"] = formats
+    if network.merged:
+        known["loras"] = [
+            {"name": request.path.name, "strength": request.strength, "role": request.role, "sample": settings,
+             "sha256": of_file(lora.file_of(request.path))}
+            for request, settings in network.merged
+        ]  # fmt: skip
+    return known
 
 
 def _version() -> str:

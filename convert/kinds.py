@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,8 +23,7 @@ from .engine import Table
 
 PLAIN = Table(())
 Shapes = Mapping[str, tuple[int, ...]]
-MODEL_TYPES = ("t2v", "i2v", "ti2v")
-UNUSED = {"_class_name", "_diffusers_version", "model_type", "window_size", "qk_norm", "cross_attn_norm"}
+MODEL_TYPES = ("t2v", "i2v", "ti2v", "flf2v")
 CLIP_HEAD = 80  # width of a head in ViT-H
 HEAD = 128  # width of a head in every published transformer, where no config.json tells
 
@@ -65,6 +65,13 @@ def _dit(shapes: Shapes) -> dict[str, Any]:
 
 def _vae(shapes: Shapes) -> dict[str, Any]:
     """Levels end with a resampling, which halves the time as well where it has a convolution over time."""
+    for half in ("encoder", "decoder"):
+        if f"{half}.conv1.weight" not in shapes:
+            raise UserError(
+                f"a VAE without its {half} half",
+                expected=f"tensors named {half}.*, to {half[:2]}code videos",
+                fix="the whole VAE: hf download Wan-AI/Wan2.1-T2V-1.3B Wan2.1_VAE.pth",
+            )
     (dim, channels, *_), z_dim = shapes["encoder.conv1.weight"], shapes["conv2.weight"][0]
     level, levels, in_time = [], [], []
     for layer in _encoder_layers(shapes):
@@ -160,43 +167,96 @@ KINDS = {
         {"latents_mean": "mean", "latents_std": "std"},
     ),
     "text": Kind(
-        {"original": r"blocks\.\d+\.attn\.[qkvo]\.", "diffusers": r"encoder\.block\.\d+\.layer\."},
+        {
+            "original": r"blocks\.\d+\.attn\.[qkvo]\.", "diffusers": r"encoder\.block\.\d+\.layer\.",
+            "gguf": r"enc\.blk\.\d+\.",
+        },
         UMT5Config, _text, UMT5, lambda config: umt5.table(),
         {"relative_attention_max_distance": "max_dist"},
     ),
     "clip": Kind(
         {
             "original": r"visual\.transformer\.\d+\.",
-            "diffusers": r"(vision_model\.)?encoder\.layers\.\d+\.",
+            "diffusers": r"encoder\.layers\.\d+\.",
         },
         CLIPConfig, _clip, CLIPVision, clip.table,
         {"num_attention_heads": "num_heads", "layer_norm_eps": "eps"}, clip.SPELLING,
     ),
     "memory": Kind(
-        {"original": r"(pipe\.)?(dit_mem\.)?(high|low)_pass_module\."},
+        {"original": r"(high|low)_pass_module\."},
         MemoryConfig, _memory, MemoryEncoder, memory.table, {}, memory.table(MemoryConfig(dim=8)),
     ),
 }  # fmt: skip
 
 
-def detect(names: Collection[str], kind: str | None = None) -> tuple[str, str] | None:
-    """Kind and naming with the most names that only they have; None if there are none.
+# Segments that wrappers of torch put into names, wherever they stand.
+WRAPPERS = re.compile(
+    r"(?:(?<=\.)|\A)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module|_fpw_module|module)\."
+)
+TRAINING = re.compile(r"(?i)(?:\A|\.)\w*(?:optim|scheduler|scaler)\w*\.")  # states of a training program
+SIGNS = [
+    (kind, naming, re.compile(rf"((?:.*?\.)?)(?:{sign})"))
+    for kind, network in KINDS.items()
+    for naming, sign in network.signs.items()
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A network among the tensors of a file: `names` are those in the file by those without prefix and wrappers."""
+
+    kind: str
+    naming: str
+    prefix: str
+    names: dict[str, str]
+
+
+def networks(names: Collection[str], kind: str | None = None) -> list[Found]:
+    """The networks among tensors of these names, whatever stands before the names of each.
 
     Args:
         kind: look for this kind only.
+    Raises:
+        UserError: for two names that differ in wrappers only.
     """
-    counts = {
-        (candidate, naming): sum(bool(re.match(pattern, name)) for name in names)
-        for candidate in ([kind] if kind else KINDS)
-        for naming, pattern in KINDS[candidate].signs.items()
-    }
-    best = max(counts, key=counts.__getitem__)
-    return best if counts[best] else None
+    plain = {name: WRAPPERS.sub("", name) for name in names if not TRAINING.search(name)}
+    counts: dict[str, Counter] = {}
+    for name in plain.values():
+        for candidate, naming, pattern in SIGNS:
+            if (kind is None or kind == candidate) and (sign := pattern.match(name)):
+                counts.setdefault(sign[1], Counter())[candidate, naming] += 1
+    members: dict[str, dict[str, str]] = {prefix: {} for prefix in counts}
+    ordered = sorted(counts, key=len, reverse=True)
+    for name, short in plain.items():
+        prefix = next((prefix for prefix in ordered if short.startswith(prefix)), None)
+        if prefix is None:
+            continue
+        inner = short.removeprefix(prefix)
+        if inner in members[prefix]:
+            raise UserError(
+                f"{name} and {members[prefix][inner]} are both the tensor {inner}",
+                fix="save the weights of the bare module: model.module.state_dict()",
+            )
+        members[prefix][inner] = name
+    found = []
+    for prefix in sorted(counts):
+        ((best, naming), _), *_ = counts[prefix].most_common(1)
+        found.append(Found(best, naming, prefix, members[prefix]))
+    return found
+
+
+def detect(names: Collection[str], kind: str | None = None) -> tuple[str, str] | None:
+    """Kind and naming of the largest network among tensors of these names; None if there is none."""
+    found = max(networks(names, kind), key=lambda network: len(network.names), default=None)
+    return (found.kind, found.naming) if found else None
 
 
 def naming_aliases(kind: str, naming: str, names: Collection[str]) -> dict[str, str]:
     """Aliases for `engine.Table` that make the names of a file original."""
-    return names_diffusers.aliases(names_diffusers.pairs(kind, names)) if naming == "diffusers" else {}
+    if naming == "original":
+        return {}
+    found = names_diffusers.TEXT_GGUF if naming == "gguf" else names_diffusers.pairs(kind, names)
+    return names_diffusers.aliases(found)
 
 
 def configure(kind: str, shapes: Shapes, described: Mapping[str, Any], where: str) -> Any:
@@ -214,7 +274,7 @@ def configure(kind: str, shapes: Shapes, described: Mapping[str, Any], where: st
     try:
         values = _inferred(network, shapes, where) | values
     except UserError:
-        if not values:
+        if not values or kind == "vae":
             raise  # else what is missing is told with everything else that does not fit
     return build(network.config, values, where)
 
@@ -246,6 +306,13 @@ def _described(kind: str, config: Mapping[str, Any], where: str) -> dict[str, An
         return {}
     if (found := config.get("model_type", "t2v")) not in MODEL_TYPES:
         expected = f"model_type {' or '.join(MODEL_TYPES)}"
-        raise UserError(f"{where} is another kind of transformer", expected=expected, found=found)
+        raise UserError(
+            f"{where} is another kind of transformer",
+            expected=expected,
+            found=found,
+            fix="a transformer of one of these kinds; or, if it is one, take model_type out of its config.json",
+        )
     values = {"clean_frames": True} if found == "ti2v" else {}
-    return values | {key: value for key, value in config.items() if key not in {*UNUSED, *KINDS}}
+    # Relatives describe what they add beside; their tensors tell whether it is there.
+    known = {field.name for field in dataclasses.fields(DiTConfig)}
+    return values | {key: value for key, value in config.items() if key in known}

@@ -65,6 +65,18 @@ CLIP: Pairs = (
     ),
 )  # fmt: skip
 
+TEXT_GGUF: Pairs = (
+    ("token_embedding", "token_embd"),
+    ("norm", "enc.output_norm"),
+    ("blocks.{i}.norm1", "enc.blk.{i}.attn_norm"),
+    ("blocks.{i}.norm2", "enc.blk.{i}.ffn_norm"),
+    ("blocks.{i}.pos_embedding.embedding", "enc.blk.{i}.attn_rel_b"),
+    ("blocks.{i}.ffn.gate.0", "enc.blk.{i}.ffn_gate"),
+    ("blocks.{i}.ffn.fc1", "enc.blk.{i}.ffn_up"),
+    ("blocks.{i}.ffn.fc2", "enc.blk.{i}.ffn_down"),
+    *((f"blocks.{{i}}.attn.{leaf}", f"enc.blk.{{i}}.attn_{leaf}") for leaf in "qkvo"),
+)
+
 RESIDUAL = (
     ("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"),
     ("shortcut", "conv_shortcut"),

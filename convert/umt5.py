@@ -2,6 +2,13 @@
 
 from .engine import Rule, Table
 
+_DECODER = "of the decoder, which a text encoder has no use for"
+IGNORED = {
+    r"\A(decoder|dec)\.": _DECODER,
+    r"\A(lm_head|output)\.": _DECODER,
+    r"\Aspiece_model\Z": "the tokenizer as ComfyUI stores it; ours is a file tokenizer.json",
+}
+
 
 def table() -> Table:
     """The encoder, any size."""
@@ -16,4 +23,4 @@ def table() -> Table:
         Rule("blocks.{i}.ffn.fc2.weight", "blocks.feed_forward.fc2.kernel", "linear"),
     ]
     rules += [Rule(f"blocks.{{i}}.attn.{n}.weight", f"blocks.attention.{n}.kernel", "linear") for n in "qkvo"]
-    return Table(rules)
+    return Table(rules, ignored=IGNORED)

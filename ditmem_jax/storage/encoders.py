@@ -16,7 +16,7 @@ from ditmem_jax.models.encoders import Encoder, new_encoder
 from ditmem_jax.models.state import Arrays, abstract
 from ditmem_jax.storage.digests import crc32
 from ditmem_jax.storage.tensors import open_tensors, write_safetensors
-from ditmem_jax.storage.weights import FORMAT, Place, on_default_device, read_arrays
+from ditmem_jax.storage.weights import FORMAT, WEIGHTS, Place, not_converted, on_default_device, read_arrays
 
 
 def save_encoder(path: str | Path, arrays: Arrays, config: EncoderConfig, extra: dict[str, Any]) -> None:
@@ -58,10 +58,34 @@ def load_encoder(
 
 
 def encoder_metadata(path: str | Path) -> tuple[EncoderConfig, dict[str, Any]]:
-    """Configuration and `extra` of an encoder's file."""
-    _, metadata = open_tensors(Path(path))
+    """Configuration and `extra` of an encoder's file.
+
+    Raises:
+        UserError: for another file, with the command that converts it if it is a released encoder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = path / "encoder.safetensors"
+        raise UserError(
+            f"{path} is a folder, and no memory encoder",
+            expected="the encoder.safetensors of a training run or of ditmem convert",
+            fix=f"--encoder={inside}"
+            if inside.is_file()
+            else f"ditmem convert {path} DEST, then --encoder=DEST/encoder.safetensors",
+        )
+    if path.suffix in WEIGHTS[1:] and path.is_file():
+        raise not_converted(path, f"--encoder={path}-converted/encoder.safetensors")
+    converted = f"{path}-converted"
+    tensors, metadata = open_tensors(path)
     if metadata.get("format") != f"{FORMAT}.encoder":
-        raise UserError(f"{path} is no memory encoder", expected="the encoder.safetensors of a training run")
+        released = any("_pass_module." in name for name in tensors)
+        raise UserError(
+            f"{path} is {'a released memory encoder, not converted' if released else 'no memory encoder'}",
+            expected="the encoder.safetensors of a training run, or of ditmem convert",
+            fix=f"ditmem convert {path} {converted}, then --encoder={converted}/encoder.safetensors"
+            if released
+            else "--encoder=RUN/encoder.safetensors, of a run of ditmem train",
+        )
     return build(EncoderConfig, json.loads(metadata["config"]), "memory"), json.loads(metadata["extra"])
 
 

@@ -26,6 +26,11 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I64": np.dtype(np.int64),
 }
+READ_ONLY = {  # what files of others hold beside
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64  # bytes; devices that share the memory of the host then use arrays where they are mapped
 POINTER = b"version https://git-lfs"
@@ -33,12 +38,16 @@ POINTER = b"version https://git-lfs"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor on disk. `dtype` is its name in the file, which is not always one that numpy has."""
+    """A tensor on disk. `dtype` is its name in the file, which is not always one that numpy has.
+
+    `quantised` names the format of fewer bits from which `read` makes values of that dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     size: int
     read: Callable[[], np.ndarray]
+    quantised: str = ""
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self.read(), dtype, copy=copy)
@@ -62,7 +71,9 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             pairs = json.loads(file.read(length), object_pairs_hook=list)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path}", expected="a whole safetensors file", found=error) from error
+        raise UserError(
+            f"cannot read {path}", expected="a whole safetensors file", found=error, fix="download it again"
+        ) from error
     counts = Counter(name for name, _ in pairs)
     if strange := sorted(name for name in counts if not name.isprintable() or counts[name] > 1):
         raise UserError(
@@ -77,10 +88,11 @@ def _stored(path: Path, offset: int, entry: Mapping) -> Stored:
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
 
     def read() -> np.ndarray:
+        dtype = (DTYPES | READ_ONLY)[entry["dtype"]]
         if start == stop:
-            return np.zeros(shape, DTYPES[entry["dtype"]])
+            return np.zeros(shape, dtype)
         with reading(path):
-            return np.memmap(path, DTYPES[entry["dtype"]], "r", offset + start, shape)
+            return np.memmap(path, dtype, "r", offset + start, shape)
 
     return Stored(shape, entry["dtype"], stop - start, read)
 

@@ -41,13 +41,15 @@ def load_torch(path: Path) -> Any:
         raise UserError(
             f"{path} is no plain file of tensors; nothing in it was run",
             found=f"it wants to run {wanted.group(1)}" if wanted else str(error).splitlines()[0],
-            fix="weights from a source that you trust, as safetensors",
+            fix=f"take its .safetensors; or, where you trust it, python -c \"import torch; torch.save(torch.load('{path}', "
+            f"weights_only=False).state_dict(), 'weights.pt')\" and ditmem convert weights.pt DEST",
         ) from error
     except DAMAGED as error:
         raise UserError(
             f"cannot read {path}",
             expected="a whole torch file",
             found=str(error).splitlines()[0] if str(error) else repr(error),
+            fix="download it again",
         ) from error
 
 
@@ -67,6 +69,14 @@ def to_numpy(tensor: Any) -> np.ndarray:
     """The array of a tensor, without a copy where it lies in order."""
     import torch  # which made the tensor
 
-    if tensor.dtype == torch.bfloat16:  # numpy learns of it from ml_dtypes, torch does not know that
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+    # numpy learns of these from ml_dtypes, torch does not know that
+    foreign = {
+        torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+        torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+        torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
+    }
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype in foreign:
+        alike, dtype = foreign[tensor.dtype]
+        return tensor.view(alike).numpy().view(dtype)
+    return tensor.numpy()

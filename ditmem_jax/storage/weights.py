@@ -35,6 +35,7 @@ from ditmem_jax.storage.tensors import cast, open_tensors
 from ditmem_jax.types import Compute
 
 FORMAT, VERSION = "ditmem_jax", 1
+WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")  # suffixes of files of weights
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -141,6 +142,8 @@ def check_weights(config: Config, *names: str) -> dict[str, Any]:
     fix = f"ditmem convert {source} {path or 'DEST'}, for config.weights.path"
     if hub:
         fix = f"hf download {hub} --local-dir {source} && ditmem convert {source} {path}"
+    if _original(Path(path)):
+        raise not_converted(path, f"--config.weights.path={path}-converted")
     if not Path(path, "config.json").exists():
         raise UserError(f"no weights in {path!r}", expected=f"{', '.join(names)}, converted", fix=fix)
     networks = read_networks(path)
@@ -153,6 +156,38 @@ def check_weights(config: Config, *names: str) -> dict[str, Any]:
 def read_networks(folder: str | Path) -> dict[str, Any]:
     """The configurations of the networks in a folder of converted weights: "dit", "vae", "text", perhaps "dit_high"."""
     return read_index(folder)["networks"]
+
+
+def not_converted(path: str | Path, then: str) -> UserError:
+    """The error for weights in other names than ours.
+
+    Args:
+        then: what to give in place of them, once they are converted to `path`-converted.
+    """
+    return UserError(
+        f"{path} is not converted",
+        expected="a folder that ditmem convert wrote",
+        found="weights in the names of another program",
+        fix=f"ditmem convert {path} {path}-converted, then {then}",
+    )
+
+
+def _original(path: Path) -> bool:
+    """Return True for a file of weights, or a folder of another program: weights, and no config.json of ours."""
+    if not path.name or not path.exists():
+        return False
+    if path.is_file():
+        return True
+    patterns = [f"{below}*{suffix}" for below in ("", "*/") for suffix in WEIGHTS]
+    if not any(next(path.glob(pattern), None) for pattern in (*patterns, "model_index.json")):
+        return False
+    try:
+        index = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):  # told by `read_index`
+        return False
+    return isinstance(index, dict) and "format" not in index
 
 
 def empty_index() -> dict[str, Any]:
@@ -169,6 +204,8 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(index, dict) and "format" not in index:
+            raise not_converted(folder, f"{folder}-converted in its place")
         identity = (index["format"], index["version"])
         index = empty_index() | index
     except OSError as error:
@@ -179,9 +216,18 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             fix="another folder, or a new one that ditmem convert SOURCE DEST makes",
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged", found=repr(error), fix="convert the weights again") from error
+        raise UserError(
+            f"{path} is damaged",
+            found=repr(error),
+            fix=f"ditmem convert SOURCE DEST again, in place of {folder}",
+        ) from error
     if identity != (FORMAT, VERSION):
-        raise UserError(f"{path} has another format", expected=(FORMAT, VERSION), found=identity)
+        raise UserError(
+            f"{path} has another format",
+            expected=(FORMAT, VERSION),
+            found=identity,
+            fix=f"ditmem convert SOURCE DEST again, in place of {folder}",
+        )
     return index
 
 

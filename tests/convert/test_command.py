@@ -70,7 +70,7 @@ def test_look_convert_and_verify(source, tmp_path):
         (["--verify", "{source}", "{folder}/dest"], "is no folder of converted weights"),
         (["--export=dit-mem", "{source}", "{folder}/dest"], "is no memory encoder"),
         (["--export=original", "{folder}", "{folder}/dest"], "is no folder of converted weights"),
-        (["{source}", "{folder}/dest", "--prefix=dit_mem."], "a conversion has no use for --prefix"),
+        (["{source}", "{folder}/dest", "--prefix=dit_mem."], "has no network under --prefix=dit_mem."),
         (["--list", "--export=original", "{source}"], "--list has no use for --export=original"),
         (
             ["--dry-run", "--export=original", "{source}", "{folder}/dest"],

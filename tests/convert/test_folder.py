@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from ditmem_jax.convert import folder as folders
 from ditmem_jax.convert.folder import convert_checkpoint, converted, damage, deviations, write_folder
-from ditmem_jax.convert.plan import plan
+from ditmem_jax.convert.plan import Options, plan
 from ditmem_jax.convert.sources import open_source
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
@@ -186,7 +186,7 @@ def damage_values(folder):
         (damage_config, "config.json is damaged"),
         (damage_nothing_left, "no weights in"),
         (damage_width, "do not fit the module"),
-        (damage_kind, "model_type t2v"),
+        (damage_kind, "VACE"),
         (damage_values, "norm.weight holds values that are not finite"),
     ],
 )
@@ -286,7 +286,7 @@ def test_the_tokenizer_belongs_to_the_text_encoder(original, copy, tmp_path):
         (copy / f"{name}.safetensors").unlink()
     (copy / "tokenizer.json").write_text("{}")  # of a folder that now holds a transformer only
     source, target = open_source(original), tmp_path / "converted"
-    text = plan(source, kind="text")
+    text = plan(source, Options(kind="text"))
     write_folder(source, text, target)
     convert_checkpoint(copy, target)
     assert (target / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
@@ -308,7 +308,7 @@ def test_dtypes(copy, tmp_path, dtype):
     tensors["norm.weight"] = tensors["norm.weight"].astype(jnp.bfloat16)
     safetensors.numpy.save_file(tensors, copy / "text.safetensors")
     source = open_source(copy / "text.safetensors")
-    write_folder(source, plan(source, dtype=dtype), tmp_path / "converted")
+    write_folder(source, plan(source, Options(dtype=dtype)), tmp_path / "converted")
     found = safetensors.numpy.load_file(tmp_path / "converted" / "text.safetensors")
     embedding = tensors["token_embedding.weight"]
     assert found["norm.scale"].dtype == (dtype or jnp.bfloat16)
@@ -322,7 +322,7 @@ def test_values_too_large_for_the_dtype(copy, tmp_path):
     safetensors.numpy.save_file(tensors, copy / "text.safetensors")
     source = open_source(copy / "text.safetensors")
     with pytest.raises(UserError, match=r"norm\.weight holds values that are not finite"):
-        write_folder(source, plan(source, dtype="bfloat16"), tmp_path / "converted")
+        write_folder(source, plan(source, Options(dtype="bfloat16")), tmp_path / "converted")
 
 
 LAYOUTS = [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")]
