@@ -14,7 +14,7 @@ from ditmem_jax.config.presets import VAE_PRESETS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
 from ditmem_jax.storage.encoders import load_encoder
-from ditmem_jax.storage.files import reading, write_text
+from ditmem_jax.storage.files import make_folder, reading, write_text
 from ditmem_jax.storage.tensors import open_tensors, write_safetensors
 from ditmem_jax.storage.weights import DTYPES, read_index
 
@@ -71,11 +71,8 @@ def export_encoder(source: str | Path, out: str | Path, *, prefix: str = "", dty
         prefix + name: x if np.issubdtype(x.dtype, np.integer) else x.astype(DTYPES[dtype])
         for name, x in tensors.items()
     }
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(out, tensors, tensors.items(), {"format": "pt"})
-    except OSError as error:
-        raise UserError(f"cannot write {out}", found=error) from error
+    make_folder(out.parent)
+    write_safetensors(out, tensors, tensors.items(), {"format": "pt"})
 
 
 def _unread(config: MemoryConfig) -> dict[str, np.ndarray]:

@@ -122,6 +122,7 @@ def with_experts(config: Config, folder: str | Path, trains: str = "both") -> Co
         safetensors.numpy.save_file(arrays, folder / "dit_high.safetensors")
         index = json.loads((folder / "config.json").read_text())
         index["networks"]["dit_high"] = index["networks"]["dit"]
+        del index["sha256"]
         (folder / "config.json").write_text(json.dumps(index))
     experts = ExpertsConfig(boundary=0.875, trains=trains)
     return replace(dataclasses.replace(config, experts=experts), "weights", path=str(folder))

@@ -24,7 +24,7 @@ from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.references import Pointer, References
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.digests import of_json
-from ditmem_jax.storage.files import replacing
+from ditmem_jax.storage.files import parse_json, replacing
 
 FILE = "matches.parquet"
 REASONS = ("itself", "same source", "equal latents", "near duplicate")
@@ -62,7 +62,7 @@ class Matches:
     def save(self, path: str | Path) -> None:
         about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "table"}
         table = self.table.replace_schema_metadata({"ditmem_jax": json.dumps(about)})
-        with replacing(Path(path)) as temporary:
+        with replacing(Path(path), pa.ArrowException) as temporary:
             pq.write_table(table, temporary)
 
     @classmethod
@@ -70,7 +70,8 @@ class Matches:
         """Raises UserError for a file that `save` did not write."""
         try:
             table = pq.read_table(path)
-            return cls(table, **json.loads(table.schema.metadata[b"ditmem_jax"]))
+            about = table.schema.metadata[b"ditmem_jax"]
+            return cls(table, **parse_json(about.decode(), f"the schema of {path}"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"cannot read the matches in {path}", found=error, fix="match the records again"

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +19,9 @@ from ditmem_jax.bank.table import FIXED, cast
 from ditmem_jax.data.records import Entry, RecordReader
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.files import parse_json
 
-TAKEN = {"vector", "records", "row", "checksum"}  # columns that no table of the user's can fill
+TAKEN = {"vector", "records", "row", "checksum", "digest"}  # columns that no table of the user's can fill
 TEXTS = ("id", "caption", "source")
 FACTS = ("duration", "frames", "fps")
 
@@ -80,7 +80,12 @@ def read_rows(path: str | Path) -> pa.Table:
                 further({name: [row[name] for row in rows] for name in (rows[0] if rows else ())}, TEXTS)
             )
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            lines = path.read_text(encoding="utf-8").split("\n")
+            rows = [
+                parse_json(line, f"line {number} of {path}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
             names = dict.fromkeys(name for row in rows for name in row)
             table = pa.table({name: [row.get(name) for row in rows] for name in names})
         else:

@@ -26,6 +26,7 @@ from ditmem_jax.errors import UserError
 QUERIES_AT_ONCE = 256
 IVF_ABOVE = 1_000_000  # videos
 DIGITS = 6  # of scores
+CHUNKS = 1024  # of the ids: adding one by one makes many, which are slow
 WITH_RECORD = "records IS NOT NULL"
 
 
@@ -214,6 +215,8 @@ class Bank:
             pa.array(np.arange(len(part)))
         )  # a copy: the column itself would keep all others alive
         self._ids = pa.chunked_array([*self._ids.chunks, *ids.chunks], pa.string())
+        if self._ids.num_chunks > CHUNKS:
+            self._ids = pa.chunked_array([pa.concat_arrays(self._ids.chunks)])
         self._alive = np.concatenate([self._alive, np.ones(len(part), bool)])
 
     def _vectors(self, queries: Sequence[str] | np.ndarray) -> Float32[np.ndarray, "P D"]:

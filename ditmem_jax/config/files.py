@@ -85,5 +85,5 @@ def _literal(text: str) -> Any:
     """The value that `text` spells, as in Python or JSON; itself if it spells none."""
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last for very deep expressions
         return text

@@ -532,6 +532,10 @@ class WeightsConfig:
     """Type of the weights. int8: bfloat16 with the matrices of the transformer's blocks in 8 bits, half
     the memory. Training saves it only with a `run.remat` other than "none", which keeps these matrices
     in full for the backward pass."""
+    verify: bool = True
+    """Compare all arrays that are read with the checksums of their conversion, in a thread beside the reading:
+    about half a second of one core for a GB. Every process then reads whole files, not its share of them alone. False
+    leaves that to `ditmem convert --verify`."""
 
     @property
     def computed_in(self) -> Literal["float32", "bfloat16"]:

@@ -2,8 +2,9 @@
 
 A folder of records holds
 
-    index.json                  format, what the records have in common, what made them, the finished shards, and
-                                videos that could not be encoded, by id, with the reason
+    index.json                  format, what the records have in common, what made them, the finished shards, digests
+                                of the lists, of the prompts and of itself, and videos that could not be encoded, by
+                                id, with the reason
     records-00000.array_record  the records of a shard, each the bytes of one safetensors file
     records-00000.jsonl         id, caption, source, extra columns, checksum and facts of the video of each, a JSON
                                 object a line
@@ -31,13 +32,17 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
+from ditmem_jax.config import build
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError, nearest
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.digests import SEAL, of_file, sealed, unsealed
+from ditmem_jax.storage.files import make_folder, read_json, reading, replacing, write_text, writing
 from ditmem_jax.storage.locks import owned
 
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 has no facts of videos
+PROMPTS = "prompts.safetensors"
+CONTINUES = "free space on the disk, then the same command: it continues after the shards that are finished"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"]}
 
@@ -85,10 +90,6 @@ class Meta:
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> "Meta":
-        return Meta(**values | {"latents": tuple(values["latents"])})
-
 
 def checksum(latents: np.ndarray) -> str:
     """What identifies latents whatever their record is called: a digest of their type, shape and bytes."""
@@ -117,7 +118,7 @@ def from_bytes(data: bytes) -> Record:
         facts = _facts_from_json(json.loads(entry.pop("facts", "null")))
         own = {name: tensors.pop(name) for name in ("latents", "text_embedding")}
         return Record(**entry, **own, facts=facts, condition=tensors)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError("a safetensors file, but not of a record") from error
 
 
@@ -148,11 +149,28 @@ def _from_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The files NAME.array_record and NAME.jsonl of some records, and their size."""
+    """The files NAME.array_record and NAME.jsonl of some records.
+
+    `bytes` is the size of the first, which has checksums of its own; `digest` is the SHA-256 of the second, None where
+    an earlier version wrote it.
+    """
 
     name: str
     records: int
     bytes: int
+    digest: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """The file index.json. `prompts` is the SHA-256 of prompts.safetensors."""
+
+    format: int
+    complete: bool
+    meta: Meta
+    shards: tuple[Shard, ...]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    prompts: str | None = None
 
 
 def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) -> Shard:
@@ -162,16 +180,21 @@ def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) 
         UserError: if a record does not fit `meta`.
     """
     lines = []
-    with replacing(folder / f"{name}.array_record") as temporary:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+    path = folder / f"{name}.array_record"
+    with replacing(path, fix=CONTINUES) as temporary:
+        guarded = functools.partial(writing, path, RuntimeError, fix=CONTINUES)  # what the library raises
+        with guarded():
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for record in (_cast(record, meta) for record in records):
-            writer.write(to_bytes(record))
+            with guarded():
+                writer.write(to_bytes(record))
             line = dataclasses.asdict(record.entry) | {"checksum": checksum(record.latents)}
             lines.append(json.dumps(line | _facts_to_json(record), ensure_ascii=False))
-        writer.close()
-        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        with guarded():
+            writer.close()
+        write_text(folder / f"{name}.jsonl", listed := "\n".join(lines) + "\n", fix=CONTINUES)
         size = temporary.stat().st_size
-    return Shard(name, len(lines), size)
+    return Shard(name, len(lines), size, hashlib.sha256(listed.encode()).hexdigest())
 
 
 def _cast(record: Record, meta: Meta) -> Record:
@@ -212,14 +235,23 @@ class RecordWriter:
 
     def _begin(self) -> None:
         index = self._found_index()
-        self._shards: list[dict[str, Any]] = index.get("shards", [])
-        begun = self._shards and not index["complete"]
-        self.skipped: dict[str, str] = index.get("skipped", {}) if begun else {}
-        for shard in self._shards:
+        begun = index is not None and index.shards and not index.complete
+        self.skipped: dict[str, str] = index.skipped if begun else {}
+        self._shards: list[Shard] = []
+        self.entries: list[Entry] = []
+        for shard in index.shards if index else ():
             _check_size(self.folder, shard)
-        self.entries = [line.entry for shard in self._shards for line in _read_list(self.folder, shard)]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "index.json").exists():
+            self.entries += [line.entry for line in _read_list(self.folder, shard)]
+            if shard.digest is None:  # of an earlier version
+                digest = of_file(self.folder / f"{shard.name}.jsonl")
+                shard = dataclasses.replace(shard, digest=digest)
+            self._shards.append(shard)
+        path = self.folder / PROMPTS
+        self._prompts = index.prompts if index else None
+        if self._prompts is None and path.exists():
+            self._prompts = of_file(path)
+        make_folder(self.folder)
+        if index is None:
             self._write_index(complete=False)
 
     def __enter__(self) -> "RecordWriter":
@@ -244,8 +276,9 @@ class RecordWriter:
         if shard.records:
             name = self._next_name()
             for suffix in ("jsonl", "array_record"):
-                os.replace(parts / f"{shard.name}.{suffix}", self.folder / f"{name}.{suffix}")
-            self._shards.append(dataclasses.asdict(dataclasses.replace(shard, name=name)))
+                with writing(path := self.folder / f"{name}.{suffix}", fix=CONTINUES):
+                    os.replace(parts / f"{shard.name}.{suffix}", path)
+            self._shards.append(dataclasses.replace(shard, name=name))
         self.skipped |= skipped
         self._write_index(complete=False)
 
@@ -253,10 +286,13 @@ class RecordWriter:
         """Stores the embeddings, without padding, of texts that belong to no video."""
         names = {f"prompt.{i}": text for i, text in enumerate(prompts)}
         tensors = {name: prompts[text].astype(DTYPES[self.meta.dtype]) for name, text in names.items()}
-        with replacing(self.folder / "prompts.safetensors") as temporary:
-            temporary.write_bytes(_to_safetensors(tensors, names))
+        data = _to_safetensors(tensors, names)
+        self._prompts = hashlib.sha256(data).hexdigest()
+        self._write_index(complete=False)  # until the end: a reader must not find one without the other
+        with replacing(self.folder / PROMPTS, fix=CONTINUES) as temporary:
+            temporary.write_bytes(data)
 
-    def _found_index(self) -> dict[str, Any]:
+    def _found_index(self) -> _Index | None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file", expected="a folder for the records")
         if not (self.folder / "index.json").exists():
@@ -268,9 +304,9 @@ class RecordWriter:
                     found=", ".join(others[:5]),
                     fix="another output folder",
                 )
-            return {}
+            return None
         index = _read_index(self.folder)
-        differences = _differences(self.meta.to_json(), index["meta"])
+        differences = _differences(self.meta.to_json(), index.meta.to_json())
         if differences:
             raise UserError(
                 f"{self.folder} holds the records of another run",
@@ -284,16 +320,16 @@ class RecordWriter:
         if self._waiting:
             shard = write_shard(self.folder, self._next_name(), self._waiting, self.meta)
             self._waiting = []
-            self._shards.append(dataclasses.asdict(shard))
+            self._shards.append(shard)
             self._write_index(complete=False)
 
     def _next_name(self) -> str:
         return f"records-{len(self._shards):05d}"
 
     def _write_index(self, complete: bool) -> None:
-        index = {"format": FORMAT, "complete": complete, "meta": self.meta.to_json(), "shards": self._shards}
-        index |= {"skipped": self.skipped} if self.skipped else {}
-        write_text(self.folder / "index.json", json.dumps(index, indent=1) + "\n")
+        index = _Index(FORMAT, complete, self.meta, tuple(self._shards), self.skipped, self._prompts)
+        text = json.dumps(sealed(dataclasses.asdict(index)), indent=1) + "\n"
+        write_text(self.folder / "index.json", text, fix=CONTINUES)
 
 
 class RecordReader:
@@ -306,14 +342,13 @@ class RecordReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         index = _read_index(self.folder)
-        if not index["complete"]:
+        if not index.complete:
             raise UserError(
                 f"the records in {self.folder} are not complete",
-                found=f"{sum(shard['records'] for shard in index['shards'])} records so far",
+                found=f"{sum(shard.records for shard in index.shards)} records so far",
                 fix="run the command that makes them once more; it continues",
             )
-        self.meta = Meta.from_json(index["meta"])
-        self._shards = index["shards"]
+        self.meta, self._shards, self._prompts = index.meta, index.shards, index.prompts
         for shard in self._shards:
             _check_size(self.folder, shard)
         self._source = ArrayRecordDataSource([_Shard.of(self.folder, shard) for shard in self._shards])
@@ -370,15 +405,16 @@ class RecordReader:
     @functools.cached_property
     def prompts(self) -> dict[str, np.ndarray]:
         """Embeddings [L, D], without padding, of texts that belong to no video, by text."""
-        path = self.folder / "prompts.safetensors"
+        path, fix = self.folder / PROMPTS, "run the encoding once more; it writes that file anew"
         try:
-            tensors, names = _from_safetensors(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {path}",
-                found=error,
-                fix="run the encoding once more; it writes that file anew",
-            ) from error
+            with reading(path, fix):
+                data = path.read_bytes()
+            found = hashlib.sha256(data).hexdigest()
+            if self._prompts not in (None, found):
+                raise ValueError(f"sha256 {found}, where {self._prompts} was written")
+            tensors, names = _from_safetensors(data)
+        except ValueError as error:
+            raise UserError(f"cannot read {path}", found=error, fix=fix) from error
         return {names[name]: tensor for name, tensor in tensors.items()}
 
     def prompt(self, text: str) -> np.ndarray:
@@ -401,8 +437,8 @@ class _Shard(NamedTuple):
     examples_in_shard: int
 
     @classmethod
-    def of(cls, folder: Path, shard: dict[str, Any]) -> "_Shard":
-        return cls(str(folder / f"{shard['name']}.array_record"), 0, shard["records"], shard["records"])
+    def of(cls, folder: Path, shard: Shard) -> "_Shard":
+        return cls(str(folder / f"{shard.name}.array_record"), 0, shard.records, shard.records)
 
 
 class _Line(NamedTuple):
@@ -419,37 +455,42 @@ class _Line(NamedTuple):
         return cls(Entry(**values), checksum, facts)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> _Index:
     path = folder / "index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        version = index["format"]
-    except OSError as error:
+    if not path.exists():
         raise UserError(
             f"{folder} is no folder of records",
             expected=path,
-            found=error.strerror,
             fix=f"ditmem encode --table TABLE --videos VIDEOS --out {folder}",
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged", found=repr(error), fix=_anew(folder)) from error
-    if version not in READABLE:
+        )
+    values = read_json(path, _anew(folder))
+    version = values.get("format") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > FORMAT:
         raise UserError(
             f"{folder} has another format",
             expected=f"format {' or '.join(map(str, READABLE))}",
             found=f"format {version}",
             fix="the version of ditmem_jax that made it, or another folder for records made anew",
         )
+    try:
+        if SEAL in values:  # which earlier versions did not write
+            values = unsealed(values, path, _anew(folder))
+        index = build(_Index, values, "index.json")
+    except (UserError, TypeError) as error:
+        found = error.in_one_line() if isinstance(error, UserError) else error
+        raise UserError(f"{path} is damaged", found=found, fix=_anew(folder)) from error
+    if index.format not in READABLE:
+        raise UserError(f"{path} is damaged", found=f"format {version}", fix=_anew(folder))
     return index
 
 
-def _check_size(folder: Path, shard: dict[str, Any]) -> None:
-    path = folder / f"{shard['name']}.array_record"
+def _check_size(folder: Path, shard: Shard) -> None:
+    path = folder / f"{shard.name}.array_record"
     size = path.stat().st_size if path.exists() else "no such file"
-    if size != shard["bytes"]:
+    if size != shard.bytes:
         raise UserError(
             f"{path} is not as it was written",
-            expected=f"{shard['bytes']} bytes",
+            expected=f"{shard.bytes} bytes",
             found=size,
             fix=_anew(folder),
         )
@@ -460,18 +501,27 @@ def _anew(folder: Path) -> str:
     return f"copy the file once more from where it is whole, or delete {folder} and make its records again"
 
 
-def _read_list(folder: Path, shard: dict[str, Any]) -> list[_Line]:
+def _read_list(folder: Path, shard: Shard) -> list[_Line]:
     """What is listed of each record of a shard."""
-    path = folder / f"{shard['name']}.jsonl"
-    try:
-        found = [_Line.of(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read {path}", found=error, fix=_anew(folder)) from error
-    if len(found) != shard["records"]:
+    path = folder / f"{shard.name}.jsonl"
+    with reading(path, _anew(folder)):
+        data = path.read_bytes()
+    if shard.digest not in (None, found := hashlib.sha256(data).hexdigest()):
         raise UserError(
-            f"{path} is damaged", expected=f"{shard['records']} lines", found=len(found), fix=_anew(folder)
+            f"{path} was altered",
+            expected=f"sha256 {shard.digest}",
+            found=f"sha256 {found}",
+            fix=_anew(folder),
         )
-    return found
+    try:
+        lines = [_Line.of(line) for line in data.decode().strip().split("\n")]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read {path}", found=str(error)[:200], fix=_anew(folder)) from error
+    if len(lines) != shard.records:
+        raise UserError(
+            f"{path} is damaged", expected=f"{shard.records} lines", found=len(lines), fix=_anew(folder)
+        )
+    return lines
 
 
 def _differences(ours: Any, theirs: Any, name: str = "") -> list[tuple[str, Any, Any]]:

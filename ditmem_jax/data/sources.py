@@ -2,7 +2,7 @@
 
 A table is a CSV, a parquet file or JSON lines. A place is a folder, a zip file, a tar file, or a folder of input
 records; without a table each video takes its caption from a text file beside it (`a.mp4`, `a.txt`). Nothing is
-unpacked: a video of an archive is read into memory when its turn comes.
+unpacked: a video of an archive is read from it when its turn comes, and no more of it than is needed.
 
 Input records are ArrayRecord shards `videos-00000.array_record`, .... Each record is the bytes of a safetensors file
 with the video file as the uint8 tensor `video`, and as metadata the texts id, caption, source and extra (a JSON object).
@@ -15,11 +15,12 @@ import csv
 import dataclasses
 import functools
 import glob
+import io
 import itertools
 import json
+import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,12 +33,14 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ditmem_jax.data.records import Entry
-from ditmem_jax.data.video import Clip, Video, VideoBytes, VideoFile, read_clip
+from ditmem_jax.data.video import Clip, Video, VideoBytes, VideoFile, VideoStream, read_clip
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.wan.tokenizer import clean
-from ditmem_jax.storage.files import reading, replacing
+from ditmem_jax.storage.files import parse_json, read_json, reading, replacing
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+LONGEST = 1 << 20  # bytes of a caption
+PACKED = 50  # bytes that one byte of a zip file may stand for, for all of them to be read
 INPUT_RECORDS = "videos-*.array_record"
 
 
@@ -103,7 +106,23 @@ def _parquet_rows(path: Path) -> tuple[list[str], list[dict]]:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}", expected="a parquet file", found=error) from error
-    return table.column_names, table.to_pylist()
+    columns = {field.name: _values(path, field, table[field.name]) for field in table.schema}
+    return list(columns), [
+        dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+    ]
+
+
+def _values(path: Path, field: pyarrow.Field, column: pyarrow.ChunkedArray) -> list[Any]:
+    """The values of a column as Python's, which has no such large dates or such time zones as Arrow may hold."""
+    try:
+        return column.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, LookupError, TypeError, ImportError) as error:
+        raise UserError(
+            f"the column {field.name} of {path} cannot be read",
+            expected="numbers or text",
+            found=f"{field.type}: {error}",
+            fix="leave that column out",
+        ) from error
 
 
 def _json_rows(path: Path) -> tuple[list[str], list[dict]]:
@@ -113,10 +132,7 @@ def _json_rows(path: Path) -> tuple[list[str], list[dict]]:
         raise UserError(f"cannot read {path}", expected="JSON lines in UTF-8", found=error) from error
     rows = []
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line or "{}")
-        except ValueError as error:
-            raise UserError(f"line {number} of {path} is damaged", expected="JSON", found=error) from error
+        row = parse_json(line or "{}", f"line {number} of {path}")
         if not isinstance(row, dict):
             raise UserError(f"line {number} of {path} is no JSON object", found=line[:80])
         rows += [row] if row else []
@@ -147,29 +163,42 @@ class Place(abc.ABC):
         return f"{self.path}/{self.name}"
 
     @abc.abstractmethod
-    def read(self) -> bytes: ...
+    def read(self, most: int = -1) -> bytes:
+        """All bytes, or the first ones."""
 
-    def open(self) -> VideoFile | Video:
-        return VideoBytes(self.read(), str(self))
+    @abc.abstractmethod
+    def open(self) -> VideoFile | Video: ...
+
+    def check(self) -> None:  # noqa: B027  # most places have nothing to compare with
+        """Compares the whole video with the checksum of its archive, where that has one."""
 
 
 class InFolder(Place):
-    def read(self) -> bytes:
-        with reading(self.open()):
-            return self.open().read_bytes()
+    def read(self, most: int = -1) -> bytes:
+        with reading(self.open()), open(self.open(), "rb") as file:
+            return file.read(most)
 
     def open(self) -> Path:
         return Path(self.path, self.name)
 
 
 class InZip(Place):
-    def read(self) -> bytes:
+    def read(self, most: int = -1) -> bytes:
+        return self.open().read(most)
+
+    def open(self) -> VideoStream:
         try:
-            return _open_zip(self.path).read(self.name)
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                f"cannot read {self}", found=error
-            ) from error  # RuntimeError: for want of a password
+            archive = _open_zip(self.path)
+            file: Any = archive.open(self.name)  # of a class that its stub hides
+            return VideoStream(file, archive.getinfo(self.name).file_size, str(self))
+        except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: for want of a password
+            raise UserError(f"cannot read {self}", found=error) from error
+
+    def check(self) -> None:
+        """What claims to be far larger than it lies there is not read: videos can hardly be packed."""
+        info, stream = _open_zip(self.path).getinfo(self.name), self.open()
+        while info.file_size <= PACKED * info.compress_size and stream.read(1 << 20):
+            pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,21 +206,37 @@ class InTar(Place):
     start: int
     size: int
 
-    def read(self) -> bytes:
-        with reading(Path(self.path)), open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
+    def read(self, most: int = -1) -> bytes:
+        return self.open().read(most)
+
+    def open(self) -> VideoStream:
+        with reading(Path(self.path)):
+            return VideoStream(_Window(self.path, self.start), self.size, str(self))
+
+
+class _Window(io.FileIO):
+    """A file from the byte `start` on."""
+
+    def __init__(self, path: str, start: int):
+        super().__init__(path)
+        self._start = start
+
+    def tell(self) -> int:
+        return super().tell() - self._start
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(self._start + offset, whence) - self._start
 
 
 @dataclasses.dataclass(frozen=True)
 class InRecords(Place):
     index: int
 
-    def read(self) -> bytes:
+    def read(self, most: int = -1) -> bytes:
         _, video = _read_input_record(self.path, self.index)
         if isinstance(video, Video):
             raise UserError(f"{self} holds decoded frames", expected="a video file")
-        return video
+        return video if most < 0 else video[:most]
 
     def open(self) -> VideoFile | Video:
         _, video = _read_input_record(self.path, self.index)
@@ -303,7 +348,9 @@ def read_row(row: Row, options: dict[str, Any]) -> Clip | str:
             raise place
         if not clean(entry.caption):
             raise UserError("the caption is empty")
-        return read_clip(place.open(), **options)
+        clip = read_clip(place.open(), **options)
+        place.check()
+        return clip
     except UserError as error:
         return error.in_one_line()
 
@@ -331,7 +378,7 @@ def write_input_records(
     for number in itertools.count():
         if not (shard := list(itertools.islice(videos, shard_size))):
             break
-        with replacing(Path(folder) / f"videos-{number:05d}.array_record") as temporary:
+        with replacing(Path(folder) / f"videos-{number:05d}.array_record", RuntimeError) as temporary:
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             for entry, data in shard:
                 metadata = dataclasses.asdict(entry) | {"extra": json.dumps(entry.extra)}
@@ -345,8 +392,11 @@ def _is_video(name: str) -> bool:
 
 
 def _decode_text(place: Place) -> str:
+    data = place.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise UserError(f"{place} is no caption", expected=f"at most {LONGEST:,} bytes", found="more")
     try:
-        return place.read().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {place}", expected="text in UTF-8", found=error) from error
 
@@ -400,9 +450,8 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 def _list_input_records(folder: Path) -> list[tuple[Entry, Place]]:
     state = folder / "videos.json"  # kept by `make tfio-shards`
     try:
-        with reading(state):
-            complete = not state.exists() or json.loads(state.read_bytes())["complete"]
-    except (ValueError, KeyError, TypeError) as error:
+        complete = not state.exists() or read_json(state)["complete"]
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{state} is damaged", found=error, fix="delete the folder, and make tfio-shards once more"
         ) from error
@@ -434,5 +483,12 @@ def _read_input_record(path: str, index: int) -> tuple[Entry, bytes | Video]:
         fps = float(values.pop("fps")) if "frames" in tensors else None
         entry = Entry(**values | {"extra": json.loads(values["extra"])})
         return entry, tensors["video"].tobytes() if fps is None else Video(tensors["frames"], fps)
-    except (RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
         raise UserError(f"record {index} of {path} is damaged", found=str(error)[:200]) from error

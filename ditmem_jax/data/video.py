@@ -6,10 +6,13 @@ the last one repeated when a video is short, stretched to the target size by two
 
 import dataclasses
 import io
+import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -23,18 +26,57 @@ from ditmem_jax.storage.files import replacing
 Frames = UInt8[np.ndarray, "T H W 3"]
 
 
-class VideoBytes(io.BytesIO):
-    """A video file in memory, with the name that errors call it by."""
+class VideoStream(io.RawIOBase):
+    """A video in an archive, of which no more is read than is asked for.
 
-    def __init__(self, data: bytes, name: str):
-        super().__init__(data)
-        self.name = name
+    Args:
+        file: where its bytes are; places are sought there only when something is read, since that may be slow.
+        size: in bytes.
+        name: what errors call it by.
+    Raises:
+        UserError: from reading, if the archive is damaged.
+    """
+
+    def __init__(self, file: io.BufferedIOBase | io.RawIOBase, size: int, name: str):
+        self._file, self._place, self.size, self.name = file, 0, size, name
 
     def __str__(self) -> str:
         return self.name
 
+    def readable(self) -> bool:
+        return True
 
-VideoFile = str | Path | VideoBytes
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            if self._file.tell() != self._place:
+                self._file.seek(self._place)
+            data = self._file.read(min(len(buffer), max(0, self.size - self._place))) or b""
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UserError(f"cannot read {self}", found=error) from error
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+class VideoBytes(VideoStream):
+    """A video file in memory, with the name that errors call it by."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(io.BytesIO(data), len(data), name)
+
+
+VideoFile = str | Path | VideoStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +216,7 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
     The same frames give the same bytes on any number of cores.
 
     Raises:
-        UserError: for odd or empty sizes, which 4:2:0 video does not have.
+        UserError: for odd or empty sizes, which 4:2:0 video does not have, or if the file cannot be written.
     """
     count, height, width, _ = frames.shape
     if not count or not height or not width or height % 2 or width % 2:
@@ -184,7 +226,7 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
             found=f"{count} frames of {height} x {width}",
         )
     with (
-        replacing(Path(path)) as temporary,
+        replacing(Path(path), av.FFmpegError) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         rate = Fraction(fps).limit_denominator(100_000)
@@ -206,10 +248,10 @@ _BT601 = 6  # SMPTE 170M in H.264's table of colour matrices
 
 
 def _open(path: VideoFile) -> InputContainer:
-    if isinstance(path, VideoBytes):
+    if isinstance(path, VideoStream):
         path.seek(0)
     try:
-        source = path if isinstance(path, VideoBytes) else str(path)
+        source = path if isinstance(path, VideoStream) else str(path)
         container = av.open(source, "r", metadata_errors="replace")  # titles in old encodings
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"cannot read {path}", expected="a video file", found=error.strerror) from error

@@ -28,7 +28,7 @@ from ditmem_jax.data.video import read_video
 from ditmem_jax.demo import score, show, trials
 from ditmem_jax.demo.trials import Kind
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.files import make_folder, read_json, replacing, write_text
 from ditmem_jax.worlds.laws import PHENOMENA, splits
 
 SPLITS = ("train", "unseen")
@@ -112,12 +112,12 @@ class Demo:
         path = self.out / "settings.json"
         ours = dataclasses.asdict(self.settings) | {"config": to_dict(self.config)}
         if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != ours:
+            if read_json(path) != ours:
                 raise UserError(
                     f"{self.out} holds a demo of other settings", fix="another --out, or delete that folder"
                 )
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
+            make_folder(self.out)
             write_text(path, json.dumps(ours, indent=1) + "\n")
 
     def _note(self, stage: str) -> Path:
@@ -127,7 +127,7 @@ class Demo:
         """Take a stage unless its note says that it was taken; the note holds commands and seconds."""
         note = self._note(name)
         if note.exists():
-            done = json.loads(note.read_text(encoding="utf-8"))
+            done = read_json(note, f"delete {note}; the stage is then taken again")
             self.console.print(f"[bold]{name}[/]: done before, in {_duration(done['seconds'])}")
         else:
             self.console.print(f"[bold]{name}[/]: {self._expected(name)[1]}")
@@ -276,7 +276,7 @@ class Demo:
         return sum(id in unseen for id in matches.to_pylist())
 
     def _result(self) -> dict[str, Any]:
-        return json.loads((self.out / "results.json").read_text(encoding="utf-8"))
+        return read_json(self.out / "results.json")
 
 
 def _duration(seconds: float) -> str:

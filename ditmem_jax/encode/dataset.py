@@ -16,7 +16,8 @@ from ditmem_jax.data.sources import Row, Videos, expand, read_table
 from ditmem_jax.encode.engines import Engine, Local
 from ditmem_jax.encode.shards import Job, Part, find_part
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.files import write_text
+from ditmem_jax.storage.files import make_folder, write_text, writing
+from ditmem_jax.storage.locks import owned
 from ditmem_jax.storage.weights import load_umt5, load_vae
 
 SHARD_SIZE = 64  # rows at least; a multiple of the batch
@@ -64,6 +65,8 @@ def encode_videos(
         raise UserError("nothing to encode", expected="a table, videos or both")
     weights = os.path.abspath(config.weights.path)  # workers of an engine may run in other folders
     config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, path=weights))
+    with owned(out):
+        pass  # else refused before the networks are loaded
     engine = engine or Local((load_vae(config), load_umt5(config)))
     return encode_dataset(rows, out, config, engine, **options)
 
@@ -115,7 +118,7 @@ def encode_dataset(
 
 def _finish(shards: Sequence[list[Row]], job: Job, engine: Engine) -> Iterator[Part]:
     """The parts of all shards in order: those that an interrupted run left, and what the engine makes."""
-    job.parts.mkdir(exist_ok=True)
+    make_folder(job.parts)
     left = [find_part(shard, job) for shard in shards]
     todo = [shard for shard, part in zip(shards, left, strict=True) if part is None]
     with contextlib.closing(engine.run(todo, job)) as made:
@@ -137,7 +140,8 @@ def _check_table(rows: Sequence[Row], writer: RecordWriter) -> None:
 
 
 def _write_skipped(path: Path, skipped: dict[str, str]) -> None:
-    path.unlink(missing_ok=True)
+    with writing(path):
+        path.unlink(missing_ok=True)
     if skipped:
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([("video", "reason"), *skipped.items()])

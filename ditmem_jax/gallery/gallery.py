@@ -21,7 +21,7 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.gallery.clips import Clips, Decoder, below
 from ditmem_jax.gallery.map import Colours, colour, project
 from ditmem_jax.models.wan.tokenizer import clean
-from ditmem_jax.storage.files import cache_folder
+from ditmem_jax.storage.files import cache_folder, make_folder, writing
 from ditmem_jax.storage.weights import load_umt5, load_vae
 
 POINTS = 2000  # of a map: more would hide each other
@@ -191,9 +191,10 @@ class Gallery:
             raise UserError("the caption is empty", expected="what the video shows, in words")
         original = Path(video)
         folder = self.clips.own / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        make_folder(folder)
         try:
-            source = shutil.copyfile(original, folder / original.name).name
+            with writing(folder / original.name):
+                source = shutil.copyfile(original, folder / original.name).name
             below(folder, source)
             entry = Entry(self._free_id(source), caption, source)
             with self._encoding:
@@ -252,5 +253,5 @@ def _change(before: int | None, rows: int) -> str:
     if before is None:
         return f"built with {rows}"
     if rows == before:
-        return "columns changed"
+        return "files or columns changed"  # see `Table.compact`
     return f"{rows - before} added" if rows > before else f"{before - rows} removed"

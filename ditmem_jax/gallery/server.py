@@ -84,7 +84,7 @@ class Gate:
 
 
 def application(gallery: Gallery, hosts: Sequence[str] = LOCAL) -> Any:
-    """The page and the clips as an ASGI application; for `hosts` see `Gate`."""
+    """The page and the clips as an ASGI application; for `hosts` see `Gate`. GRADIO_TEMP_DIR names the folder for uploads."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:

@@ -281,7 +281,7 @@ class Sampler:
         return lambda carry, row: program(stage.weights, carry, row, *given)
 
     def rows(self, references: Float[np.ndarray, "B R t h w C"] | Results) -> Rows:
-        """What the encoders make of each reference video, to the last bit as `bank.features` stores it.
+        """What the encoders make of each reference video, within rounding as `bank.features` stores it.
 
         Raises:
             UserError: without an encoder, or with one that is not of videos.

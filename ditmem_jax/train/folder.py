@@ -30,7 +30,7 @@ from ditmem_jax.config.strict import dataclasses_of
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.parallel import compilation, processes
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.files import make_folder, replacing, write_text
 
 # What may change when a run is continued: nothing here enters the arithmetic of a step. The number of steps does
 # where the learning rate follows a cosine; that is the user's choice.
@@ -47,7 +47,7 @@ FREE = {
         "keep",
     },
     "data": {"validation", "kind", "group", "workers", "cache"},
-    "weights": {"path", "hub"},  # their fingerprint is what counts
+    "weights": {"path", "hub", "verify"},  # their fingerprint is what counts
     "sample": None,
     "mesh": None,
 }
@@ -112,7 +112,7 @@ def _claim(folder: Path, ours: dict[str, Any]) -> bool:
         raise UserError(
             f"{folder} holds something else", expected="a new folder or a run's", fix="another run.out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(path, json.dumps(ours, indent=1) + "\n")
     return True
 

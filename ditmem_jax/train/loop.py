@@ -1,4 +1,4 @@
-"""The loop of a training run, which a kill and the same command continue bit for bit."""
+"""The loop of a training run, which the same command continues after a kill: see "The same result again" in docs/training.md."""
 
 import contextlib
 import math

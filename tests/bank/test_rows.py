@@ -92,7 +92,7 @@ def test_ids_that_look_like_numbers_stay_texts(tmp_path):
         ("t.csv", "name\nx\n", "lacks the column id"),
         ("t.csv", "", "lacks the column id"),
         ("t.csv", "id,caption\na,b,c\n", "more values"),
-        ("t.jsonl", '{"id": "a"}\n{', "cannot read"),
+        ("t.jsonl", '{"id": "a"}\n{', "line 2 of .* is damaged"),
         ("t.jsonl", '{"id": "a", "list": [1]}', "column list"),
         ("t.jsonl", "[1]", "cannot read"),
         ("t.csv", "id,a.b,a_b\n1,2,3\n", "2 columns would be called a_b"),

@@ -31,7 +31,10 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, length: int):
         text = _read(Path(path))
-        self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no other kind
+            raise _damaged(Path(path), error) from error
         self._tokenizer.no_truncation()  # the file may ask for either
         self._tokenizer.no_padding()
         self.path, self.length = Path(path), length
@@ -83,11 +86,15 @@ def _read(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         model = json.loads(text)["model"]
         model["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a tokenizer",
-            expected="a JSON file that holds a model with a vocabulary",
-            found=f"{type(error).__name__}: {error}",
-            fix="download tokenizer.json once more",
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from error
     return text
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is not a tokenizer",
+        expected="a JSON file that holds a model with a vocabulary",
+        found=f"{type(error).__name__}: {str(error)[:200]}",
+        fix="download tokenizer.json once more",
+    )

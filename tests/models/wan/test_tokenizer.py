@@ -125,7 +125,21 @@ def test_vocab_counts_the_rows_of_the_embedding(path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "hello", "{}", "[1]", '{"model": 5}', '{"model": {"type": "WordLev', b"\xff\x00"]
+    "content",
+    [
+        *(
+            "",
+            "hello",
+            "{}",
+            "[1]",
+            '{"model": 5}',
+            '{"model": {"type": "WordLev',
+            b"\xff\x00",
+            "[" * 100_000,
+        ),
+        *('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}', '{"model": {"type": "?", "vocab": {}}}'),
+    ],
+    ids=range(10),
 )
 def test_not_a_tokenizer(tmp_path, content):
     path = tmp_path / "tokenizer.json"
