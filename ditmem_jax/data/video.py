@@ -216,9 +216,11 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
     The same frames give the same bytes on any number of cores.
 
     Raises:
-        UserError: for odd or empty sizes, which 4:2:0 video does not have, or if the file cannot be written.
+        UserError: for odd or empty sizes, which 4:2:0 video does not have, for a rate that is none, or if the file cannot be written.
     """
     count, height, width, _ = frames.shape
+    if not fps > 0:
+        raise UserError(f"cannot write {path}", expected="frames per second above 0", found=fps)
     if not count or not height or not width or height % 2 or width % 2:
         raise UserError(
             f"cannot write {path}",

@@ -3,7 +3,7 @@
     ditmem sample --config tiny --config.data.bank=bank --encoder runs/tiny/encoder.safetensors \\
         --prompt "on planet Zorvex a ball drops" --count 2 --out clips
     ditmem sample --config tiny --memory none --prompt "on planet Zorvex a ball drops" --out clips/plain.mp4
-    ditmem sample --config wan22_5b --first_frame ball.jpg --prompt "the ball falls" --encoder encoder.safetensors
+    ditmem sample --config wan22_5b --memory none --first_frame ball.jpg --prompt "the ball falls"
 
 The memory is made of the videos that the bank finds for the prompt, or of those that --memory names.
 """

@@ -45,7 +45,7 @@ def test_every_value_decides_but_those_that_enter_no_step(config):
     run = "out steps log_every validate_every evaluators validation_batches validation_sigmas save_every keep"
     data = "validation kind group workers cache"
     expected = {f"run.{key}" for key in run.split()} | {f"data.{key}" for key in data.split()}
-    expected |= {"weights.path", "weights.hub"} | {
+    expected |= {"weights.path", "weights.hub", "weights.verify"} | {
         key for key in every if key.startswith(("sample.", "mesh."))
     }
     assert free == expected
