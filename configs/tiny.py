@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     weights = converted(files("ditmem_jax.tiny_weights"))
     config = ConfigDict(read_networks(weights))  # dit, vae and text, as they were trained
     config.weights = ConfigDict(dict(path=weights, dtype="float32"))
-    config.video = ConfigDict(dict(frames=25, height=32, width=32, fps=16))
+    config.video = ConfigDict(dict(frames=25, height=32, width=32, fps=16, trained=(25, 32, 32)))
     config.memory = ConfigDict(
         dict(
             dim=config.dit.dim,

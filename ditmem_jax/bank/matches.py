@@ -85,6 +85,32 @@ class Matches:
                 f"which is at version {version}"
             )
 
+    def found_in(self, uri: str) -> "Matches":
+        """The same references, told by the checksums of their latents, where the bank at `uri` has them.
+
+        Raises:
+            UserError: if it lacks one of them, or has another video under its id.
+        """
+        ids = self.table["matches"].combine_chunks()
+        flat = ids.flatten().to_pylist()
+        rows = {row["id"]: row for row in Table.open(uri).by_id(sorted(set(flat))).to_pylist()}
+        sums = self.table["checksums"].combine_chunks().flatten().to_pylist()
+        for id, checksum in zip(flat, sums, strict=True):
+            if (found := rows[id]["checksum"]) != checksum:
+                raise UserError(
+                    f"the bank {uri} holds another video under {id!r} than the one matched",
+                    expected=f"latents of checksum {checksum}",
+                    found=found,
+                    fix="the bank that the records were matched with, wherever it lies now",
+                )
+        table = self.table
+        for name, column in (("records", "records"), ("rows", "row")):
+            field = SCHEMA.field(name)
+            values = pa.array([rows[id][column] for id in flat], field.type.value_type)
+            values = pa.ListArray.from_arrays(ids.offsets, values)
+            table = table.set_column(table.schema.get_field_index(name), field, values)
+        return dataclasses.replace(self, table=table, bank=uri, version=Table.open(uri).version)
+
     def references(self, k: int) -> tuple[References, Int32[np.ndarray, "n k"]]:
         """The videos, each once, and for each record which of them are its k best references."""
         columns = [self.table[name].combine_chunks().flatten() for name in ("records", "rows", "checksums")]
@@ -190,6 +216,8 @@ def _keep(
 def read(records: RecordReader, bank: str, k: int, own: Path | None = None) -> Matches:
     """The matches of the records, from the file `own` where it exists, else from beside the records.
 
+    Those in `own` may be of a bank at another place that holds the same videos.
+
     Raises:
         UserError: if there are none, or they are of other records, of another bank, or too few; with the command
             that makes them.
@@ -200,6 +228,8 @@ def read(records: RecordReader, bank: str, k: int, own: Path | None = None) -> M
         raise UserError(f"the records in {records.folder} have not been matched with a bank", fix=command)
     matches = Matches.load(path)
     uri = bank if "://" in bank else str(Path(bank).resolve())
+    if path == own and matches.bank != uri and matches.records == digest(records):
+        matches = matches.found_in(uri)
     now, then = (uri, digest(records)), (matches.bank, matches.records)
     if now != then or matches.k < k:
         raise UserError(

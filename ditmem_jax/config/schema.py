@@ -25,10 +25,11 @@ def _require(condition: bool, what: str, **details: Any) -> None:
 
 
 RANGES = {
-    "a finite number": math.isfinite,
+    "a finite number": lambda x: abs(x) <= np.finfo(np.float32).max,
     "above 0": lambda x: 0 < x < math.inf,
     "0 or more": lambda x: 0 <= x < math.inf,
     "at least 1": lambda x: 1 <= x < math.inf,
+    "0 to 4294967295": lambda x: 0 <= x < 2**32,
     "at least 1, or -1": lambda x: x == -1 or 1 <= x < math.inf,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
 }
@@ -515,8 +516,12 @@ class VideoConfig:
     """How videos of another shape become clips: both sides scaled by themselves, or a centre of the
     clip's shape."""
 
+    trained: tuple[int, int, int] | None = None
+    """(frames, height, width) Largest clips that the transformer was trained on, beyond which a clip is warned of, in
+    portrait or landscape; None: not known."""
+
     def __post_init__(self):
-        _check("video", self, "at least 1", "frames", "height", "width", "fps")
+        _check("video", self, "at least 1", "frames", "height", "width", "fps", "trained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -739,7 +744,8 @@ class SampleConfig:
         _check("sample", self, "at least 1", "steps")
         _check("sample", self, "above 0", "shift")
         _check("sample", self, "a finite number", "guidance", "guidance_high")
-        _check("sample", self, "0 or more", "strength", "seed")
+        _check("sample", self, "0 or more", "strength")
+        _check("sample", self, "0 to 4294967295", "seed")
         low, high = self.memory_range
         _require(
             0 <= low < high <= 1,
@@ -762,6 +768,8 @@ class RunConfig:
 
     out: str = "runs/default"
     """Folder of the run: checkpoints, curves and the trained encoder."""
+    init_from: str = ""
+    """File of a trained encoder that a new run begins from; empty: from random weights."""
     steps: int = 1000
     """[batches] Length of the run; `optim.accumulate` of them make one update."""
     seed: int = 0
@@ -794,7 +802,7 @@ class RunConfig:
     def __post_init__(self):
         positive = ("steps", "log_every", "validate_every", "validation_batches", "save_every", "keep")
         _check("run", self, "at least 1", *positive)
-        _check("run", self, "0 or more", "seed")
+        _check("run", self, "0 to 4294967295", "seed")
         _require(
             len(self.validation_sigmas) > 0 and all(0 < sigma <= 1 for sigma in self.validation_sigmas),
             "run.validation_sigmas",

@@ -12,6 +12,12 @@ from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import Table
 from ditmem_jax.config import Config
 from ditmem_jax.data.references import References
+from ditmem_jax.errors import warn
+from ditmem_jax.parallel import processes
+
+RESEMBLES = 0.3
+"""Cosine of a prompt and a caption below which they have little in common: for words that are counted, a common word or
+two; for embedders of sentences, about what any two sentences have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,26 @@ def retrieve(config: Config, prompt: str, ids: Sequence[str] | None = None) -> R
         UserError: if there is no bank, it is smaller than that, or has no such id.
     """
     if ids is None:
-        found = Bank.open(config.data.bank).search_records([prompt], config.data.references)
-        return Retrieved(found.rows[0], found.scores[0].tolist())
+        return search(config, [prompt])[0]
     return Retrieved(Table.open(config.data.bank).by_id(ids).to_pylist(), [None] * len(ids))
+
+
+def search(config: Config, prompts: Sequence[str]) -> list[Retrieved]:
+    """Return for each prompt the videos of the bank nearest to it; errors as `retrieve`.
+
+    Those that score below `config.sample.min_score` are left out. A prompt that none of them resembles is warned of.
+    """
+    found = Bank.open(config.data.bank).search_records(prompts, config.data.references)
+    least, retrieved = config.sample.min_score, []
+    for prompt, rows, scores in zip(prompts, found.rows, found.scores.tolist(), strict=True):
+        if scores[0] < max(least, RESEMBLES) and processes.is_primary():
+            warn(
+                f"no video of the bank {config.data.bank} resembles the prompt {prompt!r}"
+                + ("; it gets no memory" if scores[0] < least else ""),
+                expected=f"a cosine of {max(least, RESEMBLES)} or more",
+                found=f"{scores[0]:.3f} for {rows[0]['caption']!r}",
+                fix="a prompt in the words of the bank's captions, videos of it in the bank, or --memory=none",
+            )
+        kept = sum(score >= least for score in scores)  # best first
+        retrieved.append(Retrieved(rows[:kept], scores[:kept]))
+    return retrieved

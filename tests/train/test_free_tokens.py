@@ -56,7 +56,7 @@ def test_samples_train_the_tokens_of_their_own_source(config):
     videos, index = matches.read(records, config.data.bank, 2).references(2)
     setup = Setup(replace(config, "run", out=config.run.out + "_other"))
     assert set(setup.config.memory.sources) == {videos.entries[row[0]].source for row in index}
-    batch = next(setup.data)
+    batch = next(setup.batches())
     places = {record.id: number for number, record in enumerate(records.entries)}
     for id, number in zip(batch.ids, batch.source, strict=True):
         best = videos.entries[index[places[id]][0]]  # no two videos of the bank have one source
