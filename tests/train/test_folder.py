@@ -115,7 +115,8 @@ def test_the_encoder_that_a_run_began_from_is_told_by_its_content(config, tmp_pa
         claim(begun_from("other"))
 
 
-def test_a_run_is_repeated_from_what_its_folder_says(config, tmp_path):
+def test_a_run_is_repeated_from_what_its_folder_says(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "ditmem_jax.train", "--config=a b.py"])
     config = replace(config, "run", out=str(tmp_path / "run"))
     claim(config)
     runs.note_start(tmp_path / "run", config, 0, {})
@@ -129,7 +130,8 @@ def test_a_run_is_repeated_from_what_its_folder_says(config, tmp_path):
         4,
         {"optim.learning_rate": {"before": 1e-3, "now": 0.5}},
     )
-    assert "pytest" in first["command"] and first["versions"]["jax"] == jax.__version__
+    assert first["command"] == "python -m ditmem_jax.train '--config=a b.py'"
+    assert first["versions"]["jax"] == jax.__version__
 
 
 def test_a_fingerprint_sees_one_bit():
