@@ -202,10 +202,7 @@ class Demo:
     def _report(self) -> None:
         findings = trials.Findings.load(self.out / "findings.npz")
         rows, references = score.rows(findings), self._references()
-        fits = {
-            way.removeprefix("scores."): found >= self.config.sample.min_score
-            for way, found in self._clips("scores.right", "scores.wrong").items()
-        }
+        scores = {way: self._clips(f"scores.{way}")[f"scores.{way}"] for way in ("right", "wrong")}
         show.print_tables(self.console, rows)
         config = to_dict(self.config)
         config["weights"]["path"] = os.path.relpath(config["weights"]["path"])
@@ -215,7 +212,8 @@ class Demo:
             "retrieved": _rounded(references["prompts"]["planet"]),
             "leaked": self._leaked(),
             "references": _rounded(references),
-            "relevance": _rounded(score.relevance(findings, fits)),
+            "relevance": _rounded(score.relevance(findings, scores, self.config.sample.min_score)),
+            "validation": _rounded(self._validation()),
             "settings": dataclasses.asdict(self.settings),
             "seconds": _rounded(self.seconds),
             "machine": {
@@ -234,6 +232,12 @@ class Demo:
         page = show.make_page(result, rows, findings, self.trials, clips, self.encoder.parent)
         write_text(self.out / "report.html", page)
         write_text(self.out / "results.json", json.dumps(result, indent=1) + "\n")
+
+    def _validation(self) -> dict[str, float]:
+        """The last row of the run's gains."""
+        with open(self.encoder.parent / "validation.csv", newline="", encoding="utf-8") as file:
+            *_, last = csv.DictReader(file)
+        return {name: float(value) for name, value in last.items()}
 
     def _clips(self, *names: str) -> dict[str, np.ndarray]:
         with np.load(self.out / "clips.npz", allow_pickle=False) as stored:
