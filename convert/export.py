@@ -277,7 +277,7 @@ def _write_pipeline(folder: Path, networks: dict[str, Any], has_tokenizer: bool)
 
 
 def _tokenizer_config(content: bytes) -> dict[str, Any]:
-    """What transformers needs to know of a tokenizer.json; of the special tokens those that it has."""
+    """The configuration that transformers wants beside a tokenizer.json; of the special tokens those that it has."""
     text = content.decode()
     tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     found = {key: token for key, token in tokens.items() if json.dumps(token) in text}
@@ -318,7 +318,7 @@ def _export_network(source: Path, path: Path, kind: str, naming: str, config: An
 
 
 def _untold(config: DiTConfig) -> dict[str, Any]:
-    """What diffusers has no word for and shapes do not tell, where it is not as in the published models."""
+    """Settings that diffusers has no word for and shapes do not tell, where they differ from the published models."""
     inferred = config.out_dim == VAE_PRESETS["wan2.2"].z_dim
     return {
         "text_len": None if config.text_len == 512 else config.text_len,

@@ -334,7 +334,7 @@ def _sync(folder: Path) -> None:
 
 
 def damage(folder: str | Path) -> list[str]:
-    """What is wrong with a converted folder by its own checksums."""
+    """Problems of a converted folder by its own checksums."""
     folder, problems = Path(folder), []
     checksums = read_index(folder)["checksums"]
     if expected := checksums.pop(TOKENIZER, None):

@@ -292,7 +292,7 @@ def _inferred(network: Kind, shapes: Shapes, where: str) -> dict[str, Any]:
 
 
 def _described(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a config.json says of a network of this kind, in our names."""
+    """The settings in a config.json of a network of this kind, in our names."""
     theirs = KINDS[kind].fields
     if kind == "clip" and (found := config.get("hidden_act", "gelu")) != "gelu":
         raise UserError(f"{where} is another kind of CLIP", expected="hidden_act gelu", found=found)

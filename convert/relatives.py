@@ -78,7 +78,7 @@ def converted(config: DiTConfig) -> str | None:
 
 
 def other(names: Collection[str]) -> str:
-    """What a file is that holds no network of ours."""
+    """The name of a model that is no network of ours."""
     for sign, what in OTHERS.items():
         if any(re.search(sign, name) for name in names):
             return what

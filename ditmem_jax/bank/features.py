@@ -1,4 +1,4 @@
-"""What a memory encoder makes of each video of a bank, once: `ditmem bank tokens`.
+"""The rows that a memory encoder makes of each video of a bank, stored once: `ditmem bank tokens`.
 
 Before the attention that mixes videos, the rows of a video depend on it and on the encoder alone (see
 `VideoEncoder.video_rows`). Kept in a store by the checksum of the video's latents, they spare sampling the latents

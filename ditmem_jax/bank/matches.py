@@ -128,7 +128,7 @@ class Matches:
 
 
 def digest(records: RecordReader) -> str:
-    """What identifies the list of the records, in order."""
+    """The digest of the list of the records, in order."""
     listed = [
         [e.id, e.caption, e.source, sum] for e, sum in zip(records.entries, records.checksums, strict=True)
     ]

@@ -117,7 +117,7 @@ class Bank:
 
     @functools.cached_property
     def embedder(self) -> Embedder:
-        """What made the vectors; loaded when it is first asked for."""
+        """The embedder that made the vectors; loaded when it is first asked for."""
         return load_embedder(self.table.description, self.table.words)
 
     def search(

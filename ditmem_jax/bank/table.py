@@ -114,7 +114,7 @@ class Table:
 
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
-        """Whether there is a bank that can be opened."""
+        """Return True where there is a bank that can be opened."""
         try:
             cls.open(uri)
         except UserError:

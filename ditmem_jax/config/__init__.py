@@ -1,4 +1,4 @@
-"""What can be configured: types and checks, presets by name, files and command lines that set values."""
+"""Configuration: types and checks, presets by name, files and command lines that set values."""
 
 from ditmem_jax.config.schema import AdapterConfig as AdapterConfig
 from ditmem_jax.config.schema import CLIPConfig as CLIPConfig

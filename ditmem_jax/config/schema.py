@@ -1,4 +1,4 @@
-"""What can be configured: one frozen dataclass per part, built strictly from a ConfigDict.
+"""The configuration: one frozen dataclass per part, built strictly from a ConfigDict.
 
 Files under `configs/` hold values; this file holds their types, defaults, meanings and checks. An impossible
 configuration raises in its constructor. The string below a field says what it means, after its unit in brackets;
@@ -368,7 +368,7 @@ class VAEConfig:
     num_res_blocks: int = 2
     """Residual blocks of a level."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    """Whether time is halved as well, for each step between two levels."""
+    """True where time is halved as well, for each step between two levels."""
     mean: tuple[float, ...] = WAN21_LATENT_MEAN
     """Mean of each latent channel over the training videos of the VAE."""
     std: tuple[float, ...] = WAN21_LATENT_STD
@@ -580,7 +580,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What a training step minimises."""
+    """The objective of a training step."""
 
     kind: Literal["released", "relative", "running"] = "released"
     """released: the published loss, squared error times a bell-shaped weight over timesteps. relative:
@@ -603,7 +603,7 @@ class ObjectiveConfig:
     """[probability] Chance that a sample is given its own first frame, whose latents then stay clean and count in no
     error; for a transformer with `dit.clean_frames`."""
     trains: Literal["memory", "adapter", "both"] = "memory"
-    """What trains. memory: a memory encoder. adapter: an adapter of the transformer in its place, by the same samples,
+    """The part that trains. memory: a memory encoder. adapter: an adapter of the transformer in its place, by the same samples,
     noise and budget, which is what a memory must beat; the mean of "running" is then over errors with it, and
     "relative" divides by those of the bare transformer. both: the two together."""
 
@@ -695,7 +695,7 @@ class MeshConfig:
     tensor: int = 1
     """[devices] Devices over which attention heads and widths of layers are divided."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """What computes attention. auto: splash on TPUs, cudnn on GPUs for bfloat16 weights, xla
+    """The kernel of attention. auto: splash on TPUs, cudnn on GPUs for bfloat16 weights, xla
     otherwise."""
 
     def __post_init__(self):
@@ -780,7 +780,7 @@ class RunConfig:
     validate_every: int = 200
     """[steps] Steps between two validations."""
     evaluators: tuple[str, ...] = ("gain",)
-    """What a validation measures: names in `evaluate.kinds.EVALUATORS`. gain: from memory, at the noise levels of
+    """Evaluators of a validation: names in `evaluate.kinds.EVALUATORS`. gain: from memory, at the noise levels of
     `validation_sigmas`. law: error of the laws that clips made from held-out captions show, for records of `worlds`;
     it costs the clips."""
     best: str = "gain"
@@ -795,7 +795,7 @@ class RunConfig:
     keep: int = 3
     """[checkpoints] Latest checkpoints that are kept, beside the best."""
     remat: Literal["none", "products", "attention", "blocks", "offload"] = "none"
-    """What the backward pass finds kept of the forward pass. none: everything, nothing is computed
+    """Values that are kept of the forward pass for the backward pass. none: everything, nothing is computed
     again. products: results of matrix products and attention. attention: results of attention. blocks:
     inputs of blocks. offload: those, held by the host."""
 

@@ -77,7 +77,7 @@ class Record(Entry):
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What the records of a folder have in common: latent shape (T, H, W, C), text width, number type.
+    """The properties that the records of a folder share: latent shape (T, H, W, C), text width, number type.
 
     `made_by` is whatever identifies their making, JSON values by name; records of another making do not mix.
     """
@@ -92,7 +92,7 @@ class Meta:
 
 
 def checksum(latents: np.ndarray) -> str:
-    """What identifies latents whatever their record is called: a digest of their type, shape and bytes."""
+    """The identity of latents whatever their record is called: a digest of their type, shape and bytes."""
     digest = hashlib.blake2b(f"{latents.dtype} {latents.shape}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(latents).view(np.uint8).data)
     return digest.hexdigest()
@@ -442,7 +442,7 @@ class _Shard(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """What the list beside a shard says of a record."""
+    """A record's line in the list beside its shard."""
 
     entry: Entry
     checksum: str
@@ -502,7 +502,7 @@ def _anew(folder: Path) -> str:
 
 
 def _read_list(folder: Path, shard: Shard) -> list[_Line]:
-    """What is listed of each record of a shard."""
+    """The lines of the list beside a shard."""
     path = folder / f"{shard.name}.jsonl"
     with reading(path, _anew(folder)):
         data = path.read_bytes()

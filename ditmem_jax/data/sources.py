@@ -195,7 +195,7 @@ class InZip(Place):
             raise UserError(f"cannot read {self}", found=error) from error
 
     def check(self) -> None:
-        """What claims to be far larger than it lies there is not read: videos can hardly be packed."""
+        """Refuse to read what claims to be far larger than it lies there: videos can hardly be packed."""
         info, stream = _open_zip(self.path).getinfo(self.name), self.open()
         while info.file_size <= PACKED * info.compress_size and stream.read(1 << 20):
             pass

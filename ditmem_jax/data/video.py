@@ -89,7 +89,7 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What decoding tells of a whole video: its number of frames, and their mean rate if they have times."""
+    """Counts from decoding a whole video: its number of frames, and their mean rate if they have times."""
 
     frames: int
     fps: float | None

@@ -1,4 +1,4 @@
-"""What the frozen networks make of videos and captions: embeddings, and the shards of records that `encode` collects.
+"""The encoding of videos and captions by the frozen networks: embeddings, and the shards of records that `encode` collects.
 
 A shard is made of a fixed range of rows, whatever happens to other shards: its videos that can be read go through the
 networks `batch` at a time, in order. So it does not depend, but for rounding, on who makes it, or when.
@@ -40,7 +40,7 @@ Networks = tuple[VAE, tuple[UMT5, Tokenizer]]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all shards of one run have in common.
+    """The settings and networks that all shards of one run share.
 
     Args:
         parts: the folder for shards that wait for their place among the records.
@@ -114,7 +114,7 @@ def _note(rows: Sequence[Row], job: Job) -> Path:
 
 
 def describe(config: Config, networks: Networks) -> Meta:
-    """What identifies records made with this config and these networks."""
+    """The identity of records made with this config and these networks."""
     video, (vae, (umt5, tokenizer)) = config.video, networks
     grid = vae.config.latent_grid(video.frames, video.height, video.width)
     return Meta(
@@ -157,7 +157,7 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, ids: Array, mask: Array) -> Ar
 
 
 def _condition(config: Config, vae: VAE, frames: Frames) -> dict[str, np.ndarray]:
-    """What training tells the transformer of these frames of a clip, where records are to keep that."""
+    """The condition that training gives the transformer for these frames of a clip, where records keep it."""
     condition = condition_for(config)
     if condition is None or (given := condition.stored(frames)) is None:
         return {}

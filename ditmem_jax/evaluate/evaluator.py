@@ -27,7 +27,7 @@ class HeldOut(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What an evaluator is made from.
+    """The networks and held-out records that an evaluator is made from.
 
     Attributes:
         backbone: arrays of the frozen transformer.
@@ -46,7 +46,7 @@ class Subject:
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """What is measured of an encoder; made once for a run, and compiled then, under `jax.set_mesh`.
+    """A measure of an encoder; made once for a run, and compiled then, under `jax.set_mesh`.
 
     Its numbers have names that begin with its own in `EVALUATORS`. What the frozen transformer does without a memory
     never changes: it is worth keeping.

@@ -109,7 +109,7 @@ class Clips:
         raise UserError(self.missing(row))
 
     def missing(self, row: Row) -> str:
-        """What keeps a row from being played, or ""."""
+        """The reason why a row cannot be played, or ""."""
         try:
             if self._original(row) is not None or (self.decoder is not None and row["records"]):
                 return ""

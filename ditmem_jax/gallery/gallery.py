@@ -1,4 +1,4 @@
-"""What the page shows of a bank and does to it, without a page: every call sees what other people have changed."""
+"""The state behind the page of a bank, without the page: every call sees what other people have changed."""
 
 import dataclasses
 import shutil

@@ -79,7 +79,7 @@ class Uploads:
         await response(scope, receive, send)
 
     def _has_room(self) -> bool:
-        """Whether all that was uploaded fits, that of uploads under way included."""
+        """Return True while all uploads fit, those under way included."""
         if self._held + self._received > VOLUME:
             self._look()
         return self._held <= VOLUME

@@ -31,7 +31,7 @@ class Networks(NamedTuple):
 
 
 def attention_backend(config: Config, mesh: Mesh) -> Backend:
-    """What computes attention on the devices of `mesh`: `config.mesh.attention`, with "auto" decided.
+    """The kernel of attention on the devices of `mesh`: `config.mesh.attention`, with "auto" decided.
 
     Raises:
         UserError: for one that these devices do not have, or that does not take these weights.

@@ -153,7 +153,7 @@ class Conv3d(nnx.Module):
 
 
 def _stack_taps(x: Array, axis: int, size: int, stride: int) -> Array:
-    """What each output of a convolution along `axis` reads, tap after tap along the channels."""
+    """The inputs of each output of a convolution along `axis`, tap after tap along the channels."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (size // 2, size // 2)
     x = jnp.pad(x, pad)

@@ -308,7 +308,7 @@ def _path(out: Path, request: Request, digest: str) -> Path:
 
 
 def _digest_beside(path: Path) -> str | None:
-    """What the file beside a clip says that it was made from."""
+    """The contents of the file beside a clip: all that it was made from."""
     try:
         about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -317,7 +317,7 @@ def _digest_beside(path: Path) -> str | None:
 
 
 def _retrieve_all(config: Config, requests: Sequence[Request]) -> dict[tuple[Any, Any], Retrieved]:
-    """What is found for each prompt and kind of memory; tells it."""
+    """Find the memory of each prompt and kind of memory, and tell it."""
     wanted = dict.fromkeys((each.prompt, each.memory) for each in requests if each.memory != "none")
     searched = [prompt for prompt, memory in wanted if memory == "auto"]
     found = (
@@ -343,7 +343,7 @@ def _retrieve_all(config: Config, requests: Sequence[Request]) -> dict[tuple[Any
 
 
 def _kind(clip: Clip) -> tuple[Any, ...]:
-    """What clips of one batch have in common."""
+    """The properties that clips of one batch share."""
     videos = None if clip.memory is None or clip.source is not None else len(clip.memory.videos)
     return videos, clip.source is not None, clip.request.strength
 
@@ -375,7 +375,7 @@ def _given(read: Callable[[Retrieved], Rows], frames: Given | None, clips: Seque
 def _reader(
     sampler: Sampler, encoders: Sequence[Path] | None, features: str | Path | None
 ) -> Callable[[Retrieved], Rows]:
-    """What gives the rows of the videos found for a prompt, from a store or their latents; tells what it reads."""
+    """A function from what was found for a prompt to the rows of its videos, from a store or their latents; tells what it reads."""
     stores = [Features.open(features, path) for path in encoders or ()] if features is not None else []
     known: dict[tuple[str, ...], Rows] = {}
 

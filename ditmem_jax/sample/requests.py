@@ -1,4 +1,4 @@
-"""What clips are asked for: prompts with their seeds and memories, one by one or in a file."""
+"""Requests for clips: prompts with their seeds and memories, one by one or in a file."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""What a bank finds for a prompt."""
+"""Retrieval: the videos that a bank finds for a prompt."""
 
 import dataclasses
 import functools

@@ -45,9 +45,9 @@ from ditmem_jax.storage.weights import load_clip, load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, GivenFrames, Memory
 
 Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
-"""What an encoder, or that of each expert, makes of single reference videos (`VideoEncoder.video_rows`)."""
+"""Rows of single reference videos by an encoder, or by that of each expert (`VideoEncoder.video_rows`)."""
 Given = dict[str, np.ndarray]
-"""What a kind of condition makes of given frames: fields of `types.Conditioning` by name."""
+"""Given frames as a kind of condition encodes them: fields of `types.Conditioning` by name."""
 Coefficients = Float[np.ndarray, "steps k"]
 """Of each step, as `diffusion.solvers` computes them."""
 Step = Callable[[Carry, Float[np.ndarray, " k"]], Carry]
@@ -233,7 +233,7 @@ class Sampler:
         return carry.latents
 
     def noise(self, seeds: Sequence[int]) -> Latents:
-        """What the clips of these seeds begin with."""
+        """The noise that the clips of these seeds begin with."""
         shape = self.config.latent_shape
         noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
         return shard(self.mesh, noise, "batch", *[None] * 4)
@@ -246,7 +246,7 @@ class Sampler:
         sources: Sequence[str] | None = None,
         frames: Sequence[GivenFrames] | Given | None = None,
     ) -> list[tuple[Step, Coefficients]]:
-        """What `latents` goes through: of each transformer its compiled step and the coefficients of its steps.
+        """The programs of `latents`: of each transformer its compiled step and the coefficients of its steps.
 
         Arguments and errors as `latents`.
         """
@@ -317,7 +317,7 @@ class Sampler:
         return lambda carry, row: program(stage.weights, carry, row, *given)
 
     def rows(self, references: Float[np.ndarray, "B R t h w C"] | Results) -> Rows:
-        """What the encoders make of each reference video, within rounding as `bank.features` stores it.
+        """Rows of each reference video by the encoders, within rounding as `bank.features` stores it.
 
         Raises:
             UserError: without an encoder, or with one that is not of videos.

@@ -32,7 +32,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(values: Mapping[str, Any], name: object, fix: str | None = None) -> dict[str, Any]:
-    """What `sealed` was given.
+    """The values that `sealed` was given.
 
     Raises:
         UserError: if any of it, or its digest, is not as it was written; `name` says where it was read.

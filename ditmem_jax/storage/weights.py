@@ -205,7 +205,7 @@ def _original(path: Path) -> bool:
 
 
 def empty_index() -> dict[str, Any]:
-    """What config.json says of a folder without any network."""
+    """The config.json of a folder without any network."""
     return {"format": FORMAT, "version": VERSION} | {part: {} for part in PARTS}
 
 

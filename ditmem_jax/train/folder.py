@@ -71,7 +71,7 @@ MAY_CHANGE = {
 PACKAGES = ("ditmem_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 Changes = dict[str, tuple[Any, Any]]
-"""What of a configuration is not as it was, by dotted name: the value then, and now."""
+"""The values of a configuration that differ, by dotted name: the value then, and now."""
 
 
 def fingerprint(arrays: Arrays) -> str:
@@ -112,7 +112,7 @@ def claim(config: Config, backbone: str) -> Iterator[tuple[Path, Changes]]:
 
 
 def _claim(folder: Path, config: Config, backbone: str) -> tuple[bool, Changes]:
-    """Whether the folder was made here; otherwise it holds this run, with these changes."""
+    """True if the folder was made here; otherwise it holds this run, with these changes."""
     if (folder / "config.json").exists():
         then, now = _flat(_read_json(folder / "config.json")), _flat(to_dict(config))
         then = {key: value for key, value in _defaults().items() if key in now} | then
@@ -165,7 +165,7 @@ def note_start(folder: Path, config: Config, step: int, changes: Changes) -> Non
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """What run.json says; a run of version 0.1 has none."""
+    """The contents of run.json; a run of version 0.1 has none."""
     return _read_json(folder / "run.json") if (folder / "run.json").exists() else {}
 
 

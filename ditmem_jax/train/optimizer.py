@@ -86,7 +86,7 @@ def check_updates(config: OptimConfig, steps: int) -> None:
 
 
 def matrices(params: Arrays) -> dict[str, bool]:
-    """What weight decay pulls: matrices and convolutions, not biases and norms."""
+    """The parameters that weight decay pulls: matrices and convolutions, not biases and norms."""
     return {path: path.endswith("kernel") for path in params}
 
 

@@ -1,4 +1,4 @@
-"""What a run begins with: networks, data and compiled programs, checked, loaded and on the devices of the mesh."""
+"""The set-up of a run: networks, data and compiled programs, checked, loaded and on the devices of the mesh."""
 
 import dataclasses
 import functools
@@ -94,7 +94,7 @@ class Setup:
 
     @functools.cached_property
     def subject(self) -> Subject | None:
-        """What is evaluated, and on what; None without held-out records."""
+        """The evaluators and their held-out batches; None without held-out records."""
         if self._records_held_out is None:
             return None
         return Subject(
@@ -120,7 +120,7 @@ class Setup:
         return jax.tree.map(self._divide, batch._replace(ids=None))
 
     def _divide(self, x: np.ndarray) -> jax.Array:
-        """What each process has of an array of a batch, as one on the devices."""
+        """One array on the devices from each process's part of an array of a batch."""
         shape = (self.config.data.batch_size, *x.shape[1:])
         return jax.make_array_from_process_local_data(batch_sharding(self.mesh), x, shape)
 

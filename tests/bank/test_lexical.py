@@ -1,4 +1,4 @@
-"""What counts in a caption: rare words, numbers as wholes; the same on every machine."""
+"""Weights of words in a caption: rare words, numbers as wholes; the same on every machine."""
 
 import math
 

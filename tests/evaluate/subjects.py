@@ -51,7 +51,7 @@ def held_out(videos, of_others, entries, numbers=None):
 
 
 def subject(batches, dit=None, run=None, **parts):
-    """What evaluators of an untrained encoder are made from, and of `dit`."""
+    """The subject of evaluators: an untrained encoder and `dit`."""
     structures, backbone, encoder = networks(dit or FakeDiT())
     arrays = {"factor": encoder["factor"]}, {"calls": encoder["calls"]}
     config = replace(tiny_config("nowhere", **parts), "sample", seed=7, steps=2)

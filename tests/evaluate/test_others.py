@@ -1,4 +1,4 @@
-"""Who is another to a held-out sample: of the same kind, unrelated, and the same in every process."""
+"""Another to a held-out sample is of the same kind, unrelated, and the same in every process."""
 
 import dataclasses
 

@@ -33,7 +33,7 @@ class Visitor(httpx.Client):
         return response.json()[0]
 
     def join(self, inputs, outputs, data):
-        """What the function of so many inputs and outputs answers: a refusal, or what it would show."""
+        """The answer of the function of so many inputs and outputs: a refusal, or what it would show."""
         session = uuid.uuid4().hex
         body = {"data": data, "fn_index": self.ids[inputs, outputs], "session_hash": session}
         response = self.post("/gradio_api/queue/join", json=body)
@@ -78,7 +78,7 @@ def test_an_upload_is_added_by_the_token_that_stands_for_it(visitor, gallery, se
 
 
 def files(visitor, address, secret, uploads):
-    """What a request may call a file: by the machine's names, addresses, others' tokens, in any place."""
+    """Names that a request may give a file: by the machine's names, addresses, others' tokens, in any place."""
     token = visitor.upload(secret)
     other = Visitor(address)
     yield {"path": other.upload(secret), "meta": META}

@@ -28,7 +28,7 @@ def rows(path):
 
 
 def claim(config, backbone="abc"):
-    """What has changed since the folder was first claimed, by name: the value now."""
+    """The values that changed since the folder was first claimed, by name."""
     with runs.claim(config, backbone) as (folder, changes):
         assert str(folder) == config.run.out
     return {key: now for key, (_, now) in changes.items()}

@@ -1,4 +1,4 @@
-"""What a run begins with: what is loaded, what does not fit together, and the batches to validate on."""
+"""The set-up of a run: what is loaded, what does not fit together, and the batches to validate on."""
 
 import dataclasses
 import shutil
