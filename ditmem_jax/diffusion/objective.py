@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ditmem_jax.config import ExpertsConfig, ObjectiveConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import shifted_sigmas, training_weights
 
 BINS = 20

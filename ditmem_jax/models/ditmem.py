@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ditmem_jax.config import Config, MemoryConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import add_noise, target
 from ditmem_jax.models.attention.kernels import resolve
 from ditmem_jax.models.encoders import Encoder

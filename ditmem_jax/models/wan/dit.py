@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from ditmem_jax.config import DiTConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.attention.with_memory import KEPT, attention
 from ditmem_jax.models.layers import (
