@@ -308,7 +308,7 @@ def _path(out: Path, request: Request, digest: str) -> Path:
 
 
 def _digest_beside(path: Path) -> str | None:
-    """The contents of the file beside a clip: all that it was made from."""
+    """The digest in the file beside a clip, of all that it was made from; None without one."""
     try:
         about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -375,7 +375,10 @@ def _given(read: Callable[[Retrieved], Rows], frames: Given | None, clips: Seque
 def _reader(
     sampler: Sampler, encoders: Sequence[Path] | None, features: str | Path | None
 ) -> Callable[[Retrieved], Rows]:
-    """A function from what was found for a prompt to the rows of its videos, from a store or their latents; tells what it reads."""
+    """A function from what was found for a prompt to the rows of its videos, from a store or their latents.
+
+    It tells what it reads.
+    """
     stores = [Features.open(features, path) for path in encoders or ()] if features is not None else []
     known: dict[tuple[str, ...], Rows] = {}
 
