@@ -153,7 +153,7 @@ def left_out(source: Source, networks: list[Network]) -> Iterator[str]:
 
 
 def _other(part: Part) -> str:
-    """The name of a part that holds none of our networks."""
+    """A description of a part that holds none of our networks."""
     if lora.is_lora(part.tensors):
         return f"a {lora.describe(part.tensors)}; --lora {part.files[0]} merges it"
     return relatives.other(part.tensors)

@@ -280,7 +280,7 @@ def _signature(x: jax.ShapeDtypeStruct) -> tuple[str, tuple[int, ...]]:
 
 
 def _excess(report: Report) -> str:
-    """The residents of memory beside which a program that fits by itself does not."""
+    """The memory with the program, and the arrays beside it, where both together do not fit, in words."""
     used = f"{report.total / roof.GIB:.2f} of {report.hbm / roof.GIB:.2f} GiB with the program"
     return " and ".join([used, *report.beside])
 

@@ -195,7 +195,7 @@ class InZip(Place):
             raise UserError(f"cannot read {self}", found=error) from error
 
     def check(self) -> None:
-        """Refuse to read what claims to be far larger than it lies there: videos can hardly be packed."""
+        """Read the file through, which checks its sum; not one that claims to be far larger than packed: no video is."""
         info, stream = _open_zip(self.path).getinfo(self.name), self.open()
         while info.file_size <= PACKED * info.compress_size and stream.read(1 << 20):
             pass

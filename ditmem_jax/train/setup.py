@@ -94,7 +94,7 @@ class Setup:
 
     @functools.cached_property
     def subject(self) -> Subject | None:
-        """The evaluators and their held-out batches; None without held-out records."""
+        """The networks and held-out batches to evaluate; None without held-out records."""
         if self._records_held_out is None:
             return None
         return Subject(
