@@ -24,7 +24,6 @@ from rich.progress import track
 from ditmem_jax.aot import roof
 from ditmem_jax.conditions.kinds import condition_layout
 from ditmem_jax.config import Config, MeshConfig
-from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.models.placement import tree_shardings
@@ -39,7 +38,7 @@ from ditmem_jax.parallel.mesh import (
     replicated,
     with_shardings,
 )
-from ditmem_jax.sample.sampler import make_step, schedule
+from ditmem_jax.sample.sampler import initial, make_step, schedule
 from ditmem_jax.storage.weights import new_dit
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.setup import batch_layout
@@ -138,7 +137,7 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
     noise = jax.ShapeDtypeStruct((size, *config.latent_shape), jnp.float32, sharding=each)
     text = jax.ShapeDtypeStruct((size, config.dit.text_len, config.dit.text_dim), jnp.float32, sharding=every)
     memory = with_shardings(memory, jax.tree.map(lambda _: each, memory))
-    carry = jax.eval_shape(SOLVERS[config.sample.solver].init, noise)
+    carry = jax.eval_shape(lambda x: initial(config, x), noise)
     carry = with_shardings(carry, jax.tree.map(lambda _: each, carry))
     coefficients, scale = schedule(config)[0]
     row = jax.ShapeDtypeStruct(coefficients.shape[1:], jnp.float32, sharding=every)

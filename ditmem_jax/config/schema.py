@@ -240,6 +240,9 @@ class SampleConfig:
     strictly falling, from 1 or below, without the final 0."""
     solver: Literal["euler", "unipc", "dpm++"] = "euler"
     """One of `diffusion.solvers.SOLVERS`."""
+    step_cache: float = 0.0
+    """[relative change] A velocity that is expected to have changed by less than this since it was computed is taken
+    again, see `diffusion.step_cache`; 0: every step computes its own."""
     guidance: float = 5.0
     """Scale of classifier-free guidance; 1: none."""
     guidance_high: float | None = None
@@ -267,6 +270,7 @@ class SampleConfig:
         check("sample", self, "above 0", "shift")
         check("sample", self, "a finite number", "guidance", "guidance_high")
         check("sample", self, "0 or more", "strength")
+        check("sample", self, "at least 0 and below 1", "step_cache")
         check("sample", self, "0 to 4294967295", "seed")
         low, high = self.memory_range
         require(

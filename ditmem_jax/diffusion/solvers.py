@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ditmem_jax.diffusion.guidance import Latents, Velocity
+from ditmem_jax.diffusion.step_cache import Kept
 from ditmem_jax.errors import UserError
 
 LARGEST_SIGMA = 1 - 1e-6
@@ -41,6 +42,8 @@ class Carry(NamedTuple):
 
     latents: Latents
     history: tuple[Latents, ...] = ()
+    kept: Kept | None = None
+    """Of a step cache, if there is one."""
 
 
 class Solver(Protocol):
@@ -59,7 +62,7 @@ class Solver(Protocol):
         """The carry before the first step."""
 
     def step(self, velocity: Velocity, carry: Carry, row: Float[Array, " k"]) -> Carry:
-        """One step with its row of the coefficients."""
+        """One step with its row of the coefficients: the velocity is asked once, at the carry's latents and its sigma."""
 
 
 class Euler:
@@ -90,7 +93,7 @@ class DPMSolverPP2M:
 
     def step(self, velocity, carry, row):
         sigma, *weights = row
-        x, (before,) = carry
+        x, (before,) = carry.latents, carry.history
         data = x - sigma * velocity(x, sigma)
         return Carry(_sum(weights, x, data, before), (data,))
 
@@ -119,7 +122,7 @@ class UniPC:
 
     def step(self, velocity, carry, row):
         sigma, correction, *weights = row
-        x, (known, before) = carry
+        x, (known, before) = carry.latents, carry.history
         data = x - sigma * velocity(x, sigma)
         x = known + correction * data
         predicted, known = (_sum(each, x, data, before) for each in (weights[:3], weights[3:]))

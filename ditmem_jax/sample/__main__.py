@@ -38,6 +38,7 @@ def main() -> None:
     with processes.Program(**PROCESSES()):
         frames = read_frames(config, FIRST_FRAME.value, LAST_FRAME.value, CONTINUE.value, GIVEN_FRAMES.value)
         options = dict(features=FEATURES.value, frames=frames, warm=WARM.value)
+        options["check_step_cache"] = CHECK_STEP_CACHE.value
         make_clips(config, prompts, OUT.value, ENCODER.value or None, memory, seeds, **options)
         if WARM.value and processes.is_primary():
             print("all is compiled")
@@ -84,5 +85,10 @@ if __name__ == "__main__":
         "strength", None, "Weight of the memory, instead of sample.strength; 0 is none."
     )
     WARM = flags.DEFINE_bool("warm", False, "Compile everything, into --compile_cache, and make no clip.")
+    CHECK_STEP_CACHE = flags.DEFINE_bool(
+        "check_step_cache",
+        False,
+        "Make the first clips without sample.step_cache as well, and print how far apart the two are.",
+    )
     OUT = flags.DEFINE_string("out", "samples", "Folder for the clips, or one clip.mp4.")
     cli.run(main)

@@ -90,6 +90,7 @@ def make_clips(
     frames: GivenFrames | None = None,
     *,
     warm: bool = False,
+    check_step_cache: bool = False,
 ) -> list[Path]:
     """Makes the clips that are asked for and beside each a JSON file about its making, under a progress bar.
 
@@ -104,6 +105,7 @@ def make_clips(
         features: store of `bank.features` to take what the encoder makes of them from, instead of their latents.
         frames: pictures that all clips are to hold, see `conditions.files.read_frames`.
         warm: load and compile everything, which fills the compile cache, and make no clip.
+        check_step_cache: make the first clips without `sample.step_cache` as well, and tell how far they are apart.
     Returns:
         the file of each clip, in the order of prompts and seeds.
     Raises:
@@ -112,6 +114,8 @@ def make_clips(
             clip whose numbers are not finite, after the others are made.
     """
     phases, out = compilation.Phases(), Path(out)
+    if check_step_cache and not config.sample.step_cache:
+        raise UserError("there is no step cache to check", fix="--config.sample.step_cache=0.1")
     requests = _requests(config, prompts, memory, seeds)
     _check_out(out, len(set(requests)))
     config = prepared(config, frames)
@@ -137,7 +141,9 @@ def make_clips(
         for clip in todo:
             clip.require_free()
         if todo:
-            _make(config, todo, encoder, features, frames, phases, warm=warm)
+            _make(
+                config, todo, encoder, features, frames, phases, warm=warm, check_step_cache=check_step_cache
+            )
     return [] if warm else paths
 
 
@@ -150,6 +156,7 @@ def _make(
     phases: compilation.Phases,
     *,
     warm: bool,
+    check_step_cache: bool,
 ) -> None:
     columns = (
         TextColumn("{task.description}"),
@@ -199,6 +206,12 @@ def _make(
                         clip.write(shown, config.video.fps)
                     progress.console.print(str(clip.path), highlight=False, soft_wrap=True)
                 made += len(batch)
+                if sampler.computed is not None:
+                    count, steps = sampler.computed.mean(), len(sampling_sigmas(config.sample))
+                    progress.console.print(f"step cache: {count:.3g} of {steps} steps computed")
+                if check_step_cache and batch is batches[0]:
+                    error = sampler.step_cache_error(seeds=seeds, **given(batch))
+                    progress.console.print(f"step cache: latents are {error:.2%} from those of all steps")
                 if len(batches) > 1 and not progress.console.is_terminal:
                     seconds = (time.perf_counter() - begun) / (made + len(broken))
                     left = seconds * (len(clips) - made - len(broken))

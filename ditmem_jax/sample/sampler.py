@@ -28,6 +28,7 @@ from ditmem_jax.data.video import from_unit
 from ditmem_jax.diffusion import flow
 from ditmem_jax.diffusion.guidance import Latents, guided
 from ditmem_jax.diffusion.solvers import SOLVERS, Carry
+from ditmem_jax.diffusion.step_cache import Kept, recall
 from ditmem_jax.errors import UserError, warn
 from ditmem_jax.models.backbone import Experts
 from ditmem_jax.models.ditmem import compute_for, with_strength
@@ -115,6 +116,9 @@ class Sampler:
             the tokens of each clip, and the weights as they were placed.
     """
 
+    computed: Int[np.ndarray, " B"] | None = None
+    """With a step cache, at how many steps the velocity of each of the last clips was computed."""
+
     def __init__(
         self,
         config: Config,
@@ -175,6 +179,30 @@ class Sampler:
         other._encoders = (encoder,)
         return other
 
+    def with_sampling(self, **settings: Any) -> "Sampler":
+        """The same networks, with other values of `config.sample`; their steps are compiled anew."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(
+            self.config, sample=dataclasses.replace(self.config.sample, **settings)
+        )
+        other._solver, other.computed = SOLVERS[other.config.sample.solver], None
+        parts = zip(self._stages, schedule(other.config), strict=True)
+        other._stages = [_Stage(stage.graph, stage.weights, *part, {}) for stage, part in parts]
+        if other.config.sample.negative_prompt != self.config.sample.negative_prompt:
+            other._negative = other._embed([other.config.sample.negative_prompt], allow_empty=True)
+        return other
+
+    def step_cache_error(
+        self, prompts: Sequence[str], seeds: Sequence[int], *given: Any, **named: Any
+    ) -> float:
+        """Relative L2 distance of clips' latents from those without a step cache; arguments as `latents`."""
+        found = [
+            each.latents(prompts, seeds, *given, **named)
+            for each in (self, self.with_sampling(step_cache=0.0))
+        ]
+        ours, theirs = all_gather_to_host(found, self.mesh)
+        return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -226,11 +254,26 @@ class Sampler:
         _check_count("seeds", len(seeds), prompts)
         steps, noise = self.steps(prompts, references, strength, sources, frames), self.noise(seeds)
         with jax.set_mesh(self.mesh):
-            carry, done = self._solver.init(noise), 0
+            carry, done, self.computed = self._initial(noise), 0, None
             for step, coefficients in steps:
                 carry = denoise(checked(step, done), carry, coefficients, self._on_step)
                 done += len(coefficients)
+                carry = self._counted(carry)
         return carry.latents
+
+    def _initial(self, noise: Latents) -> Carry:
+        """The carry before the first step of a transformer, on the devices."""
+        carry = initial(self.config, noise)
+        kept = jax.tree.map(lambda x: shard(self.mesh, x, "batch", *[None] * (x.ndim - 1)), carry.kept)
+        return carry._replace(kept=kept)
+
+    def _counted(self, carry: Carry) -> Carry:
+        """The carry for the next transformer, which has no velocity yet; the steps of this one are counted."""
+        if carry.kept is None:
+            return carry
+        found = all_gather_to_host(carry.kept.computed, self.mesh)
+        self.computed = found if self.computed is None else self.computed + found
+        return carry._replace(kept=self._initial(carry.latents).kept)
 
     def noise(self, seeds: Sequence[int]) -> Latents:
         """The noise that the clips of these seeds begin with."""
@@ -309,9 +352,9 @@ class Sampler:
         sizes = tuple(jnp.shape(x) for x in jax.tree.leaves(given))
         if sizes not in stage.programs:
             noise = self.noise([0] * len(given[0].text))
-            step = make_step(self.config, stage.graph, stage.scale)
-            step = jax.jit(step, out_shardings=noise.sharding)
-            inputs = self._solver.init(noise), stage.coefficients[0]
+            inputs = self._initial(noise), stage.coefficients[0]
+            shardings = jax.tree.map(lambda x: x.sharding, inputs[0])
+            step = jax.jit(make_step(self.config, stage.graph, stage.scale), out_shardings=shardings)
             stage.programs[sizes] = compilation.compile_for(step, stage.weights, *inputs, *given)
         program = stage.programs[sizes]
         return lambda carry, row: program(stage.weights, carry, row, *given)
@@ -373,6 +416,12 @@ def _check_count(what: str, found: int, prompts: Sequence[str]) -> None:
         )
 
 
+def initial(config: Config, noise: Latents) -> Carry:
+    """The carry before the first step, with a step cache if the config has one."""
+    carry = SOLVERS[config.sample.solver].init(noise)
+    return carry._replace(kept=Kept.none(noise.shape)) if config.sample.step_cache else carry
+
+
 def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Carry]:
     """The pure program (weights, carry, row of coefficients, positive, negative, memory or None) -> carry.
 
@@ -381,14 +430,24 @@ def make_step(config: Config, graph: Any, scale: float) -> Callable[..., Carry]:
         scale: of guidance.
     """
 
+    low, high = config.sample.memory_range
+
+    def is_read(sigma):
+        return (low <= sigma) & (sigma <= high)
+
     def step(weights, carry, row, positive, negative, memory):
         options = dict(memory_in_negative=config.sample.memory_in_negative)
         if memory is not None and config.sample.memory_range != (0.0, 1.0):
-            (low, high), sigma = config.sample.memory_range, row[0]
-            memory = memory._replace(bias=jnp.where((low <= sigma) & (sigma <= high), memory.bias, -jnp.inf))
-        velocity = guided(nnx.merge(graph, weights), positive, negative, memory, scale, **options)
+            memory = memory._replace(bias=jnp.where(is_read(row[0]), memory.bias, -jnp.inf))
+        velocity, kept = guided(nnx.merge(graph, weights), positive, negative, memory, scale, **options), None
+        if carry.kept is not None:
+            tolerance, usable = config.sample.step_cache, is_read(carry.kept.sigma) == is_read(row[0])
+            found, kept = recall(velocity, carry.kept, carry.latents, row[0], tolerance, usable)
+            velocity = lambda x, sigma: found  # noqa: E731
         carry = SOLVERS[config.sample.solver].step(velocity, carry, row)
-        return carry._replace(latents=positive.fill(carry.latents))  # no solver moves what is given
+        return carry._replace(
+            latents=positive.fill(carry.latents), kept=kept
+        )  # no solver moves what is given
 
     return step
 

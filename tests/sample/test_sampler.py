@@ -189,6 +189,21 @@ def test_a_clip_does_not_depend_on_its_batch(sampler):
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
+def test_a_step_cache_leaves_steps_out(config, encoder, sampler):
+    """On a mesh, as far from all steps as it says."""
+    settings = replace(sampler.config, "mesh", data=2, context=2, tensor=2)
+    settings = replace(settings, "sample", steps=8, step_cache=0.5)
+    prompts = [PROMPT, "A ball falls on planet Cyta"]
+    cached = Sampler.load(settings, encoder, prompts=prompts)
+    both = np.asarray(cached.latents(prompts, [5, 6]))
+    assert (cached.computed >= 2).all() and (cached.computed < 8).all()
+    every = sampler.with_sampling(steps=8)
+    want = np.asarray(every.latents(prompts, [5, 6]))
+    error = np.linalg.norm(both - want) / np.linalg.norm(want)
+    assert 0 < error < 0.5
+    np.testing.assert_allclose(cached.step_cache_error(prompts, [5, 6]), error, rtol=1e-2)
+
+
 @pytest.mark.parametrize("mesh", [dict(data=2, context=2, tensor=2), dict(data=1, fsdp=8)])
 def test_a_mesh_makes_what_one_device_does(config, encoder, sampler, mesh):
     prompts, references = [PROMPT, "A ball falls on planet Cyta"], retrieve(config, PROMPT).latents[None]
