@@ -244,7 +244,8 @@ def _given() -> "tuple[pa.Table, np.ndarray | None]":
         raise UserError("which videos", expected="--records=DIR[,DIR], or --table=FILE [--vectors=FILE.npy]")
     if RECORDS.value:
         return rows_of_records(RECORDS.value), None
-    return read_rows(TABLE.value), read_vectors(VECTORS.value) if VECTORS.value else None
+    vectors = read_vectors(VECTORS.value) if VECTORS.value else None
+    return read_rows(TABLE.value, strict=vectors is not None), vectors
 
 
 def _vectors(embedder: "Embedder", rows: "pa.Table", given: "np.ndarray | None") -> "np.ndarray | None":

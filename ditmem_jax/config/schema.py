@@ -514,9 +514,22 @@ class VideoConfig:
     resize: Literal["stretch", "crop"] = "stretch"
     """How videos of another shape become clips: both sides scaled by themselves, or a centre of the
     clip's shape."""
+    sampling: Literal["even", "rate"] = "even"
+    """Frames of a video that make a clip. even: spread over the whole video, as released, so that a clip of a long one
+    is a time lapse. rate: at `fps`, from a window of the video."""
+    clips: str = "middle"
+    """Windows of "rate": head, middle, or uniform:N for up to N clips of a video that do not overlap."""
+    hdr: Literal["map", "skip"] = "map"
+    """Videos of high dynamic range (HLG and PQ). map: to what ordinary screens show. skip: they are left out."""
 
     def __post_init__(self):
         _check("video", self, "at least 1", "frames", "height", "width", "fps")
+        _require(
+            re.fullmatch(r"head|middle|uniform:[1-9]\d{0,5}", self.clips) is not None,
+            "video.clips",
+            expected="head, middle or uniform:N",
+            found=self.clips,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

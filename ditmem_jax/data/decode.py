@@ -244,7 +244,7 @@ def _decode(
                 todo, previous, found = deque(places), None, []
                 whole = to_the_end and number == len(runs) - 1
                 for frame in _deinterlaced(container.decode(stream), stream):
-                    key = len(found) if line.unit is None else frame.pts
+                    key = len(found) if line.unit is None or frame.pts is None else frame.pts
                     corrupt += frame.is_corrupt
                     if start is not None and previous is None:
                         del log[
@@ -262,6 +262,8 @@ def _decode(
                         break
                 while todo and previous is not None:
                     kept[todo.popleft()] = use(previous)
+                if todo and not whole:
+                    raise UserError(f"{path} is damaged", expected=f"{len(places)} more frames", found="none")
         except av.FFmpegError as error:
             raise UserError(
                 f"{path} is damaged", found=f"{error.strerror} after {len(found)} frames"

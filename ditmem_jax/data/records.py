@@ -5,10 +5,11 @@ A folder of records holds
     index.json                  format, what the records have in common, what made them, the finished shards, and
                                 videos that could not be encoded, by id, with the reason
     records-00000.array_record  the records of a shard, each the bytes of one safetensors file
-    records-00000.jsonl         id, caption, source, extra columns, checksum and facts of the video of each, a JSON
-                                object a line
+    records-00000.jsonl         id, caption, source, extra columns, checksum, facts of the video and stamp of its file of
+                                each, a JSON object a line
     prompts.safetensors         text embeddings that belong to no video, such as the empty prompt's
 
+A shard in which records have changed is written anew under a further name, records-00000-1.
 Every file appears whole, and `index.json` names a shard only once the shard is on the disk. So a writer that
 was killed leaves a folder that the next writer continues after the last finished shard.
 """
@@ -20,7 +21,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
@@ -31,13 +32,13 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
-from ditmem_jax.data.video import Facts
+from ditmem_jax.data.video import Facts, Stamp
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.storage.files import replacing, write_text
 from ditmem_jax.storage.locks import owned
 
-FORMAT = 3
-READABLE = (2, FORMAT)  # format 2 has no facts of videos
+FORMAT = 4
+READABLE = (2, 3, FORMAT)  # 2 has no facts of videos, 3 no stamps of their files and less facts
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"]}
 
@@ -56,14 +57,16 @@ class Entry:
 class Record(Entry):
     """One encoded video: normalised VAE latents, and its caption's embedding without padding.
 
-    `facts` are of the whole video that the latents were made from, if they are known. `condition` holds what a
-    transformer that takes given frames as channels is told of the video's own, by field of `types.Conditioning`.
+    `facts` are of the video that the latents were made from, and `stamp` of its file, where they are known. The stamp is
+    in the list beside a shard only, so that records of equal videos are equal. `condition` holds what a transformer that
+    takes given frames as channels is told of the video's own, by field of `types.Conditioning`.
     """
 
     latents: Float[np.ndarray, "T H W C"]
     text_embedding: Float[np.ndarray, "L D"]
     facts: Facts | None = dataclasses.field(default=None, kw_only=True)
     condition: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, kw_only=True)
+    stamp: Stamp | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     @property
     def entry(self) -> Entry:
@@ -102,7 +105,7 @@ def to_bytes(record: Record) -> bytes:
     metadata = dataclasses.asdict(record.entry) | {"extra": json.dumps(record.extra)}
     metadata |= {name: json.dumps(facts) for name, facts in _facts_to_json(record).items()}
     tensors = record.condition | {"latents": record.latents, "text_embedding": record.text_embedding}
-    return _to_safetensors(tensors, metadata)
+    return to_safetensors(tensors, metadata)
 
 
 def from_bytes(data: bytes) -> Record:
@@ -129,8 +132,15 @@ def _facts_from_json(values: dict[str, Any] | None) -> Facts | None:
     return Facts(**values) if values else None
 
 
-def _to_safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+def to_safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file with its metadata in the order of their names; the library's own is random."""
+    data = safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _from_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -167,7 +177,9 @@ def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) 
         for record in (_cast(record, meta) for record in records):
             writer.write(to_bytes(record))
             line = dataclasses.asdict(record.entry) | {"checksum": checksum(record.latents)}
-            lines.append(json.dumps(line | _facts_to_json(record), ensure_ascii=False))
+            line |= _facts_to_json(record)
+            line |= {"stamp": dataclasses.asdict(record.stamp)} if record.stamp else {}
+            lines.append(json.dumps(line, ensure_ascii=False))
         writer.close()
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
         size = temporary.stat().st_size
@@ -191,7 +203,7 @@ def _cast(record: Record, meta: Meta) -> Record:
 class RecordWriter:
     """Writes records shard by shard, and continues a folder that a killed writer left.
 
-    Use as a context manager: the folder is complete once the block ends without an error. `entries` are those
+    Use as a context manager: the folder is complete once the block ends without an error. `lines` tell of the records
     of the shards that were finished before. `skipped` tells of the videos that have no record, by id, why not;
     it is empty again when a complete folder is opened, for another attempt.
 
@@ -217,7 +229,7 @@ class RecordWriter:
         self.skipped: dict[str, str] = index.get("skipped", {}) if begun else {}
         for shard in self._shards:
             _check_size(self.folder, shard)
-        self.entries = [line.entry for shard in self._shards for line in _read_list(self.folder, shard)]
+        self.lines = self.current()
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "index.json").exists():
             self._write_index(complete=False)
@@ -232,6 +244,50 @@ class RecordWriter:
                 if not self._shards:
                     raise UserError(f"no record was written to {self.folder}", expected="at least one")
                 self._write_index(complete=True)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [line.entry for line in self.lines]
+
+    def current(self) -> "list[Line]":
+        """The lines of all finished shards, also of those that were added since."""
+        return [line for shard in self._shards for line in read_list(self.folder, shard)]
+
+    def rewrite(self, changes: Mapping[str, Callable[[Record], Record | None]]) -> None:
+        """Writes those shards anew in which records of finished shards change, by id; None is in place of no record.
+
+        The others keep their places, but for those after a record that is gone.
+        """
+        shards, old = [], []
+        for shard in self._shards:
+            lines = read_list(self.folder, shard)
+            if not any(line.entry.id in changes for line in lines):
+                shards.append(shard)
+                continue
+            stem, _, number = shard["name"].removeprefix("records-").partition("-")
+            name = f"records-{stem}-{int(number or 0) + 1}"
+            written = write_shard(self.folder, name, self._changed(shard, lines, changes), self.meta)
+            old.append(shard["name"])
+            shards += [dataclasses.asdict(written)] if written.records else []
+            old += [] if written.records else [name]
+        self._shards = shards
+        self._write_index(complete=False)
+        for name in old:
+            for suffix in ("jsonl", "array_record"):
+                (self.folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        self.lines = self.current()
+
+    def _changed(
+        self,
+        shard: dict[str, Any],
+        lines: "list[Line]",
+        changes: Mapping[str, Callable[[Record], Record | None]],
+    ) -> Iterator[Record]:
+        source = ArrayRecordDataSource([_Shard.of(self.folder, shard)])
+        for number, line in enumerate(lines):
+            record = dataclasses.replace(from_bytes(source[number]), stamp=line.stamp)
+            if (record := changes.get(line.entry.id, lambda record: record)(record)) is not None:
+                yield record
 
     def add(self, record: Record) -> None:
         """Stores a record, its numbers as `meta.dtype`. It is safe on the disk when its shard is full."""
@@ -254,7 +310,7 @@ class RecordWriter:
         names = {f"prompt.{i}": text for i, text in enumerate(prompts)}
         tensors = {name: prompts[text].astype(DTYPES[self.meta.dtype]) for name, text in names.items()}
         with replacing(self.folder / "prompts.safetensors") as temporary:
-            temporary.write_bytes(_to_safetensors(tensors, names))
+            temporary.write_bytes(to_safetensors(tensors, names))
 
     def _found_index(self) -> dict[str, Any]:
         if self.folder.exists() and not self.folder.is_dir():
@@ -288,7 +344,8 @@ class RecordWriter:
             self._write_index(complete=False)
 
     def _next_name(self) -> str:
-        return f"records-{len(self._shards):05d}"
+        numbers = [int(shard["name"].split("-")[1]) for shard in self._shards]
+        return f"records-{max(numbers, default=-1) + 1:05d}"
 
     def _write_index(self, complete: bool) -> None:
         index = {"format": FORMAT, "complete": complete, "meta": self.meta.to_json(), "shards": self._shards}
@@ -361,8 +418,8 @@ class RecordReader:
         return [line.facts for line in self._list]
 
     @functools.cached_property
-    def _list(self) -> list["_Line"]:
-        return [line for shard in self._shards for line in _read_list(self.folder, shard)]
+    def _list(self) -> "list[Line]":
+        return [line for shard in self._shards for line in read_list(self.folder, shard)]
 
     def captions(self) -> list[str]:
         return [entry.caption for entry in self.entries]
@@ -405,18 +462,20 @@ class _Shard(NamedTuple):
         return cls(str(folder / f"{shard['name']}.array_record"), 0, shard["records"], shard["records"])
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """What the list beside a shard says of a record."""
 
     entry: Entry
     checksum: str
     facts: Facts | None
+    stamp: Stamp | None
 
     @classmethod
-    def of(cls, text: str) -> "_Line":
+    def of(cls, text: str) -> "Line":
         values = json.loads(text)
         checksum, facts = values.pop("checksum"), _facts_from_json(values.pop("facts", None))
-        return cls(Entry(**values), checksum, facts)
+        stamp = values.pop("stamp", None)
+        return cls(Entry(**values), checksum, facts, stamp and Stamp(**stamp))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -460,11 +519,18 @@ def _anew(folder: Path) -> str:
     return f"copy the file once more from where it is whole, or delete {folder} and make its records again"
 
 
-def _read_list(folder: Path, shard: dict[str, Any]) -> list[_Line]:
+def read_shard(folder: Path, shard: Shard, number: int) -> Record:
+    """A record of a shard, with the stamp of its file."""
+    values = dataclasses.asdict(shard)
+    record = from_bytes(ArrayRecordDataSource([_Shard.of(folder, values)])[number])
+    return dataclasses.replace(record, stamp=read_list(folder, values)[number].stamp)
+
+
+def read_list(folder: Path, shard: dict[str, Any]) -> list[Line]:
     """What is listed of each record of a shard."""
     path = folder / f"{shard['name']}.jsonl"
     try:
-        found = [_Line.of(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
+        found = [Line.of(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {path}", found=error, fix=_anew(folder)) from error
     if len(found) != shard["records"]:

@@ -1,8 +1,10 @@
 """The videos of a user: a table that says what they show, and the places where their files lie.
 
-A table is a CSV, a parquet file or JSON lines. A place is a folder, a zip file, a tar file, or a folder of input
-records; without a table each video takes its caption from a text file beside it (`a.mp4`, `a.txt`). Nothing is
-unpacked: a video of an archive is read into memory when its turn comes.
+A table is CSV, TSV, JSON (lines or an array) or parquet (see `data.tables`), which may hold the files themselves. A
+place is a folder, a zip or tar file (also compressed, and as webdataset writes them), or a folder of input records;
+without a table each video takes its caption from a file beside it (`a.mp4` with `a.txt`, `a.caption` or `a.json`).
+Nothing is unpacked, but for compressed tar files, into a temporary file: a video of an archive is read into memory when
+its turn comes.
 
 Input records are ArrayRecord shards `videos-00000.array_record`, .... Each record is the bytes of a safetensors file
 with the video file as the uint8 tensor `video`, and as metadata the texts id, caption, source and extra (a JSON object).
@@ -10,123 +12,112 @@ In place of the file there may be its frames, as the uint8 tensor `frames` [T, H
 """
 
 import abc
+import atexit
+import bz2
 import collections
-import csv
 import dataclasses
 import functools
 import glob
+import gzip
+import hashlib
 import itertools
 import json
+import lzma
+import os
+import re
+import shutil
 import tarfile
+import tempfile
+import threading
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 import safetensors.numpy
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ditmem_jax.data.records import Entry
-from ditmem_jax.data.video import Clip, Video, VideoBytes, VideoFile, read_clip
+from ditmem_jax.data import tables
+from ditmem_jax.data.decode import SUFFIXES
+from ditmem_jax.data.records import Entry, to_safetensors
+from ditmem_jax.data.video import Clip, Part, Stamp, Video, VideoBytes, VideoFile, read_clip
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.wan.tokenizer import clean
 from ditmem_jax.storage.files import reading, replacing
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 INPUT_RECORDS = "videos-*.array_record"
+# Names of columns that are in use, the first that is there counts.
+VIDEO = (
+    "video", "video_path", "file_name", "filename", "file_path", "filepath", "file", "path", "clip_path", "clip", "mp4",
+    "media_path", "media", "video_file", "video_name",
+)  # fmt: skip
+CAPTION = ("caption", "text", "prompt", "description", "captions", "sentence", "long_caption", "txt")
+BESIDE = (".txt", ".caption", ".json")  # files of captions
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def read_table(path: str | Path) -> list[tuple[Entry, str]]:
-    """The rows of a table with columns `video` or `video_path`, and `caption`, and the video of each.
+def read_table(
+    path: str | Path, video: str | None = None, caption: str | None = None
+) -> list[tuple[Entry, "str | Place | UserError"]]:
+    """The rows of a table of videos and captions, and the video of each; rows that cannot be read come last.
 
     A column `source` says what each video was cut from, else it stands for itself; other columns become `extra`. The
     id of a row is its video, with #2, #3, ... for further rows of the same video.
 
+    Args:
+        video: the column of the videos' paths or files, by default the first of `VIDEO` that is there.
+        caption: the column of captions, by default the first of `CAPTION`.
     Raises:
         UserError: if the file is no such table.
     """
-    readers = {".csv": _csv_rows, ".parquet": _parquet_rows, ".jsonl": _json_rows}
-    suffix = Path(path).suffix.lower()
-    if suffix not in readers:
-        raise UserError(
-            f"{path} is no table that we read", expected=f"a file {', '.join(readers)}", found=suffix
-        )
-    columns, rows = readers[suffix](Path(path))
-    video = next((name for name in ("video", "video_path") if name in columns), None)
-    if video is None or "caption" not in columns:
-        raise UserError(
-            f"{path} lacks the column {'caption' if video else 'video'}",
-            expected="columns video (or video_path) and caption",
-            found=", ".join(columns) or "an empty file",
-        )
-    if not rows:
+    table = tables.read(path)
+    names = [
+        _column(table, "video", VIDEO, video),
+        _column(table, "caption", CAPTION, caption),
+        "source",
+    ]
+    if not table.rows:
         raise UserError(f"{path} has no rows", expected="a row for each video")
     counts = collections.Counter()
-    entries = []
-    for row in rows:
-        known = (video, "caption", "source")
-        extra = {name: _text(value) for name, value in row.items() if name not in known}
-        name, caption, source = (_text(row.get(column)).strip() for column in known)
+    entries: list[tuple[Entry, str | Place | UserError]] = []
+    for number, row in table.rows:
+        extra = {
+            name: tables.text(value)
+            for name, value in row.items()
+            if name not in names + list(table.embedded)
+        }
+        place: str | Place
+        if names[0] in table.embedded:
+            held = row[names[0]] or {}
+            name = next((value for value in held.values() if isinstance(value, str) and value), None)
+            name = name or f"{table.path.stem}-{number}"
+            place = InParquet(str(table.path.absolute()), name, names[0], number)
+        else:
+            place = name = tables.text(row.get(names[0])).strip()
+        about, source = (tables.text(row.get(column)).strip() for column in names[1:])
         counts[name] += 1
         id = name if counts[name] == 1 else f"{name}#{counts[name]}"
-        entries.append((Entry(id, caption, source or name, extra=extra), name))
-    return entries
+        entries.append((Entry(id, about, source or name, extra=extra), place))
+    return entries + [(Entry(f"row {number}", "", ""), problem) for number, problem in table.problems]
 
 
-def _csv_rows(path: Path) -> tuple[list[str], list[dict]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="", strict=True)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}", expected="a CSV file in UTF-8", found=error) from error
-    for number, row in enumerate(rows, start=1):
-        if None in row:
-            raise UserError(
-                f"row {number} of {path} has more values than there are columns",
-                found=", ".join(row[None]),
-                fix='put captions with commas into "quotation marks"',
-            )
-    return columns, rows
-
-
-def _parquet_rows(path: Path) -> tuple[list[str], list[dict]]:
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {path}", expected="a parquet file", found=error) from error
-    return table.column_names, table.to_pylist()
-
-
-def _json_rows(path: Path) -> tuple[list[str], list[dict]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}", expected="JSON lines in UTF-8", found=error) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line or "{}")
-        except ValueError as error:
-            raise UserError(f"line {number} of {path} is damaged", expected="JSON", found=error) from error
-        if not isinstance(row, dict):
-            raise UserError(f"line {number} of {path} is no JSON object", found=line[:80])
-        rows += [row] if row else []
-    return list(dict.fromkeys(name for row in rows for name in row)), rows
-
-
-def _text(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False, default=str)
+def _column(table: tables.Rows, kind: str, known: Sequence[str], named: str | None) -> str:
+    found = next((name for name in ([named] if named else known) if name in table.columns), None)
+    if found is None:
+        raise UserError(
+            f"{table.path} lacks the column {named or kind}",
+            expected=f"a column {named}" if named else f"one of the columns {', '.join(known)}",
+            found=", ".join(table.columns) or "an empty file",
+            fix=f"--{kind}_column=NAME",
+        )
+    return found
 
 
 # --- places -----------------------------------------------------------------------------------------------------
@@ -136,12 +127,16 @@ def _text(value: Any) -> str:
 class Place(abc.ABC):
     """Where a video lies: by the name `name` in `path`. Small, for other processes to open it.
 
+    Attributes:
+        part: the part of it that is meant.
     Raises:
         UserError: from `read` and `open`, if it cannot be read.
     """
 
     path: str
     name: str
+
+    part: Part = dataclasses.field(default=Part(), kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
@@ -152,6 +147,25 @@ class Place(abc.ABC):
     def open(self) -> VideoFile | Video:
         return VideoBytes(self.read(), str(self))
 
+    def state(self) -> tuple[int, int]:
+        """Bytes and time of change of the file, of one of many what tells it has changed without reading it."""
+        with reading(Path(self.path)):
+            status = os.stat(self.path)
+        return status.st_size, status.st_mtime_ns
+
+    def state_if_there(self) -> tuple[int, int] | None:
+        try:
+            return self.state()
+        except UserError:
+            return None
+
+    def digest(self) -> str:
+        """Of the bytes."""
+        return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
+
+    def stamp(self) -> Stamp:
+        return Stamp(*self.state(), self.digest())
+
 
 class InFolder(Place):
     def read(self) -> bytes:
@@ -161,26 +175,42 @@ class InFolder(Place):
     def open(self) -> Path:
         return Path(self.path, self.name)
 
+    def state(self) -> tuple[int, int]:
+        with reading(self.open()):
+            status = os.stat(self.open())
+        return status.st_size, status.st_mtime_ns
+
+    def digest(self) -> str:
+        with reading(self.open()), open(self.open(), "rb") as file:
+            return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()
+
 
 class InZip(Place):
     def read(self) -> bytes:
         try:
             return _open_zip(self.path).read(self.name)
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                f"cannot read {self}", found=error
-            ) from error  # RuntimeError: for want of a password
+            # RuntimeError: for want of a password
+            raise UserError(f"cannot read {self}", found=error) from error
+
+    def state(self) -> tuple[int, int]:
+        info = _open_zip(self.path).getinfo(self.name)
+        return info.file_size, info.CRC
 
 
 @dataclasses.dataclass(frozen=True)
 class InTar(Place):
     start: int
     size: int
+    modified: int
 
     def read(self) -> bytes:
-        with reading(Path(self.path)), open(self.path, "rb") as file:
+        with reading(Path(self.path)), open(_plain_tar(self.path), "rb") as file:
             file.seek(self.start)
             return file.read(self.size)
+
+    def state(self) -> tuple[int, int]:
+        return self.size, self.modified
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +227,28 @@ class InRecords(Place):
         _, video = _read_input_record(self.path, self.index)
         return video if isinstance(video, Video) else VideoBytes(video, str(self))
 
+    def digest(self) -> str:
+        return hashlib.blake2b(_open_input_records(self.path)[self.index], digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class InParquet(Place):
+    """A file in a column of a parquet file, in row `number` from 1."""
+
+    column: str
+    number: int
+
+    def read(self) -> bytes:
+        try:
+            data = tables.embedded_file(self.path, self.column, self.number)
+        except (OSError, IndexError, pyarrow.ArrowException) as error:
+            raise UserError(f"cannot read {self}", found=error) from error
+        if not data:
+            raise UserError(
+                f"row {self.number} of {self.path} holds no video", found=f"no bytes in {self.column}"
+            )
+        return data
+
 
 Row = tuple[Entry, Place | UserError]
 """A video to encode, and where it lies or why that is not known."""
@@ -205,6 +257,8 @@ Row = tuple[Entry, Place | UserError]
 class Videos:
     """The videos of folders, zip files, tar files and folders of input records.
 
+    Attributes:
+        left_out: after `rows` without a table, the files that are neither videos nor captions of one.
     Raises:
         UserError: for a place that is missing, of another kind or damaged.
     """
@@ -223,30 +277,28 @@ class Videos:
                 self._archives.append(_list_zip(path))
             else:
                 self._archives.append(_list_tar(path))
+        self.left_out: list[str] = []
         self._by_last_part: dict[str, list[Place]] = collections.defaultdict(list)
         for place in [*itertools.chain(*self._archives), *(place for _, place in self._records)]:
-            self._by_last_part[PurePosixPath(place.name).name].append(place)
+            self._by_last_part[_composed(PurePosixPath(place.name).name)].append(place)
 
     def find(self, video: str) -> Place:
         """The place of the video that a table calls `video`: its path below a folder or in an archive.
 
-        In archives the path may lack parts in front, so that a table need not know how they were packed.
+        The path may be absolute, or begin with the name of the folder, and may have the separators of Windows. Accents
+        may be one letter or two. In archives the path may lack parts in front, so that a table need not know how they
+        were packed.
 
         Raises:
             UserError: if there is no such video, or more than one, or the path leaves the folder.
         """
-        name = PurePosixPath(video)
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"the path {video} leaves the folder of the videos")
-        try:
-            found: list[Place] = [
-                InFolder(str(path), str(name)) for path in self._folders if (path / name).is_file()
-            ]
-        except OSError as error:
-            raise UserError(f"no video can be called {video[:80]!r}", found=error.strerror) from error
-        members = self._by_last_part.get(name.name, [])
-        exact = [place for place in members if place.name == str(name)]
-        found += exact or [place for place in members if place.name.endswith(f"/{name}")]
+        names = self._spellings(video)
+        if not names:
+            raise UserError(
+                f"the path {video} leaves the folder of the videos",
+                expected=f"a path in {', '.join(map(str, self.places))}",
+            )
+        found = next(filter(None, map(self._named, names)), [])
         if len(found) != 1:
             raise UserError(
                 f"{len(found) or 'no'} videos are called {video}",
@@ -255,35 +307,93 @@ class Videos:
             )
         return found[0]
 
-    def rows(self, table: Iterable[tuple[Entry, str]] | None = None) -> list[Row]:
-        """The videos of a table (see `read_table`); without a table all that there are, captioned by text files beside them.
+    def _spellings(self, video: str) -> list[str]:
+        """What `video` may be called below the folders, the likeliest first; nothing that leaves them."""
+        names = []
+        for text in dict.fromkeys([video, video.replace("\\", "/")]):
+            path = PurePosixPath(text)
+            absolute = path.is_absolute() or re.match(r"[A-Za-z]:[/\\]", text)
+            if ".." in path.parts:
+                return []
+            names += [] if absolute else [str(path)]
+            for folder in self._folders:
+                for root in dict.fromkeys([folder, folder.resolve()]):
+                    names += [str(path.relative_to(root))] if path.is_relative_to(root) else []
+                # as if seen from a folder above, on this machine or another
+                after = [i + 1 for i, part in enumerate(path.parts[:-1]) if part == folder.name]
+                names += [str(PurePosixPath(*path.parts[start:])) for start in after]
+        return list(dict.fromkeys(names))
+
+    def _named(self, name: str) -> list[Place]:
+        """Every place of this very name; in archives, where there is none, those whose name ends so."""
+        try:
+            found: list[Place] = [
+                InFolder(str(path), name) for path in self._folders if (path / name).is_file()
+            ]
+        except (OSError, ValueError) as error:
+            raise UserError(f"no video can be called {name[:80]!r}", found=error) from error
+        composed = _composed(name)
+        if not found and not name.isascii():
+            found = [
+                InFolder(str(path), other)
+                for path in self._folders
+                for other in _composed_names(path).get(composed, ())
+            ]
+        members = self._by_last_part.get(PurePosixPath(composed).name, [])
+        exact = [place for place in members if _composed(place.name) == composed]
+        return found + (
+            exact or [place for place in members if _composed(place.name).endswith(f"/{composed}")]
+        )
+
+    def rows(self, table: Iterable[tuple[Entry, "str | Place | UserError"]] | None = None) -> list[Row]:
+        """The videos of a table (see `read_table`); without a table all that there are, captioned by files beside them.
+
+        Columns `start` and `end`, in seconds or as 1:02:03.5, name the part of a video that a row is about.
 
         Raises:
             UserError: without a table, if there is no video, no caption, or two videos have the same name.
         """
         if table is not None:
-            return [(entry, self._find(video)) for entry, video in table]
+            return [(entry, self._find(video, entry.extra)) for entry, video in table]
         rows: list[Row] = list(self._records)
+        self.left_out = []
         for places in [*map(_list_folder, self._folders), *self._archives]:
-            by_name = {place.name: place for place in places}
+            by_name, taken = {place.name: place for place in places}, set()
             for name in sorted(filter(_is_video, by_name)):
-                beside = by_name.get(str(PurePosixPath(name).with_suffix(".txt")))
-                caption = _decode_text(beside).strip() if beside else ""
-                rows.append((Entry(name, caption, name), by_name[name]))
+                stem = str(PurePosixPath(name).with_suffix(""))
+                beside = [by_name[stem + suffix] for suffix in BESIDE if stem + suffix in by_name]
+                taken |= {name, *(place.name for place in beside)}
+                try:
+                    caption, extra = _beside(beside)
+                    rows.append((Entry(name, caption, name, extra=extra), by_name[name]))
+                except UserError as error:
+                    rows.append((Entry(name, "", name), error))
+            self.left_out += sorted(name for name in by_name if name not in taken and not _is_hidden(name))
         self._check(rows)
         return rows
 
-    def _find(self, video: str) -> Place | UserError:
+    def _find(self, video: "str | Place | UserError", extra: Mapping[str, str]) -> Place | UserError:
+        if isinstance(video, UserError):
+            return video
         try:
-            return self.find(video)
+            place = self.find(video) if isinstance(video, str) else video
+            start, end = (_seconds(name, extra.get(name, "")) for name in ("start", "end"))
+            return dataclasses.replace(place, part=Part(start or 0.0, end))
         except UserError as error:
             return error
 
     def _check(self, rows: list[Row]) -> None:
         where = ", ".join(map(str, self.places))
         if not rows:
-            raise UserError(f"there are no videos in {where}", expected=f"files {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"there are no videos in {where}",
+                expected=f"files {', '.join(SUFFIXES)}",
+                found=_some(self.left_out) or None,
+            )
         if not any(entry.caption for entry, _ in rows):
+            for _, place in rows:
+                if isinstance(place, UserError):
+                    raise place
             raise UserError(
                 f"no video in {where} has a caption",
                 fix="--table, or a text file beside each video: a.txt for a.mp4",
@@ -296,31 +406,71 @@ class Videos:
 
 
 def read_row(row: Row, options: dict[str, Any]) -> Clip | str:
-    """The clip of a row, as `read_clip` makes it with these options, or why there is none."""
+    """The clip of a row, as `read_clip` makes it with these options, or why there is none.
+
+    The option `fps` is of the clip (see `Part.fps`).
+    """
     entry, place = row
+    options, fps = {name: value for name, value in options.items() if name != "fps"}, options.get("fps")
     try:
         if isinstance(place, UserError):
             raise place
         if not clean(entry.caption):
             raise UserError("the caption is empty")
-        return read_clip(place.open(), **options)
+        clip = read_clip(place.open(), **options, part=dataclasses.replace(place.part, fps=fps))
+        return dataclasses.replace(clip, stamp=place.stamp())
     except UserError as error:
         return error.in_one_line()
 
 
+def cut(rows: Iterable[Row], clips: str) -> list[Row]:
+    """The rows with the windows of their videos that clips are taken from.
+
+    Args:
+        clips: "head", "middle", or "uniform:N" for N rows of each video, spread over it, of the same source and with
+            @2, @3, ... after its id.
+    Raises:
+        UserError: for another word.
+    """
+    number = re.fullmatch(r"uniform:([1-9]\d{0,5})", clips)
+    if clips not in ("head", "middle") and not number:
+        raise UserError(f"clips are cut in no way {clips!r}", expected="head, middle or uniform:N")
+    windows = [(i, int(number[1])) for i in range(int(number[1]))] if number else [clips]
+    cut_rows: list[Row] = []
+    for entry, place in rows:
+        if isinstance(place, UserError):
+            cut_rows.append((entry, place))
+            continue
+        for i, window in enumerate(windows):
+            clip = dataclasses.replace(entry, id=f"{entry.id}@{i + 1}" if i else entry.id)
+            part = dataclasses.replace(place.part, window=window)
+            cut_rows.append((clip, dataclasses.replace(place, part=part)))
+    return cut_rows
+
+
 def expand(patterns: Iterable[str]) -> list[Path]:
-    """The files and folders that paths and patterns such as `parts/*.zip` name.
+    """The files and folders that paths and patterns such as `parts/*.zip` or `parts-{000..099}.tar` name.
 
     Raises:
         UserError: if one names nothing.
     """
     places = []
-    for pattern in patterns:
+    for pattern in itertools.chain.from_iterable(map(_counted, patterns)):
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         if not found:
             raise UserError(f"no file or folder {pattern}", expected="the videos", fix="--videos=PLACE")
         places += map(Path, found)
     return places
+
+
+def _counted(pattern: str) -> list[str]:
+    """The names that {000..099} in a pattern counts through; itself without that, or where there is such a file."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if braces is None or Path(pattern).exists():
+        return [pattern]
+    numbers = range(int(braces[1]), int(braces[2]) + 1)
+    names = [f"{pattern[: braces.start()]}{i:0{len(braces[1])}d}{pattern[braces.end() :]}" for i in numbers]
+    return list(itertools.chain.from_iterable(map(_counted, names)))
 
 
 def write_input_records(
@@ -335,28 +485,83 @@ def write_input_records(
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             for entry, data in shard:
                 metadata = dataclasses.asdict(entry) | {"extra": json.dumps(entry.extra)}
-                writer.write(safetensors.numpy.save({"video": np.frombuffer(data, np.uint8)}, metadata))
+                writer.write(to_safetensors({"video": np.frombuffer(data, np.uint8)}, metadata))
             writer.close()
 
 
 def _is_video(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # Macs pack ._a.mp4 beside a.mp4
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _is_hidden(name)
 
 
-def _decode_text(place: Place) -> str:
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)  # Macs pack ._a.mp4 beside a.mp4
+
+
+def _composed(name: str) -> str:
+    """The name with accents as one letter (NFC); Macs write two."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+@functools.lru_cache(maxsize=16)
+def _composed_names(folder: Path) -> dict[str, list[str]]:
+    """The names in a folder that are not of ASCII alone, by their composed names."""
+    names: dict[str, list[str]] = collections.defaultdict(list)
+    for place in _list_folder(folder):
+        if not place.name.isascii():
+            names[_composed(place.name)].append(place.name)
+    return names
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _seconds(name: str, text: str) -> float | None:
+    """Seconds of a text such as 63.5, 1:03.5 or 0:01:03.5; None if it is empty."""
+    parts = text.strip().split(":")
+    if parts == [""]:
+        return None
     try:
-        return place.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {place}", expected="text in UTF-8", found=error) from error
+        numbers = [float(part) for part in parts]
+        if len(numbers) > 3 or not all(0 <= number < float("inf") for number in numbers):
+            raise ValueError
+    except ValueError as error:
+        raise UserError(f"{name} is no time", expected="seconds, or 1:02:03.5", found=text[:80]) from error
+    return sum(number * 60**power for power, number in enumerate(reversed(numbers)))
+
+
+def _beside(places: Sequence[Place]) -> tuple[str, dict[str, str]]:
+    """The caption in the files beside a video, and what else the one in JSON tells."""
+    caption, extra = "", {}
+    for place in places:
+        try:
+            text = place.read().decode("utf-8-sig")
+            if PurePosixPath(place.name).suffix != ".json":
+                caption = caption or text.strip()
+                continue
+            values = json.loads(text)
+            extra = {str(key): tables.text(value) for key, value in values.items()}
+        except (ValueError, AttributeError, RecursionError) as error:
+            expected = "text in UTF-8" if isinstance(error, UnicodeDecodeError) else "a JSON object"
+            raise UserError(f"cannot read {place}", expected=expected, found=error) from error
+        told = next((extra.pop(name) for name in CAPTION if name in extra), "")
+        caption = caption or told.strip()
+    return caption, extra
 
 
 def _list_folder(folder: Path) -> list[Place]:
-    return [
-        InFolder(str(folder), path.relative_to(folder).as_posix())
-        for path in folder.rglob("*")
-        if path.is_file()
-    ]
+    """Every file below a folder, also below linked folders, each of which is entered once."""
+    places, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        names = (Path(root, file) for file in files)
+        places += [InFolder(str(folder), p.relative_to(folder).as_posix()) for p in names if p.is_file()]
+    return places
 
 
 def _list_zip(path: Path) -> list[Place]:
@@ -367,21 +572,46 @@ def _list_zip(path: Path) -> list[Place]:
 
 def _list_tar(path: Path) -> list[Place]:
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(_plain_tar(str(path)), "r:") as tar:
             members = [member for member in tar if member.isreg() and member.sparse is None]
             tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"a damaged header at byte {tar.offset}")
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(
-            f"cannot read {path}", expected="a folder, or a whole zip or uncompressed tar file", found=error
-        ) from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        expected = "a folder, or a whole zip or tar file"
+        raise UserError(f"cannot read {path}", expected=expected, found=error) from error
     names = [str(PurePosixPath(member.name)) for member in members]
     _refuse_doubles(path, names)
     return [
-        InTar(str(path), name, member.offset_data, member.size)
+        InTar(str(path), name, member.offset_data, member.size, int(member.mtime))
         for name, member in zip(names, members, strict=True)
     ]
+
+
+_unpacking = threading.Lock()
+PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+def _plain_tar(path: str) -> str:
+    """The tar file itself, or a temporary file of this process where it is compressed."""
+    with open(path, "rb") as file:
+        start = file.read(5)
+    packed = next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
+    if packed is None:
+        return path
+    with _unpacking:  # one of many threads does it
+        return _unpacked(path, packed)
+
+
+@functools.lru_cache(maxsize=256)
+def _unpacked(path: str, kind: Any) -> str:
+    folder = tempfile.mkdtemp(prefix="ditmem-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    plain = Path(folder, "plain.tar")
+    print(f"note: {path} is compressed, and unpacked to {plain} for this run")
+    with kind(path, "rb") as source, open(plain, "wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    return str(plain)
 
 
 def _refuse_doubles(path: Path, names: list[str]) -> None:

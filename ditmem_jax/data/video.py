@@ -9,7 +9,7 @@ interpolation. Where the frame rate varies, evenly means in time.
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -26,6 +26,7 @@ __all__ = [
     "Clip",
     "Facts",
     "Part",
+    "Stamp",
     "Video",
     "VideoBytes",
     "VideoFile",
@@ -88,11 +89,21 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stamp:
+    """What tells whether a video file has changed: its bytes, when it changed (in a zip file its CRC), its digest."""
+
+    size: int
+    modified: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Clip:
-    """Some `frames` [T, H, W, 3] of a video, and the facts of all of it."""
+    """Some `frames` [T, H, W, 3] of a video, the facts of all of it, and the stamp of its file."""
 
     frames: Frames
     facts: Facts
+    stamp: Stamp | None = None
 
 
 def read_video(path: VideoFile, minimum: int = 2) -> Video:
@@ -234,17 +245,22 @@ def read_start(path: VideoFile, count: int, fps: int | float) -> Frames:
     Raises:
         UserError: if the file cannot be read, or is too short for them.
     """
-    _, rate = _declared(path)
-    wanted = np.rint(np.arange(count) * (rate / fps if rate else 1)).astype(int).tolist()
-    frames = [_upright(frame) for _, frame in zip(range(wanted[-1] + 1), _decode(path), strict=False)]
-    if len(frames) <= wanted[-1]:
-        raise UserError(
-            f"{path} is too short",
-            expected=f"{wanted[-1] + 1} frames, which are {count} at {fps:g} per second",
-            found=f"{len(frames)} frames",
-            fix="fewer frames, or a longer video",
-        )
-    return np.stack([frames[index] for index in wanted])
+
+    def choose(line: Timeline) -> Int[np.ndarray, " count"]:
+        _require_length(path, len(line.pts), 1)
+        times, wanted = line.times, np.arange(count) / fps
+        rate = line.mean_rate or fps
+        if wanted[-1] > times[-1] + 0.5 / rate:
+            raise UserError(
+                f"{path} is too short",
+                expected=f"{round(wanted[-1] * rate) + 1} frames, which are {count} at {fps:g} per second",
+                found=f"{len(times)} frames",
+                fix="fewer frames, or a longer video",
+            )
+        return np.searchsorted((times[1:] + times[:-1]) / 2, wanted)  # the nearest ones
+
+    picked = pick(path, choose, lambda frame, line: _shown(frame)[0])
+    return np.stack([picked.frames[place] for place in choose(picked.timeline).tolist()])
 
 
 def sample_frames(total: int, count: int) -> Int[np.ndarray, " count"]:
@@ -351,15 +367,15 @@ UNMARKED = 2  # FFmpeg's number of an unspecified transfer function
 
 
 def _has_dolby_vision(frame: av.VideoFrame) -> bool:
-    return any(data.type in (Type.DOVI_RPU_BUFFER, Type.DOVI_METADATA) for data in frame.side_data)
+    return any(kind in frame.side_data for kind in (Type.DOVI_RPU_BUFFER, Type.DOVI_METADATA))
 
 
 def _display_matrix(frame: av.VideoFrame) -> Float[np.ndarray, "2 2"]:
     """[[a, b], [c, d]]: a pixel (x, y) is shown at (a x + c y, b x + d y), but for a shift."""
-    for data in frame.side_data:
-        if data.type == Type.DISPLAYMATRIX:
-            return np.frombuffer(bytes(data), np.int32)[:9].reshape(3, 3)[:2, :2] / 65536
-    return np.eye(2)
+    found: Any = frame.side_data  # a mapping by kind, of which the stubs know one kind only
+    if Type.DISPLAYMATRIX not in found:
+        return np.eye(2)
+    return np.frombuffer(bytes(found[Type.DISPLAYMATRIX]), np.int32).reshape(3, 3)[:2, :2] / 65536
 
 
 def _turned(pixels: np.ndarray, matrix: Float[np.ndarray, "2 2"]) -> tuple[np.ndarray, bool]:

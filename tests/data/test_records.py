@@ -263,3 +263,11 @@ def test_damaged_folders_are_named(tmp_path):
 
     with pytest.raises(UserError, match="no folder of records"):
         RecordReader(tmp_path / "nowhere")
+
+
+def test_metadata_are_in_one_order():
+    """That of names: a hash map of the safetensors library would give another in each process."""
+    data = to_bytes(record(3))
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"]) == ["caption", "extra", "id", "source"]
+    assert from_bytes(data).entry == record(3).entry
