@@ -734,7 +734,7 @@ class SampleConfig:
     memory_range: tuple[float, float] = (0.0, 1.0)
     """[noise levels] Where a memory is read; elsewhere a step is exactly the one without memory."""
     min_score: float = -1.0
-    """[cosine] References that a search scores lower for the prompt are not read: a memory that does not fit is worse
+    """[score] References that a search scores lower for the prompt are not read: a memory that does not fit is worse
     than none. -1: all are read."""
     negative_prompt: str = ""
     """Text of the negative branch of guidance."""

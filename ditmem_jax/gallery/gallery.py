@@ -123,7 +123,10 @@ class Gallery:
                 rows = table.take(row_ids[:count]).to_pylist()
                 return Found(table.version, rows, [None] * count, len(row_ids))
             results = self._bank(version).search([prompt], count, where=condition and row_ids)
-            return Found(table.version, results.rows[0], results.scores[0].tolist(), len(row_ids))
+            rows, scores = results.rows[0], results.scores[0].tolist()
+            return Found(
+                table.version, rows[: results.matched[0]], scores[: results.matched[0]], len(row_ids)
+            )
 
     def row(self, name: str, version: int | None = None) -> dict[str, Any]:
         """The row of an id."""

@@ -80,6 +80,8 @@ def make_clips(
             if processes.is_primary():
                 print(f"memory {'  named' if score is None else f'{score:7.3f}'}  {id}  {caption}")
             about["memory"].append({"id": id, "caption": caption, "score": score})
+        if retrieved.note and processes.is_primary():
+            print(f"note: {retrieved.note}")
         if memory == "auto" and processes.is_primary():
             print(
                 "memory: the nearest videos with a record, as in training; but there a record's own source, equal "
