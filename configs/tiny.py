@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     weights = converted(files("ditmem_jax.tiny_weights"))
     config = ConfigDict(read_networks(weights))  # dit, vae and text, as they were trained
     config.weights = ConfigDict(dict(path=weights, dtype="float32"))
-    config.video = ConfigDict(dict(frames=25, height=32, width=32, fps=16))
+    config.video = ConfigDict(dict(frames=25, height=32, width=32, fps=16, trained=(25, 32, 32)))
     config.memory = ConfigDict(
         dict(
             dim=config.dit.dim,
@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             guidance=2.0,
             memory_in_negative=False,
             memory_range=(0.5, 1.0),
-            min_score=0.5,  # clips of the planet in the prompt score above 0.8, those of others below 0.4
+            min_score=0.5,  # clips of the planet in the prompt score above 0.8, those of others below 0.2
         )
     )
     config.run = ConfigDict(

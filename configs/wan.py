@@ -12,6 +12,7 @@ from ditmem_jax.config.presets import DIT_PRESETS, NEGATIVE_PROMPTS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.dit = ConfigDict(to_dict(DIT_PRESETS["wan2.1-t2v-1.3b"]))
+    config.video = ConfigDict(dict(frames=81, height=480, width=832, fps=16, trained=(81, 480, 832)))
     config.memory = ConfigDict(dict(dim=config.dit.dim))  # as released: 100 nominal tokens per band and video
     config.weights = ConfigDict(
         dict(path="weights/wan2.1-t2v-1.3b", hub="Wan-AI/Wan2.1-T2V-1.3B", dtype="bfloat16")

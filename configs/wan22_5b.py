@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.dit = ConfigDict(to_dict(DIT_PRESETS["wan2.2-ti2v-5b"]))
     config.vae = ConfigDict(to_dict(VAE_PRESETS["wan2.2"]))
-    config.video = ConfigDict(dict(frames=121, height=704, width=1280, fps=24))
+    config.video = ConfigDict(dict(frames=121, height=704, width=1280, fps=24, trained=(121, 704, 1280)))
     config.memory = ConfigDict(dict(dim=config.dit.dim, in_dim=config.vae.z_dim, latent_grid=(31, 44, 80)))
     config.weights = ConfigDict(
         dict(path="weights/wan2.2-ti2v-5b", hub="Wan-AI/Wan2.2-TI2V-5B", dtype="bfloat16")

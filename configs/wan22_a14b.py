@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.dit = ConfigDict(to_dict(DIT_PRESETS["wan2.2-t2v-a14b"]))
     config.experts = ConfigDict(dict(boundary=0.875, trains="both"))
-    config.video = ConfigDict(dict(frames=81, height=720, width=1280, fps=16))
+    config.video = ConfigDict(dict(frames=81, height=720, width=1280, fps=16, trained=(81, 720, 1280)))
     config.memory = ConfigDict(dict(dim=config.dit.dim, latent_grid=(21, 90, 160)))
     config.weights = ConfigDict(
         dict(path="weights/wan2.2-t2v-a14b", hub="Wan-AI/Wan2.2-T2V-A14B", dtype="bfloat16")

@@ -12,7 +12,7 @@ from ditmem_jax.config.presets import DIT_PRESETS, NEGATIVE_PROMPTS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.dit = ConfigDict(to_dict(DIT_PRESETS["wan2.1-t2v-14b"]))
-    config.video = ConfigDict(dict(frames=81, height=720, width=1280, fps=16))
+    config.video = ConfigDict(dict(frames=81, height=720, width=1280, fps=16, trained=(81, 720, 1280)))
     config.memory = ConfigDict(dict(dim=config.dit.dim, latent_grid=(21, 90, 160)))
     config.weights = ConfigDict(
         dict(path="weights/wan2.1-t2v-14b", hub="Wan-AI/Wan2.1-T2V-14B", dtype="bfloat16")

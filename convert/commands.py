@@ -1,4 +1,4 @@
-"""What `ditmem convert` does: list, convert, verify and export, with progress and what is left to do on the terminal."""
+"""The work of `ditmem convert`: list, convert, verify and export, with progress and what is left to do on the terminal."""
 
 import contextlib
 from collections.abc import Callable, Iterator

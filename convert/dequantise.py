@@ -108,7 +108,7 @@ def _places(shape: tuple[int, ...], factor: tuple[int, ...]) -> Callable[[np.nda
 
 
 def _formats(marks: Mapping[str, Stored]) -> list[str]:
-    """What is wrong with the formats that ComfyUI's marks name."""
+    """Problems of the formats that ComfyUI's marks name."""
     found: dict[str, list[str]] = {}
     for name, mark in marks.items():
         try:

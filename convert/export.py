@@ -14,7 +14,7 @@ from ditmem_jax.config.presets import VAE_PRESETS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
 from ditmem_jax.storage.encoders import load_encoder
-from ditmem_jax.storage.files import reading, write_text
+from ditmem_jax.storage.files import make_folder, reading, write_text
 from ditmem_jax.storage.tensors import open_tensors, write_safetensors
 from ditmem_jax.storage.weights import DTYPES, read_index
 
@@ -71,11 +71,8 @@ def export_encoder(source: str | Path, out: str | Path, *, prefix: str = "", dty
         prefix + name: x if np.issubdtype(x.dtype, np.integer) else x.astype(DTYPES[dtype])
         for name, x in tensors.items()
     }
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(out, tensors, tensors.items(), {"format": "pt"})
-    except OSError as error:
-        raise UserError(f"cannot write {out}", found=error) from error
+    make_folder(out.parent)
+    write_safetensors(out, tensors, tensors.items(), {"format": "pt"})
 
 
 def _unread(config: MemoryConfig) -> dict[str, np.ndarray]:
@@ -280,7 +277,7 @@ def _write_pipeline(folder: Path, networks: dict[str, Any], has_tokenizer: bool)
 
 
 def _tokenizer_config(content: bytes) -> dict[str, Any]:
-    """What transformers needs to know of a tokenizer.json; of the special tokens those that it has."""
+    """The configuration that transformers wants beside a tokenizer.json; of the special tokens those that it has."""
     text = content.decode()
     tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     found = {key: token for key, token in tokens.items() if json.dumps(token) in text}
@@ -321,7 +318,7 @@ def _export_network(source: Path, path: Path, kind: str, naming: str, config: An
 
 
 def _untold(config: DiTConfig) -> dict[str, Any]:
-    """What diffusers has no word for and shapes do not tell, where it is not as in the published models."""
+    """Settings that diffusers has no word for and shapes do not tell, where they differ from the published models."""
     inferred = config.out_dim == VAE_PRESETS["wan2.2"].z_dim
     return {
         "text_len": None if config.text_len == 512 else config.text_len,

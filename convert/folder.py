@@ -20,12 +20,12 @@ import numpy as np
 
 from ditmem_jax.config import to_dict
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.digests import as_bytes, crc32, of_file
+from ditmem_jax.storage.digests import as_bytes, crc32, of_file, sealed
 from ditmem_jax.storage.encoders import save_encoder
 from ditmem_jax.storage.files import cache_folder, reading, replacing, write_text
 from ditmem_jax.storage.locks import owned
 from ditmem_jax.storage.tensors import Stored, open_tensors, write_safetensors
-from ditmem_jax.storage.weights import empty_index, read_index
+from ditmem_jax.storage.weights import PARTS, empty_index, read_index
 
 from . import dequantise, lora
 from .engine import canonical, convert, differences, findings, one_line, stream
@@ -216,9 +216,9 @@ def _write(
         with replacing(folder / TOKENIZER) as temporary:
             temporary.write_bytes(content)
         index["checksums"][TOKENIZER] = of_file(folder / TOKENIZER)
-    for part in ("networks", "provenance", "checksums"):  # in one order, whatever the calls that filled them
+    for part in PARTS:  # in one order, whatever the calls that filled them
         index[part] = dict(sorted(index[part].items()))
-    write_text(folder / "config.json", json.dumps(index, indent=1) + "\n")
+    write_text(folder / "config.json", json.dumps(sealed(index), indent=1) + "\n")
 
 
 def _write_network(
@@ -334,7 +334,7 @@ def _sync(folder: Path) -> None:
 
 
 def damage(folder: str | Path) -> list[str]:
-    """What is wrong with a converted folder by its own checksums."""
+    """Problems of a converted folder by its own checksums."""
     folder, problems = Path(folder), []
     checksums = read_index(folder)["checksums"]
     if expected := checksums.pop(TOKENIZER, None):

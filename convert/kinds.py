@@ -59,7 +59,10 @@ def _dit(shapes: Shapes) -> dict[str, Any]:
         patch_size=patch,
         image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
         image_dim=shapes["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in shapes else None,
-        clean_frames=channels == VAE_PRESETS["wan2.2"].z_dim,  # of the published ones only TI2V-5B
+        # Of the published ones only TI2V-5B; Fun-Control has as many channels, most of them a condition.
+        clean_frames=channels
+        == VAE_PRESETS["wan2.2"].z_dim
+        == shapes["head.head.weight"][0] // math.prod(patch),
     )
 
 
@@ -289,7 +292,7 @@ def _inferred(network: Kind, shapes: Shapes, where: str) -> dict[str, Any]:
 
 
 def _described(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a config.json says of a network of this kind, in our names."""
+    """The settings in a config.json of a network of this kind, in our names."""
     theirs = KINDS[kind].fields
     if kind == "clip" and (found := config.get("hidden_act", "gelu")) != "gelu":
         raise UserError(f"{where} is another kind of CLIP", expected="hidden_act gelu", found=found)

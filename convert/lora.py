@@ -74,7 +74,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What a file adds to one tensor: a product of two matrices, or a tensor of the same shape."""
+    """The addition of a file to one tensor: a product of two matrices, or a tensor of the same shape."""
 
     factor: float
     tensor: Stored
@@ -126,7 +126,7 @@ class Alphas:
     by_root: bool = False
 
     def scale(self, module: str, rank: int) -> float:
-        """What the product is multiplied by; 1 where no alpha is told, as all programs take it."""
+        """The factor of the product; 1 where no alpha is told, as all programs take it."""
         alpha = self.default
         for pattern, value in self.patterns.items():
             if re.search(rf"(?:\A|\.){pattern}\Z", module):

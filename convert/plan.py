@@ -1,4 +1,4 @@
-"""What a conversion will do: which network each part of a source is, and which tensor fills which array."""
+"""The plan of a conversion: which network each part of a source is, and which tensor fills which array."""
 
 import dataclasses
 import functools
@@ -153,7 +153,7 @@ def left_out(source: Source, networks: list[Network]) -> Iterator[str]:
 
 
 def _other(part: Part) -> str:
-    """What a part is that holds none of our networks."""
+    """A description of a part that holds none of our networks."""
     if lora.is_lora(part.tensors):
         return f"a {lora.describe(part.tensors)}; --lora {part.files[0]} merges it"
     return relatives.other(part.tensors)
@@ -394,7 +394,7 @@ def _zeros(equal: list[list[str]], tensors: Mapping[str, Stored]) -> set[str]:
 
 @functools.cache
 def _arrays(kind: str, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a network of this configuration holds; two experts are alike."""
+    """The arrays of a network of this configuration; two experts are alike."""
     return targets(nnx.eval_shape(lambda: kinds.KINDS[kind].module(config, rngs=nnx.Rngs(0))))
 
 

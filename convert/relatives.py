@@ -78,7 +78,7 @@ def converted(config: DiTConfig) -> str | None:
 
 
 def other(names: Collection[str]) -> str:
-    """What a file is that holds no network of ours."""
+    """A description of a file that holds no network of ours, by the names of its tensors."""
     for sign, what in OTHERS.items():
         if any(re.search(sign, name) for name in names):
             return what

@@ -1,6 +1,7 @@
 """The one error that users see: what is wrong, what was expected, what was found, what would fix it."""
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable
 
 
@@ -23,6 +24,11 @@ class UserError(Exception):
     def in_one_line(self) -> str:
         """The message for a list of many."""
         return "; ".join(" ".join(line.split()) for line in str(self).split("\n"))
+
+
+def warn(what: str, *, expected: object = None, found: object = None, fix: str | None = None) -> None:
+    """Prints a warning to standard error with the parts of a `UserError`; the program goes on."""
+    print(f"warning: {UserError(what, expected=expected, found=found, fix=fix)}", file=sys.stderr, flush=True)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 5, by: Callable[[str], str] = str) -> str:

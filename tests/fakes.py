@@ -19,7 +19,7 @@ GRID = (1, 2, 2, 3)
 
 
 class Seen:
-    """What networks were called with, where nothing is compiled."""
+    """The arguments that networks were called with, where nothing is compiled."""
 
     def __init__(self):
         self.references = self.present = self.sigma = self.noise = self.memory = self.dropout = None

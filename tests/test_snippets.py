@@ -1,4 +1,4 @@
-"""What the README and the pages show: Python runs, and every command and flag exists."""
+"""The snippets of the README and the pages: Python runs, and every command and flag exists."""
 
 import importlib
 import inspect

@@ -30,7 +30,8 @@ from ditmem_jax.config import (
 from ditmem_jax.convert import dit, umt5, vae
 from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.original import original
-from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
+from ditmem_jax.data.record import Record
+from ditmem_jax.data.records import Meta, RecordReader, RecordWriter
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.umt5 import UMT5
@@ -122,6 +123,7 @@ def with_experts(config: Config, folder: str | Path, trains: str = "both") -> Co
         safetensors.numpy.save_file(arrays, folder / "dit_high.safetensors")
         index = json.loads((folder / "config.json").read_text())
         index["networks"]["dit_high"] = index["networks"]["dit"]
+        del index["sha256"]
         (folder / "config.json").write_text(json.dumps(index))
     experts = ExpertsConfig(boundary=0.875, trains=trains)
     return replace(dataclasses.replace(config, experts=experts), "weights", path=str(folder))

@@ -28,7 +28,7 @@ PASS = "MODE=pass leaves the decoding to PyAV"
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What PyAV says of a video: why tensorflow-io cannot decode it (None: it can), length, speed, turns."""
+    """PyAV's account of a video: why tensorflow-io cannot decode it (None: it can), length, speed, turns."""
 
     obstacle: str | None
     frames: int

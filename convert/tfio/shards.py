@@ -16,7 +16,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.files import make_folder, read_json, replacing, write_text
 
 FORMAT = 1
 Record = tuple[dict[str, str], dict[str, np.ndarray]]
@@ -32,7 +32,7 @@ def open_folder(folder: Path, made_by: dict[str, Any]) -> set[str]:
     path = folder / "videos.json"
     if path.exists():
         try:
-            before = json.loads(path.read_text())
+            before = read_json(path, "another output folder")
             found = before["made_by"] | {"format": before["format"]}
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged", found=error, fix="another output folder") from error
@@ -45,7 +45,7 @@ def open_folder(folder: Path, made_by: dict[str, Any]) -> set[str]:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something else", expected="a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     mark(folder, made_by, complete=False)
     lists = [path.with_suffix(".jsonl") for path in _shards(folder)]
     return {json.loads(line)["id"] for path in lists for line in path.read_text().splitlines()}
@@ -64,7 +64,7 @@ def write(folder: Path, records: Iterable[Record], size: int) -> Iterator[tuple[
     for number, record in enumerate(records, start=first):
         path = folder / f"videos-{number:05d}.array_record"
         metadata = []
-        with replacing(path) as temporary:
+        with replacing(path, RuntimeError) as temporary:
             with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")) as writer:
                 for texts, tensors in itertools.chain([record], itertools.islice(records, size - 1)):
                     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}

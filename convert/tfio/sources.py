@@ -95,7 +95,7 @@ def fetch(path: str) -> bytes:
 
 
 def reason(error: tf.errors.OpError) -> str:
-    """What went wrong, in a line, without the names of TensorFlow's inner parts."""
+    """The cause of an error, in a line, without the names of TensorFlow's inner parts."""
     text = re.sub(r"^\{\{.*?\}\} ?|\[Op:.*", "", error.message.strip(), flags=re.DOTALL).lstrip(": ")
     return " ".join(text.split(" with body ")[0].split())
 

@@ -1,1 +1,1 @@
-"""Whether a configuration fits TPUs that are not there, and how fast it can be."""
+"""Compilation for TPUs that are not there: does a configuration fit, and how fast can it be?"""

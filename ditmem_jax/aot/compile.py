@@ -56,7 +56,7 @@ ENVIRONMENT = {
 }
 Program = Literal["train", "sample"]
 Kinds = dict[str, Any]
-"""What lies in memory by kind, each a pytree of shapes with shardings."""
+"""The contents of memory by kind, each a pytree of shapes with shardings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,13 +280,13 @@ def _signature(x: jax.ShapeDtypeStruct) -> tuple[str, tuple[int, ...]]:
 
 
 def _excess(report: Report) -> str:
-    """What a program that fits by itself does not fit beside."""
+    """The memory with the program, and the arrays beside it, where both together do not fit, in words."""
     used = f"{report.total / roof.GIB:.2f} of {report.hbm / roof.GIB:.2f} GiB with the program"
     return " and ".join([used, *report.beside])
 
 
 def _statement(error: str) -> str:
-    """What the compiler says of memory that is not there, in one line."""
+    """The compiler's statement on memory that is not there, in one line."""
     return error.splitlines()[0].partition(": ")[2]
 
 

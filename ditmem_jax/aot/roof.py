@@ -232,7 +232,7 @@ class Program:
         return NOTHING._replace(kernels=operations, hbm_bytes=moved + again)
 
     def _sent(self, kind: str, instruction: Instruction) -> tuple[tuple[str, str], float]:
-        """What a collective is, and the bytes that a chip sends in it."""
+        """The kind of a collective, and the bytes that a chip sends in it."""
         arrays, count = _arrays(instruction.shape), _group(instruction.rest)
         largest, size = max(arrays, key=_size), float(sum(map(_size, arrays)))
         if instruction.opcode.endswith("-start") and kind != "all-reduce":
@@ -245,7 +245,7 @@ class Program:
 
 
 def _split_operands(text: str) -> tuple[str, str]:
-    """What stands before the parenthesis that closes the one open at the start of `text`, and what after it."""
+    """The text before the parenthesis that closes the one open at the start of `text`, and the text after it."""
     depth = 1
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

@@ -5,6 +5,7 @@ ditmem bank search "a ball falls on planet Zorvex" --bank bank --k 3
 ditmem bank search --help
 """
 
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -141,7 +142,8 @@ def verify() -> None:
         print(problem)
     if problems:
         raise UserError(f"{len(problems)} faults in the bank {BANK.value}")
-    print(f"{len(table)} videos, no fault: {BANK.value}, version {table.version}")
+    older = "" if table.digests else "; rows that an earlier version of ditmem_jax wrote have no digest"
+    print(f"{len(table)} videos, no fault: {BANK.value}, version {table.version}{older}")
 
 
 def match(folder: str) -> None:
@@ -154,11 +156,13 @@ def match(folder: str) -> None:
     from ditmem_jax.bank import matches
     from ditmem_jax.bank.search import Bank
     from ditmem_jax.data.records import RecordReader
+    from ditmem_jax.storage.locks import owned
 
     count = 5 if K.value is None else K.value
     bank = Bank.open(BANK.value, ivf_above=IVF.value)
-    found = matches.find(RecordReader(folder), bank, count, THRESHOLD.value, DUPLICATE_LATENTS.value)
-    found.save(Path(folder) / matches.FILE)
+    with owned(Path(folder) / matches.FILE):
+        found = matches.find(RecordReader(folder), bank, count, THRESHOLD.value, DUPLICATE_LATENTS.value)
+        found.save(Path(folder) / matches.FILE)
     left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
     print(f"{count} references for each of {len(found.table)} records: {Path(folder) / matches.FILE}")
     print(f"kept out: {left_out}")
@@ -224,6 +228,21 @@ def versions() -> None:
         print(json.dumps(rows, default=str))
     else:
         _print(BANK.value, rows)
+
+
+def compact() -> None:
+    """Bring all rows into as few files as can be, for speed; adding does so by itself for small ones.
+
+    --older_than deletes the versions before, for good.
+
+        ditmem bank compact --bank bank
+    """
+    from ditmem_jax.bank.table import Table
+
+    table = Table.open(BANK.value)
+    age = None if OLDER.value is None else datetime.timedelta(days=OLDER.value)
+    count = table.compact(age)
+    print(f"{len(table)} videos in {count} fragments: {BANK.value}, version {table.version}")
 
 
 def serve() -> None:
@@ -309,6 +328,7 @@ COMMANDS = {
     "export-faiss": cli.Command(export_faiss, "DIR", "version latents"),
     "import-faiss": cli.Command(import_faiss, "DIR", "latents records embedder"),
     "versions": cli.Command(versions, flags="json"),
+    "compact": cli.Command(compact, flags="older_than"),
     "serve": cli.Command(serve, flags="config videos cache host port"),
 }
 
@@ -342,6 +362,9 @@ if __name__ == "__main__":
         "ivf_above", 1_000_000, "Videos beyond which search is approximate (FAISS IVF)."
     )
     JSON = flags.DEFINE_bool("json", False, "Print JSON, a line per query.")
+    OLDER = flags.DEFINE_float(
+        "older_than", None, "Delete versions older than so many days; none by default.", 0
+    )
     CLUSTER = cli.define_cluster("embeds captions")
     CONFIG = cli.define_config()
     VIDEOS = flags.DEFINE_string("videos", None, "Folder of the original videos.")

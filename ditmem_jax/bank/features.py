@@ -1,17 +1,18 @@
-"""What a memory encoder makes of each video of a bank, once: `ditmem bank tokens`.
+"""The rows that a memory encoder makes of each video of a bank, stored once: `ditmem bank tokens`.
 
 Before the attention that mixes videos, the rows of a video depend on it and on the encoder alone (see
 `VideoEncoder.video_rows`). Kept in a store by the checksum of the video's latents, they spare sampling the latents
 and the convolutions. The rest of the encoder is one small attention.
 
 Sampling from latents makes the rows with `encode_video` as well, one video at a time: in a batch they are rounded
-otherwise (by 4e-7 of the largest, seen on CPUs). So stored and fresh rows are equal to the last bit on the same kind
-of device.
+otherwise (by 4e-7 of the largest, seen on CPUs). So stored and fresh rows come from one program; two processes may
+still round its last bits otherwise (see "The same result again" in docs/training.md).
 
 A store is a LanceDB database, a folder or s3:// ..., and may be the bank itself. It has a table per encoder, named by
 the SHA-256 of the encoder's file, so that rows of another encoder are never taken.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,14 +31,18 @@ from jaxtyping import Array, Float, Float32
 from rich.progress import track
 
 from ditmem_jax.bank.table import Table, lance_errors, to_matrix
-from ditmem_jax.data.records import DTYPES, Meta
+from ditmem_jax.data.record import DTYPES
+from ditmem_jax.data.records import Meta
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.encoders import VideoEncoder, per_video
 from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.encoders import load_encoder
+from ditmem_jax.storage.files import parse_json
+from ditmem_jax.storage.locks import owned
 
 FORMAT = 1
+KEYS = {"shape", "latents_bytes"}
 COMMIT_EVERY = 256  # videos; a run that was killed loses the work on fewer than that
 
 
@@ -61,7 +66,10 @@ class Features:
 
     def __init__(self, uri: str, table: lancedb.table.Table):
         self.uri, self._table = uri, table
-        stored = json.loads((table.schema.metadata or {}).get(b"ditmem_jax", b"{}"))
+        text = (table.schema.metadata or {}).get(b"ditmem_jax", b"{}").decode(errors="replace")
+        stored = parse_json(text, f"the schema of the tokens in {uri}")
+        if not isinstance(stored, dict) or (stored.get("format") == FORMAT and not KEYS <= stored.keys()):
+            raise UserError(f"the schema of the tokens in {uri} is damaged", found=text[:200])
         if stored.get("format") != FORMAT:
             raise UserError(
                 f"the tokens in {uri} have another format",
@@ -158,9 +166,16 @@ def make_features(
     Every `commit_every` videos are one commit, so the same command continues a run that was killed.
 
     Raises:
-        UserError: if the file is no encoder, or one that is not of videos, its grid is another than the bank's, or a record is gone or altered.
+        UserError: if the file is no encoder, or one that is not of videos, its grid is another than the bank's, a
+            record is gone or altered, or another process makes these.
     """
-    network, out = per_video(load_encoder(encoder)), str(out)
+    out = str(out)
+    with contextlib.nullcontext() if "://" in out else owned(Path(out, f"{_table_name(encoder)}.lance")):
+        return _make_features(bank, encoder, out, commit_every)
+
+
+def _make_features(bank: Table, encoder: str | Path, out: str, commit_every: int) -> Summary:
+    network = per_video(load_encoder(encoder))
     rows = bank.rows(columns=["id", "records", "row", "checksum"]).to_pylist()
     videos = {row["checksum"]: row for row in rows if row["records"] is not None}
     if not videos:

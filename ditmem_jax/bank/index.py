@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float32, Int64
 ROUNDING = 1e-5  # float32 scores of unit vectors err by less
 SPARE = 32  # candidates beyond k of the approximate index, whose scores are rounded as well
 
+MERGED = 1 << 14  # rows of a block that small ones grow to
+
 Vectors = Float32[np.ndarray, "_ D"]
 
 
@@ -26,6 +28,10 @@ class Exact:
 
     def add(self, vectors: Vectors) -> None:
         self.blocks.append(vectors)
+        while (
+            len(self.blocks) > 1 and len(self.blocks[-2]) <= len(self.blocks[-1]) < MERGED
+        ):  # few, not many small ones
+            self.blocks[-2:] = [np.concatenate(self.blocks[-2:])]
 
     def vectors(self, rows: Int64[np.ndarray, " n"]) -> Vectors:
         starts = np.cumsum([0, *map(len, self.blocks)])

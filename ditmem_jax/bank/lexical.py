@@ -12,6 +12,7 @@ other places, orthogonal to those of other words but for chance overlaps, so a n
 vectors.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,12 +22,29 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import bm25s
 import numpy as np
 from jaxtyping import Float32, Float64
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Let imports of a module fail in the block."""
+    modules: dict[str, Any] = sys.modules
+    there = modules.get(name)
+    modules[name] = None
+    try:
+        yield
+    finally:
+        del modules[name]
+        if there is not None:
+            modules[name] = there
+
+
+with _hidden("jax.lax"):  # else bm25s starts JAX on all accelerators when it is imported
+    import bm25s
 
 BUCKETS = 8
 SATURATION = 0.5  # BM25's k1: a caption that says a word twice is hardly more about it

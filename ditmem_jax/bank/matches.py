@@ -21,11 +21,12 @@ from rich.progress import track
 from ditmem_jax.bank.search import QUERIES_AT_ONCE, WITH_RECORD, Bank, cosines
 from ditmem_jax.bank.sketches import Sketches
 from ditmem_jax.bank.table import Table
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import Pointer, References
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.digests import of_json
-from ditmem_jax.storage.files import replacing
+from ditmem_jax.storage.files import parse_json, replacing
 
 FILE = "matches.parquet"
 LOOK_THE_SAME = 0.985
@@ -68,7 +69,7 @@ class Matches:
     def save(self, path: str | Path) -> None:
         about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "table"}
         table = self.table.replace_schema_metadata({"ditmem_jax": json.dumps(about)})
-        with replacing(Path(path)) as temporary:
+        with replacing(Path(path), pa.ArrowException) as temporary:
             pq.write_table(table, temporary)
 
     @classmethod
@@ -76,7 +77,8 @@ class Matches:
         """Raises UserError for a file that `save` did not write."""
         try:
             table = pq.read_table(path)
-            return cls(table, **json.loads(table.schema.metadata[b"ditmem_jax"]))
+            about = table.schema.metadata[b"ditmem_jax"]
+            return cls(table, **parse_json(about.decode(), f"the schema of {path}"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"cannot read the matches in {path}", found=error, fix="match the records again"
@@ -89,6 +91,32 @@ class Matches:
                 f"note: {len(self.table)} records are matched with version {self.version} of the bank {self.bank}, "
                 f"which is at version {version}"
             )
+
+    def found_in(self, uri: str) -> "Matches":
+        """The same references, told by the checksums of their latents, where the bank at `uri` has them.
+
+        Raises:
+            UserError: if it lacks one of them, or has another video under its id.
+        """
+        ids = self.table["matches"].combine_chunks()
+        flat = ids.flatten().to_pylist()
+        rows = {row["id"]: row for row in Table.open(uri).by_id(sorted(set(flat))).to_pylist()}
+        sums = self.table["checksums"].combine_chunks().flatten().to_pylist()
+        for id, checksum in zip(flat, sums, strict=True):
+            if (found := rows[id]["checksum"]) != checksum:
+                raise UserError(
+                    f"the bank {uri} holds another video under {id!r} than the one matched",
+                    expected=f"latents of checksum {checksum}",
+                    found=found,
+                    fix="the bank that the records were matched with, wherever it lies now",
+                )
+        table = self.table
+        for name, column in (("records", "records"), ("rows", "row")):
+            field = SCHEMA.field(name)
+            values = pa.array([rows[id][column] for id in flat], field.type.value_type)
+            values = pa.ListArray.from_arrays(ids.offsets, values)
+            table = table.set_column(table.schema.get_field_index(name), field, values)
+        return dataclasses.replace(self, table=table, bank=uri, version=Table.open(uri).version)
 
     def references(self, k: int) -> tuple[References, Int32[np.ndarray, "n k"]]:
         """The videos, each once, and for each record which of them are its k best references."""
@@ -107,7 +135,7 @@ class Matches:
 
 
 def digest(records: RecordReader) -> str:
-    """What identifies the list of the records, in order."""
+    """The digest of the list of the records, in order."""
     listed = [
         [e.id, e.caption, e.source, sum] for e, sum in zip(records.entries, records.checksums, strict=True)
     ]
@@ -215,6 +243,8 @@ def _keep(
 def read(records: RecordReader, bank: str, k: int, own: Path | None = None) -> Matches:
     """The matches of the records, from the file `own` where it exists, else from beside the records.
 
+    Those in `own` may be of a bank at another place that holds the same videos.
+
     Raises:
         UserError: if there are none, or they are of other records, of another bank, or too few; with the command
             that makes them.
@@ -225,6 +255,8 @@ def read(records: RecordReader, bank: str, k: int, own: Path | None = None) -> M
         raise UserError(f"the records in {records.folder} have not been matched with a bank", fix=command)
     matches = Matches.load(path)
     uri = bank if "://" in bank else str(Path(bank).resolve())
+    if path == own and matches.bank != uri and matches.records == digest(records):
+        matches = matches.found_in(uri)
     now, then = (uri, digest(records)), (matches.bank, matches.records)
     if now != then or matches.k < k:
         raise UserError(

@@ -27,11 +27,12 @@ from rich.progress import track
 from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import columns_of, rows_of_records
 from ditmem_jax.bank.table import Table, to_matrix
-from ditmem_jax.data.records import DTYPES, Entry, Meta, Record, RecordWriter
+from ditmem_jax.data.record import DTYPES, Entry, Record
+from ditmem_jax.data.records import Meta, RecordWriter
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.digests import of_file
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.files import make_folder, read_json, replacing, write_text
 from ditmem_jax.storage.torch_files import import_torch, load_torch, to_numpy
 
 INDEX, ID_MAP, METADATA = "labels.index", "id_map.json", "metadata.json"
@@ -85,7 +86,7 @@ def export_faiss(table: Table, folder: str | Path, latents: str | Path | None = 
     folder = Path(folder)
     if (folder / INDEX).exists():
         raise UserError(f"{folder} holds {INDEX} already", fix="another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     index, rows = faiss.IndexFlatIP(table.dim), []
     for part in table.blocks():
         index.add(to_matrix(part["vector"]))
@@ -95,13 +96,14 @@ def export_faiss(table: Table, folder: str | Path, latents: str | Path | None = 
     write_text(folder / ID_MAP, json.dumps({str(i): row["id"] for i, row in enumerate(rows)}, indent=1))
     metadata = [_metadata(number, row) for number, row in enumerate(rows)]
     write_text(folder / METADATA, json.dumps(metadata, indent=1, ensure_ascii=False))
-    with replacing(folder / INDEX) as temporary:
+    with replacing(folder / INDEX, RuntimeError) as temporary:
         faiss.write_index(index, str(temporary))
 
 
 def _metadata(number: int, row: dict[str, Any]) -> dict[str, Any]:
     theirs = {ours: name for name, ours in OURS.items()}
-    further = {name: value for name, value in row.items() if name not in ("id", "records", "row", "checksum")}
+    ours = ("id", "records", "row", "checksum", "digest")
+    further = {name: value for name, value in row.items() if name not in ours}
     known = {theirs.get(name, name): value for name, value in further.items()}
     known |= {name: known[name] or 0 for name in OURS}
     known = {f"{name}_" if name in ("index", "video") else name: value for name, value in known.items()}
@@ -114,12 +116,12 @@ def _write_latents(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         raise UserError(f"{len(twice)} files of latents would be of more than one video", found=twice[0])
     references = References.of(rows)
     torch = import_torch(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for index in track(range(len(rows)), "latents"):
         found = np.moveaxis(references[index].latents, -1, 0).astype(np.float32)
         tensor = torch.from_numpy(np.ascontiguousarray(found)).to(torch.bfloat16)
         about = {"video_id": Path(names[index]).stem, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-        with replacing(folder / names[index]) as temporary:
+        with replacing(folder / names[index], RuntimeError) as temporary:
             torch.save({"latent": tensor} | about, temporary)
 
 
@@ -219,10 +221,7 @@ def _extra(row: dict[str, Any]) -> dict[str, str]:
 
 def _by_row(path: Path, count: int) -> list[Any]:
     """A list in JSON, or an object whose names are the numbers of the rows."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}", found=error) from error
+    found = read_json(path)
     if isinstance(found, dict) and found.keys() == {str(number) for number in range(count)}:
         return [found[str(number)] for number in range(count)]
     if isinstance(found, list) and len(found) == count:

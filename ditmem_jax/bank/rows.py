@@ -17,11 +17,12 @@ from jaxtyping import Float
 
 from ditmem_jax.bank.table import FIXED, cast
 from ditmem_jax.data import tables
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 
-TAKEN = {"vector", "records", "row", "checksum"}  # columns that no table of the user's can fill
+TAKEN = {"vector", "records", "row", "checksum", "digest"}  # columns that no table of the user's can fill
 TEXTS = ("id", "caption", "source")
 FACTS = ("duration", "frames", "fps")
 ABSENT = (

@@ -29,6 +29,7 @@ QUERIES_AT_ONCE = 256
 IVF_ABOVE = 1_000_000  # videos
 DIGITS = 6  # of scores
 UNLIKE = 0.1  # share of a text's weight in words below which nothing resembles it
+CHUNKS = 1024  # of the ids: adding one by one makes many, which are slow
 WITH_RECORD = "records IS NOT NULL"
 
 
@@ -130,7 +131,7 @@ class Bank:
 
     @functools.cached_property
     def embedder(self) -> Embedder:
-        """What made the vectors; loaded when it is first asked for."""
+        """The embedder that made the vectors; loaded when it is first asked for."""
         return load_embedder(self.table.description, self.table.words)
 
     @property
@@ -138,12 +139,15 @@ class Bank:
         """Return True if texts are found by words, not by vectors."""
         return self.table.description["kind"] == "lexical"
 
-    def unlike(self, query: str, caption: str, score: float) -> bool:
-        """Return True if the best match of a text says that nothing in the bank resembles it.
+    @property
+    def likeness(self) -> str:
+        """What makes a video resemble a text, for messages."""
+        if self.by_words:
+            return f"a caption with at least {UNLIKE:.0%} of the prompt's words by weight"
+        return "a caption closer than two videos of the bank mostly are"
 
-        By words: its caption shares less than a tenth of their weight. By vectors: videos of the bank are mostly closer to
-        each other.
-        """
+    def unlike(self, query: str, caption: str, score: float) -> bool:
+        """Return True if the best match of a text is not as `likeness` says, so that nothing in the bank resembles it."""
         if self.by_words:
             return self._words.shared(query, caption) < UNLIKE
         places = np.flatnonzero(self._alive)
@@ -254,6 +258,8 @@ class Bank:
             pa.array(np.arange(len(part)))
         )  # a copy: the column itself would keep all others alive
         self._ids = pa.chunked_array([*self._ids.chunks, *ids.chunks], pa.string())
+        if self._ids.num_chunks > CHUNKS:
+            self._ids = pa.chunked_array([pa.concat_arrays(self._ids.chunks)])
         self._alive = np.concatenate([self._alive, np.ones(len(part), bool)])
 
     def _vectors(self, queries: Sequence[str] | np.ndarray) -> Float32[np.ndarray, "P D"]:

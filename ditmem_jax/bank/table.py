@@ -2,15 +2,23 @@
 
 A row is a video: `id` (unique), `caption`, `source`, its unit `vector`, `duration` in seconds, `frames`, `fps`, any
 further columns of numbers or text (scores such as motion), and where its record is: the folder `records`, the `row`
-in it and the `checksum` of its latents. The table's own schema tells what made the vectors, so that a bank is there
-once its first commit is, and whole.
+in it and the `checksum` of its latents. `digest` is of all that, since Lance's files have no checksums; rows of
+banks of earlier versions lack it. The table's own schema tells what made the vectors, so that a bank is there once its
+first commit is, and whole.
 
 Every change is one commit of Lance, which appears at once or not at all. Two writers never lose each other's rows:
 the second to commit has its commit repeated on top of the first. That also keeps ids unique on object stores, since
-`id` is declared as Lance's primary key and commits with equal keys conflict.
+`id` is declared as Lance's primary key and commits with equal keys conflict. In a folder a writer waits for another
+one to end.
+
+A commit that adds rows writes a fragment, a file that every later scan opens. Where there are many small ones, the
+rows of all small ones move into a new one (`compact`), in a commit like any other: the older versions stay, and the
+numbers of those rows change.
 """
 
 import contextlib
+import datetime
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +34,15 @@ from jaxtyping import Float32, UInt64
 from ditmem_jax.bank.embedders import Embedder
 from ditmem_jax.bank.filters import checked
 from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.storage.files import parse_json
 from ditmem_jax.storage.locks import owned
 
 FORMAT = 1
 NAME = "videos"
 ROWS_AT_ONCE = 1 << 14  # that are read or written: 48 MB of vectors of 768 numbers
+SMALL_FRAGMENTS = 8  # beyond which their rows move into one
+SMALL = 1 / 8  # of the rows of the bank: a fragment with fewer is small
+PATIENCE = 30  # seconds that a writer waits for another one
 KEY = {
     f"lance-schema:unenforced-primary-key{suffix}": value
     for suffix, value in (("", "true"), (":position", "1"))
@@ -45,6 +57,7 @@ FIXED = (
     pa.field("records", pa.string()),
     pa.field("row", pa.int32()),
     pa.field("checksum", pa.string()),
+    pa.field("digest", pa.string()),
 )
 
 
@@ -54,11 +67,15 @@ class Table:
     Attributes:
         description: of the embedder that made the vectors, by `Embedder.describe`.
         words: word counts of a lexical embedder; otherwise empty.
+        digests: every row has a digest; in a bank that an earlier version began some may not.
     """
 
     def __init__(self, uri: str, table: lancedb.table.Table, older: bool = False):
         self.uri, self._table, self._older = uri, table, older
-        stored = json.loads((table.schema.metadata or {}).get(b"ditmem_jax", b"{}"))
+        text = (table.schema.metadata or {}).get(b"ditmem_jax", b"{}").decode(errors="replace")
+        stored = parse_json(text, f"the schema of the bank {uri}")
+        if not isinstance(stored, dict) or not isinstance(stored.get("embedder", {}), dict):
+            raise UserError(f"the schema of the bank {uri} is damaged", found=text[:200])
         if stored.get("format") != FORMAT:
             raise UserError(
                 f"the bank {uri} has another format",
@@ -66,8 +83,11 @@ class Table:
                 found=f"format {stored.get('format')}",
                 fix="the version of ditmem_jax that made it",
             )
+        if missing := {"embedder", "words"} - stored.keys():
+            raise UserError(f"the schema of the bank {uri} is damaged", found=f"no {', '.join(missing)}")
         self.description: dict[str, Any] = stored["embedder"]
         self.words: dict[str, int] = stored["words"]
+        self.digests: bool = stored.get("digests", False)
 
     @classmethod
     def open(cls, uri: str | Path, version: int | None = None) -> "Table":
@@ -83,6 +103,8 @@ class Table:
         with lance_errors(f"cannot open the bank {uri}", fix=build):
             table = lancedb.connect(uri).open_table(NAME)
         if version is not None:
+            if not 0 < version < 2**63:
+                raise UserError(f"the bank {uri} has no version {version}", expected="1 or more")
             with lance_errors(
                 f"the bank {uri} has no version {version}",
                 fix=f"ditmem bank versions --bank {uri} lists them",
@@ -92,7 +114,7 @@ class Table:
 
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
-        """Whether there is a bank that can be opened."""
+        """Return True where there is a bank that can be opened."""
         try:
             cls.open(uri)
         except UserError:
@@ -111,7 +133,7 @@ class Table:
             UserError: if there is a bank at `uri`, or the rows do not make one.
         """
         uri = str(uri)
-        with contextlib.nullcontext() if "://" in uri else owned(uri):  # two would overwrite each other
+        with _alone(uri, wait=0):  # two would overwrite each other
             return cls._create(uri, embedder, rows, vectors)
 
     @classmethod
@@ -122,6 +144,7 @@ class Table:
             "format": FORMAT,
             "embedder": embedder.describe(),
             "words": dict(getattr(embedder, "frequency", {})),
+            "digests": True,
         }
         further = [field for field in rows.schema if field.name not in {fixed.name for fixed in FIXED}]
         fields = [*FIXED, *further, pa.field("vector", pa.list_(pa.float32(), embedder.dim), nullable=False)]
@@ -135,7 +158,8 @@ class Table:
         return cls(uri, table)
 
     def __len__(self) -> int:
-        return self._table.count_rows()
+        with lance_errors(f"cannot read the bank {self.uri}"):
+            return self._table.count_rows()
 
     @property
     def version(self) -> int:
@@ -159,8 +183,13 @@ class Table:
         Raises:
             UserError: if the embedder is another than the bank's, or a row does not fit or has an id of another:
                 no row is added then. Also if another writer added the same id at the same moment: all other rows
-                are in then.
+                are in then; and if another process does not let go of the bank.
         """
+        with _alone(self.uri):
+            self._add(rows, embedder, vectors)
+            self._gather()
+
+    def _add(self, rows: pa.Table, embedder: Embedder, vectors: np.ndarray | None) -> None:
         if (ours := embedder.describe()) != self.description:
             raise UserError(
                 f"the bank {self.uri} was built with another embedder",
@@ -168,7 +197,10 @@ class Table:
             )  # fmt: skip
         self._newest()
         schema = self._table.schema
-        new = [field for field in rows.schema if field.name not in schema.names]
+        known = [*rows.schema, *(field for field in FIXED if field.name not in rows.schema.names)]
+        new = [
+            field for field in known if field.name not in schema.names
+        ]  # banks of earlier versions lack some
         rows = conform(rows, pa.schema([*schema, *new]))
         if there := self.known(rows["id"].to_pylist(), ["id"])["id"].to_pylist():
             raise UserError(
@@ -194,8 +226,13 @@ class Table:
         """Removes the rows of the given ids, or those that a filter leaves, in one commit; tells how many.
 
         Raises:
-            UserError: if there is no row of one of the ids (nothing is removed then), or the filter does not parse.
+            UserError: if there is no row of one of the ids (nothing is removed then), the filter does not parse, or
+                another process does not let go of the bank.
         """
+        with _alone(self.uri):
+            return self._remove(ids, where)
+
+    def _remove(self, ids: Sequence[str] | None, where: str | None) -> int:
         self._newest()
         if ids is not None:
             self.by_id(ids)
@@ -206,6 +243,40 @@ class Table:
             return 0
         with lance_errors(f"cannot remove from the bank {self.uri}"):
             return self._table.delete(where).num_deleted_rows  # pyright: ignore[reportAttributeAccessIssue]  # not in the stub
+
+    def compact(self, older_than: datetime.timedelta | None = None) -> int:
+        """Brings all rows into as few files as can be, in one commit; tells how many fragments are left.
+
+        Args:
+            older_than: age of the versions that are deleted for good, with the files that only they need; the
+                newest stays whatever its age. None keeps all.
+        Raises:
+            UserError: for an older version, or if another process does not let go of the bank.
+        """
+        with _alone(self.uri), lance_errors(f"cannot compact the bank {self.uri}"):
+            self._newest()
+            age = datetime.timedelta(days=36500) if older_than is None else older_than
+            self._table.optimize(cleanup_older_than=age)
+            self._table.checkout_latest()
+            return self._fragments()
+
+    def _fragments(self) -> int:
+        return self._table.stats()["fragment_stats"]["num_fragments"]  # pyright: ignore[reportIndexIssue]  # a dict
+
+    def _gather(self) -> None:
+        """Moves the rows of the small fragments into one, where there are many."""
+        with lance_errors(f"the rows are in, but cannot compact the bank {self.uri}", fix="bank compact"):
+            if self._fragments() <= SMALL_FRAGMENTS:
+                return
+            rows = self._table.search().select(["_rowid", "_rowaddr"]).to_arrow()
+            numbers, counts = np.unique(rows["_rowaddr"].to_numpy() >> np.uint64(32), return_counts=True)
+            small = numbers[counts < SMALL * len(rows)]
+            if len(small) <= SMALL_FRAGMENTS:
+                return
+            moved = np.isin(rows["_rowaddr"].to_numpy() >> np.uint64(32), small)
+            taken = self.take(rows["_rowid"].to_numpy()[moved], self._table.schema.names)
+            taken = taken.cast(self._table.schema)
+            self._table.merge_insert("id").when_matched_update_all().execute(taken)
 
     def refresh(self) -> None:
         """Moves on to the newest version, which another writer may have made; not from an older one on purpose."""
@@ -224,6 +295,10 @@ class Table:
 
     def versions(self) -> list[dict[str, Any]]:
         """Number, time and count of rows of each version, the oldest first."""
+        with lance_errors(f"cannot read the bank {self.uri}"):
+            return self._versions()
+
+    def _versions(self) -> list[dict[str, Any]]:
         return [
             {"version": v["version"], "time": v["timestamp"], "rows": int(v["metadata"]["total_rows"])}
             for v in self._table.list_versions()
@@ -259,7 +334,7 @@ class Table:
         return found.take(order)
 
     def row_ids(self, where: str | None = None) -> UInt64[np.ndarray, " N"]:
-        """Lance's numbers of the rows that a filter leaves. A number stands for one row for ever."""
+        """Lance's numbers of the rows that a filter leaves. A number stands for one row, which may get another one."""
         return self._filtered(where, ["_rowid"])["_rowid"].to_numpy()
 
     def take(self, row_ids: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
@@ -275,13 +350,13 @@ class Table:
             raise UserError("a video was removed from the bank meanwhile", fix="search once more")
         return found.take(order).select(columns)
 
-    def blocks(self) -> Iterator[pa.Table]:
-        """`_rowid`, `id` and `vector` of all rows, some at a time: a plain scan reads far ahead into memory."""
+    def blocks(self, columns: Sequence[str] = ("id", "vector")) -> Iterator[pa.Table]:
+        """`_rowid` and these columns of all rows, some at a time: a plain scan reads far ahead into memory."""
         size = ROWS_AT_ONCE
 
         def read(start: int) -> pa.Table:
             with lance_errors(f"cannot read the bank {self.uri}"):
-                query = self._table.search().select(["_rowid", "id", "vector"])
+                query = self._table.search().select(["_rowid", *columns])
                 return query.offset(start).limit(size).to_batches(batch_size=size).read_all()
 
         with ThreadPoolExecutor(1) as pool:
@@ -342,6 +417,11 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
         if column.null_count and not field.nullable:
             raise UserError(f"a row has no {field.name}", found=f"{column.null_count} of {len(rows)} rows")
         columns.append(column)
+    if bad := [name for name in schema.names if not name or set(name) & set(".`") or name.startswith("_row")]:
+        raise UserError(
+            f"no column of a bank can be called {bad[0]!r}",
+            expected="a name without . and `, that does not begin with _row",
+        )
     if not len(rows):
         raise UserError("there are no videos", expected="at least one row")
     rows = pa.table(columns, pa.schema([field for field in schema if field.name != "vector"]))
@@ -356,6 +436,22 @@ def to_matrix(vectors: pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:
     width = vectors.type.list_size
     parts = [chunk.flatten().to_numpy().reshape(-1, width) for chunk in vectors.chunks]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def digests_of(rows: pa.Table) -> list[str]:
+    """Of each row, with its vector: a digest of all that is there but the digest. Columns that are added later,
+    without a value, do not change it."""
+    vectors = to_matrix(rows["vector"])
+    texts = rows.drop_columns(
+        [name for name in ("vector", "digest") if name in rows.schema.names]
+    ).to_pylist()
+    found = []
+    for row, vector in zip(texts, vectors, strict=True):
+        there = sorted((name, value) for name, value in row.items() if value is not None)
+        digest = hashlib.blake2b(json.dumps(there).encode(), digest_size=16)
+        digest.update(vector.tobytes())
+        found.append(digest.hexdigest())
+    return found
 
 
 def unit(vectors: np.ndarray, names: Sequence[str] | pa.ChunkedArray) -> Float32[np.ndarray, "n D"]:
@@ -397,6 +493,7 @@ def _written(
                 flat = pa.array(unit(found, part["id"]).reshape(-1))
                 columns = {"vector": pa.FixedSizeListArray.from_arrays(flat, embedder.dim)}
                 columns |= {name: part[name].chunk(0) for name in part.schema.names}
+                columns["digest"] = pa.array(digests_of(pa.table(columns)), pa.string())
                 yield pa.record_batch([columns[name] for name in schema.names], schema)
         except UserError as error:
             failed.append(error)
@@ -413,9 +510,14 @@ def lance_errors(what: str, **advice: str) -> Iterator[None]:
     """Raises what LanceDB raises as a UserError that says `what`."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, OverflowError, TypeError) as error:
         found = str(error).split(", /")[0].strip().splitlines()[:1]  # without places in Lance's source
         raise UserError(what, found=found[0] if found else repr(error), **advice) from error
+
+
+def _alone(uri: str, wait: int | None = None) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder of a bank, after PATIENCE or `wait` seconds; on object stores Lance's commits see to all."""
+    return contextlib.nullcontext() if "://" in uri else owned(uri, PATIENCE if wait is None else wait)
 
 
 def _among(ids: Iterable[str]) -> str:

@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.progress import track
 
-from ditmem_jax.bank.table import Table, to_matrix
-from ditmem_jax.data.records import RecordReader, checksum
+from ditmem_jax.bank.table import Table, digests_of, to_matrix
+from ditmem_jax.data.record import checksum
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 
 
 def check(table: Table, deep: bool = False) -> list[str]:
-    """Every fault as a line: ids that are there twice, vectors not of length 1, records gone or altered.
+    """Every fault as a line: ids that are there twice, rows altered, vectors not of length 1, records gone or altered.
 
     Args:
         deep: reads the latents of all records; otherwise their checksums are taken from the lists beside them.
@@ -26,7 +27,13 @@ def _rows(table: Table) -> Iterator[str]:
     for item in ids.filter(pc.greater(ids.field("counts"), 1)):
         yield f"{item['values'].as_py()!r} is there {item['counts'].as_py()} times"
     count = 0
-    for part in table.blocks():
+    for part in table.blocks([*table.columns, "vector"]):
+        listed = part["digest"].to_pylist() if "digest" in part.schema.names else [None] * len(part)
+        for name, found, digest in zip(
+            part["id"], digests_of(part.drop_columns("_rowid")), listed, strict=True
+        ):
+            if digest not in (found, None) or (digest is None and table.digests):
+                yield f"{name.as_py()!r} was altered: its digest is {found}, {digest} was written"
         norms = np.linalg.norm(to_matrix(part["vector"]).astype(np.float64), axis=1)
         for row in np.flatnonzero(~((np.abs(norms - 1) < 1e-4) | (norms == 0))):
             yield f"{part['id'][row].as_py()!r} has a vector of length {norms[row]:.4f}"

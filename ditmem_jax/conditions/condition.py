@@ -1,4 +1,4 @@
-"""What a kind of condition does, and the shape of a clip that follows its first frame."""
+"""The protocol of kinds of condition, and the shape of a clip that follows its first frame."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable

@@ -1,6 +1,7 @@
 """A config, by the name of one that ships with the library or by file, with overrides: the strict `Config`."""
 
 import ast
+import json
 import runpy
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -18,13 +19,15 @@ def load_config(config: str | Path, overrides: Mapping[str, Any] | Sequence[str]
     """Return the strict `Config` of a file, after overrides.
 
     Args:
-        config: a file with `get_config()`, or the name of one in `ditmem_jax.configs`, such as "wan".
+        config: a file with `get_config()`, the config.json of a training run, or the name of a file in
+            `ditmem_jax.configs`, such as "wan".
         overrides: values by name, such as `{"optim.learning_rate": 1e-4}`, or as the command line spells them, such
             as `["optim.learning_rate=1e-4"]`.
     Raises:
         UserError: if there is no such file, or it or an override does not fit `Config`.
     """
-    values = to_dict(build(Config, _run_config(find_config(config))))
+    path = find_config(config)
+    values = to_dict(build(Config, _read_config(path) if path.suffix == ".json" else _run_config(path)))
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():
             part, key = _find(values, name, value)
@@ -62,6 +65,14 @@ def _run_config(path: Path) -> dict[str, Any] | ConfigDict:
     return values
 
 
+def _read_config(path: Path) -> Any:
+    """Return what the config.json of a run holds."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no config", expected="the config.json of a run", found=error) from error
+
+
 def _find(values: dict[str, Any], name: str, value: Any) -> tuple[dict[str, Any], str]:
     """Return the part of the nested `values` that the dotted `name` is in, and its key there, to be set to `value`."""
     where, path = "config", name.split(".")
@@ -85,5 +96,5 @@ def _literal(text: str) -> Any:
     """The value that `text` spells, as in Python or JSON; itself if it spells none."""
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last for very deep expressions
         return text

@@ -58,7 +58,10 @@ def current_key(where: str, key: str) -> str:
 
 def dataclasses_of(hint: Any) -> tuple[type, ...]:
     """The dataclasses that a hint allows: itself, the members of a union, or none."""
-    return tuple(option for option in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(option))
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return tuple(
+        option for option in (typing.get_args(hint) if union else (hint,)) if dataclasses.is_dataclass(option)
+    )
 
 
 def _kind(hint: Any, values: Any, where: str) -> type:
@@ -92,6 +95,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         for option in arguments:
             if isinstance(value, (list, tuple)) == (typing.get_origin(option) is tuple):
                 return _coerce(option, value, where)
+    if origin is dict and isinstance(value, dict):
+        return {key: _coerce(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
     if origin is tuple and isinstance(value, (list, tuple)):
         if arguments[-1] is Ellipsis:
             return tuple(_coerce(arguments[0], item, where) for item in value)

@@ -11,18 +11,22 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import threading
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.filter import Graph
 from av.stream import Disposition
-from av.video.stream import VideoStream
+from av.video.stream import VideoStream as Stream
 from jaxtyping import Float, Int
 
 from ditmem_jax.errors import UserError
@@ -65,18 +69,57 @@ PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition
 FAR = 2.0  # seconds between two wanted frames that make it worth to go on from a later keyframe
 
 
-class VideoBytes(io.BytesIO):
-    """A video file in memory, with the name that errors call it by."""
+class VideoStream(io.RawIOBase):
+    """A video in an archive, of which no more is read than is asked for.
 
-    def __init__(self, data: bytes, name: str):
-        super().__init__(data)
-        self.name = name
+    Args:
+        file: where its bytes are; places are sought there only when something is read, since that may be slow.
+        size: in bytes.
+        name: what errors call it by.
+    Raises:
+        UserError: from reading, if the archive is damaged.
+    """
+
+    def __init__(self, file: io.BufferedIOBase | io.RawIOBase, size: int, name: str):
+        self._file, self._place, self.size, self.name = file, 0, size, name
 
     def __str__(self) -> str:
         return self.name
 
+    def readable(self) -> bool:
+        return True
 
-VideoFile = str | Path | VideoBytes
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            if self._file.tell() != self._place:
+                self._file.seek(self._place)
+            data = self._file.read(min(len(buffer), max(0, self.size - self._place))) or b""
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UserError(f"cannot read {self}", found=error) from error
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+class VideoBytes(VideoStream):
+    """A video file in memory, with the name that errors call it by."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(io.BytesIO(data), len(data), name)
+
+
+VideoFile = str | Path | VideoStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +199,12 @@ def pick(
 
 
 @contextlib.contextmanager
-def _opened(path: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
-    if isinstance(path, VideoBytes):
+def _opened(path: VideoFile) -> Iterator[tuple[InputContainer, Stream]]:
+    if isinstance(path, VideoStream):
         path.seek(0)
     try:
         source = (
-            path if isinstance(path, VideoBytes) else f"file:{path}"
+            path if isinstance(path, VideoStream) else f"file:{path}"
         )  # "concat:..." is a protocol's otherwise
         container = av.open(
             source, "r", options=OPTIONS, metadata_errors="replace"
@@ -173,10 +216,10 @@ def _opened(path: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, _best_stream(path, container)
 
 
-def _best_stream(path: VideoFile, container: InputContainer) -> VideoStream:
+def _best_stream(path: VideoFile, container: InputContainer) -> Stream:
     """The stream that FFmpeg's command line takes: the largest picture, marked ones first; never a cover or preview."""
 
-    def weight(stream: VideoStream) -> int:
+    def weight(stream: Stream) -> int:
         marked = bool(stream.disposition & Disposition.default)
         return stream.codec_context.width * stream.codec_context.height + 5_000_000 * marked
 
@@ -293,7 +336,7 @@ def _runs(line: Timeline, wanted: Sequence[int]) -> list[tuple[int | None, list[
     return [run for run in runs if run[1]] or runs
 
 
-def _deinterlaced(frames: Iterator[av.VideoFrame], stream: VideoStream) -> Iterator[av.VideoFrame]:
+def _deinterlaced(frames: Iterator[av.VideoFrame], stream: Stream) -> Iterator[av.VideoFrame]:
     """The frames, from the first interlaced one on through FFmpeg's filter bwdif: a frame for each frame."""
     graph, ahead = None, deque()
     for frame in frames:
@@ -310,7 +353,7 @@ def _deinterlaced(frames: Iterator[av.VideoFrame], stream: VideoStream) -> Itera
         yield from _pulled(graph, ahead)
 
 
-def _bwdif(stream: VideoStream) -> Graph:
+def _bwdif(stream: Stream) -> Graph:
     graph = Graph()
     graph.link_nodes(
         graph.add_buffer(template=stream),

@@ -10,7 +10,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from ditmem_jax.data.records import Record, RecordReader
+from ditmem_jax.data.record import Record
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.types import Batch, Conditioning
@@ -30,6 +31,7 @@ def training_data(
     bank: RecordReader | References | None = None,
     shuffle: bool = True,
     epochs: int | None = None,
+    start: int = 0,
     workers: int = 0,
     rows: Int[np.ndarray, " b"] | None = None,
     drop_remainder: bool = True,
@@ -38,8 +40,8 @@ def training_data(
 ) -> grain.IterDataset:
     """Batches of records with their reference videos, for ever or for `epochs`; the same for the same seed.
 
-    `iter()` of the result has `get_state()` and `set_state()`; what follows a restored state is bit for bit
-    what would have followed it before. Each is a `types.Batch` of NumPy arrays of the dtype that they are stored in,
+    With `start` it goes on bit for bit where a stream of the same arguments, read by any number of workers, stopped.
+    Each is a `types.Batch` of NumPy arrays of the dtype that they are stored in,
     with text embeddings padded to `text_len`.
 
     Args:
@@ -47,6 +49,7 @@ def training_data(
         matches: for each record, the indices of its reference videos in `bank`; -1 for none.
         batch_size: of all processes together.
         bank: where references come from; `records` itself by default.
+        start: batches to leave out at the beginning, so that a stream goes on where another stopped.
         workers: processes that read ahead; 0 reads in this one.
         rows: of every batch those that this process reads; all of them by default.
         drop_remainder: leaves out a last batch that is not full.
@@ -62,7 +65,7 @@ def training_data(
     if shuffle:
         indices = indices.shuffle(seed)
     batches = indices.repeat(epochs).batch(batch_size, drop_remainder=drop_remainder)
-    data = batches.map(_Load(records, bank, matches, text_len, rows, cache, sources))
+    data = batches[start:].map(_Load(records, bank, matches, text_len, rows, cache, sources))
     data = data.to_iter_dataset(READ_AHEAD)
     if workers:
         if not flags.FLAGS.is_parsed():

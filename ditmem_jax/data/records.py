@@ -2,8 +2,9 @@
 
 A folder of records holds
 
-    index.json                  format, what the records have in common, what made them, the finished shards, and
-                                videos that could not be encoded, by id, with the reason
+    index.json                  format, what the records have in common, what made them, the finished shards, digests
+                                of the lists, of the prompts and of itself, and videos that could not be encoded, by
+                                id, with the reason
     records-00000.array_record  the records of a shard, each the bytes of one safetensors file
     records-00000.jsonl         id, caption, source, extra columns, checksum, facts of the video and stamp of its file of
                                 each, a JSON object a line
@@ -25,57 +26,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
+from ditmem_jax.config import build
+from ditmem_jax.data.record import (
+    DTYPES,
+    Entry,
+    Record,
+    checksum,
+    facts_from_json,
+    facts_to_json,
+    from_bytes,
+    from_safetensors,
+    to_bytes,
+    to_safetensors,
+)
 from ditmem_jax.data.video import Facts, Stamp
 from ditmem_jax.errors import UserError, nearest
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.digests import SEAL, of_file, sealed, unsealed
+from ditmem_jax.storage.files import make_folder, read_json, reading, replacing, write_text, writing
 from ditmem_jax.storage.locks import owned
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)  # 2 has no facts of videos, 3 no stamps of their files and less facts
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A record without its arrays. `extra` holds whatever else the user's table says about the video."""
-
-    id: str
-    caption: str
-    source: str
-    extra: dict[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Record(Entry):
-    """One encoded video: normalised VAE latents, and its caption's embedding without padding.
-
-    `facts` are of the video that the latents were made from, and `stamp` of its file, where they are known. The stamp is
-    in the list beside a shard only, so that records of equal videos are equal. `condition` holds what a transformer that
-    takes given frames as channels is told of the video's own, by field of `types.Conditioning`.
-    """
-
-    latents: Float[np.ndarray, "T H W C"]
-    text_embedding: Float[np.ndarray, "L D"]
-    facts: Facts | None = dataclasses.field(default=None, kw_only=True)
-    condition: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, kw_only=True)
-    stamp: Stamp | None = dataclasses.field(default=None, kw_only=True, compare=False)
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(self.id, self.caption, self.source, extra=self.extra)
+PROMPTS = "prompts.safetensors"
+CONTINUES = "free space on the disk, then the same command: it continues after the shards that are finished"
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What the records of a folder have in common: latent shape (T, H, W, C), text width, number type.
+    """The properties that the records of a folder share: latent shape (T, H, W, C), text width, number type.
 
     `made_by` is whatever identifies their making, JSON values by name; records of another making do not mix.
     """
@@ -88,81 +71,31 @@ class Meta:
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> "Meta":
-        return Meta(**values | {"latents": tuple(values["latents"])})
-
-
-def checksum(latents: np.ndarray) -> str:
-    """What identifies latents whatever their record is called: a digest of their type, shape and bytes."""
-    digest = hashlib.blake2b(f"{latents.dtype} {latents.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(latents).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def to_bytes(record: Record) -> bytes:
-    """The record as a safetensors file, with its entry and facts as metadata."""
-    metadata = dataclasses.asdict(record.entry) | {"extra": json.dumps(record.extra)}
-    metadata |= {name: json.dumps(facts) for name, facts in _facts_to_json(record).items()}
-    tensors = record.condition | {"latents": record.latents, "text_embedding": record.text_embedding}
-    return to_safetensors(tensors, metadata)
-
-
-def from_bytes(data: bytes) -> Record:
-    """The inverse of `to_bytes`.
-
-    Raises:
-        ValueError: if `data` is no such record.
-    """
-    tensors, metadata = _from_safetensors(data)
-    try:
-        entry = metadata | {"extra": json.loads(metadata["extra"])}
-        facts = _facts_from_json(json.loads(entry.pop("facts", "null")))
-        own = {name: tensors.pop(name) for name in ("latents", "text_embedding")}
-        return Record(**entry, **own, facts=facts, condition=tensors)
-    except (KeyError, TypeError) as error:
-        raise ValueError("a safetensors file, but not of a record") from error
-
-
-def _facts_to_json(record: Record) -> dict[str, Any]:
-    return {"facts": dataclasses.asdict(record.facts)} if record.facts else {}
-
-
-def _facts_from_json(values: dict[str, Any] | None) -> Facts | None:
-    return Facts(**values) if values else None
-
-
-def to_safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file with its metadata in the order of their names; the library's own is random."""
-    data = safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
-
-
-def _from_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata. By hand: safetensors' loader for numpy knows neither bfloat16 nor metadata."""
-    try:
-        tensors = {
-            name: np.frombuffer(info["data"], _SAFETENSORS_DTYPES[info["dtype"]]).reshape(info["shape"])
-            for name, info in safetensors.deserialize(data)
-        }
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise ValueError(f"not a safetensors file of float32 or bfloat16: {error}") from error
-    header_length = int.from_bytes(data[:8], "little")
-    return tensors, json.loads(data[8 : 8 + header_length]).get("__metadata__", {})
-
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The files NAME.array_record and NAME.jsonl of some records, and their size."""
+    """The files NAME.array_record and NAME.jsonl of some records.
+
+    `bytes` is the size of the first, which has checksums of its own; `digest` is the SHA-256 of the second, None where
+    an earlier version wrote it.
+    """
 
     name: str
     records: int
     bytes: int
+    digest: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """The file index.json. `prompts` is the SHA-256 of prompts.safetensors."""
+
+    format: int
+    complete: bool
+    meta: Meta
+    shards: tuple[Shard, ...]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    prompts: str | None = None
 
 
 def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) -> Shard:
@@ -172,18 +105,23 @@ def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) 
         UserError: if a record does not fit `meta`.
     """
     lines = []
-    with replacing(folder / f"{name}.array_record") as temporary:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+    path = folder / f"{name}.array_record"
+    with replacing(path, fix=CONTINUES) as temporary:
+        guarded = functools.partial(writing, path, RuntimeError, fix=CONTINUES)  # what the library raises
+        with guarded():
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for record in (_cast(record, meta) for record in records):
-            writer.write(to_bytes(record))
+            with guarded():
+                writer.write(to_bytes(record))
             line = dataclasses.asdict(record.entry) | {"checksum": checksum(record.latents)}
-            line |= _facts_to_json(record)
+            line |= facts_to_json(record)
             line |= {"stamp": dataclasses.asdict(record.stamp)} if record.stamp else {}
             lines.append(json.dumps(line, ensure_ascii=False))
-        writer.close()
-        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        with guarded():
+            writer.close()
+        write_text(folder / f"{name}.jsonl", listed := "\n".join(lines) + "\n", fix=CONTINUES)
         size = temporary.stat().st_size
-    return Shard(name, len(lines), size)
+    return Shard(name, len(lines), size, hashlib.sha256(listed.encode()).hexdigest())
 
 
 def _cast(record: Record, meta: Meta) -> Record:
@@ -224,14 +162,23 @@ class RecordWriter:
 
     def _begin(self) -> None:
         index = self._found_index()
-        self._shards: list[dict[str, Any]] = index.get("shards", [])
-        begun = self._shards and not index["complete"]
-        self.skipped: dict[str, str] = index.get("skipped", {}) if begun else {}
-        for shard in self._shards:
+        begun = index is not None and index.shards and not index.complete
+        self.skipped: dict[str, str] = index.skipped if begun else {}
+        self._shards: list[Shard] = []
+        self.lines: list[Line] = []
+        for shard in index.shards if index else ():
             _check_size(self.folder, shard)
-        self.lines = self.current()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "index.json").exists():
+            self.lines += read_list(self.folder, shard)
+            if shard.digest is None:  # of an earlier version
+                digest = of_file(self.folder / f"{shard.name}.jsonl")
+                shard = dataclasses.replace(shard, digest=digest)
+            self._shards.append(shard)
+        path = self.folder / PROMPTS
+        self._prompts = index.prompts if index else None
+        if self._prompts is None and path.exists():
+            self._prompts = of_file(path)
+        make_folder(self.folder)
+        if index is None:
             self._write_index(complete=False)
 
     def __enter__(self) -> "RecordWriter":
@@ -264,11 +211,11 @@ class RecordWriter:
             if not any(line.entry.id in changes for line in lines):
                 shards.append(shard)
                 continue
-            stem, _, number = shard["name"].removeprefix("records-").partition("-")
+            stem, _, number = shard.name.removeprefix("records-").partition("-")
             name = f"records-{stem}-{int(number or 0) + 1}"
             written = write_shard(self.folder, name, self._changed(shard, lines, changes), self.meta)
-            old.append(shard["name"])
-            shards += [dataclasses.asdict(written)] if written.records else []
+            old.append(shard.name)
+            shards += [written] if written.records else []
             old += [] if written.records else [name]
         self._shards = shards
         self._write_index(complete=False)
@@ -279,13 +226,13 @@ class RecordWriter:
 
     def _changed(
         self,
-        shard: dict[str, Any],
+        shard: Shard,
         lines: "list[Line]",
         changes: Mapping[str, Callable[[Record], Record | None]],
     ) -> Iterator[Record]:
-        source = ArrayRecordDataSource([_Shard.of(self.folder, shard)])
+        source = _open(self.folder, [shard])
         for number, line in enumerate(lines):
-            record = dataclasses.replace(from_bytes(source[number]), stamp=line.stamp)
+            record = dataclasses.replace(_read(source, number, self.folder), stamp=line.stamp)
             if (record := changes.get(line.entry.id, lambda record: record)(record)) is not None:
                 yield record
 
@@ -300,8 +247,9 @@ class RecordWriter:
         if shard.records:
             name = self._next_name()
             for suffix in ("jsonl", "array_record"):
-                os.replace(parts / f"{shard.name}.{suffix}", self.folder / f"{name}.{suffix}")
-            self._shards.append(dataclasses.asdict(dataclasses.replace(shard, name=name)))
+                with writing(path := self.folder / f"{name}.{suffix}", fix=CONTINUES):
+                    os.replace(parts / f"{shard.name}.{suffix}", path)
+            self._shards.append(dataclasses.replace(shard, name=name))
         self.skipped |= skipped
         self._write_index(complete=False)
 
@@ -309,10 +257,13 @@ class RecordWriter:
         """Stores the embeddings, without padding, of texts that belong to no video."""
         names = {f"prompt.{i}": text for i, text in enumerate(prompts)}
         tensors = {name: prompts[text].astype(DTYPES[self.meta.dtype]) for name, text in names.items()}
-        with replacing(self.folder / "prompts.safetensors") as temporary:
-            temporary.write_bytes(to_safetensors(tensors, names))
+        data = to_safetensors(tensors, names)
+        self._prompts = hashlib.sha256(data).hexdigest()
+        self._write_index(complete=False)  # until the end: a reader must not find one without the other
+        with replacing(self.folder / PROMPTS, fix=CONTINUES) as temporary:
+            temporary.write_bytes(data)
 
-    def _found_index(self) -> dict[str, Any]:
+    def _found_index(self) -> _Index | None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file", expected="a folder for the records")
         if not (self.folder / "index.json").exists():
@@ -324,9 +275,9 @@ class RecordWriter:
                     found=", ".join(others[:5]),
                     fix="another output folder",
                 )
-            return {}
+            return None
         index = _read_index(self.folder)
-        differences = _differences(self.meta.to_json(), index["meta"])
+        differences = _differences(self.meta.to_json(), index.meta.to_json())
         if differences:
             raise UserError(
                 f"{self.folder} holds the records of another run",
@@ -340,17 +291,17 @@ class RecordWriter:
         if self._waiting:
             shard = write_shard(self.folder, self._next_name(), self._waiting, self.meta)
             self._waiting = []
-            self._shards.append(dataclasses.asdict(shard))
+            self._shards.append(shard)
             self._write_index(complete=False)
 
     def _next_name(self) -> str:
-        numbers = [int(shard["name"].split("-")[1]) for shard in self._shards]
+        numbers = [int(shard.name.split("-")[1]) for shard in self._shards]
         return f"records-{max(numbers, default=-1) + 1:05d}"
 
     def _write_index(self, complete: bool) -> None:
-        index = {"format": FORMAT, "complete": complete, "meta": self.meta.to_json(), "shards": self._shards}
-        index |= {"skipped": self.skipped} if self.skipped else {}
-        write_text(self.folder / "index.json", json.dumps(index, indent=1) + "\n")
+        index = _Index(FORMAT, complete, self.meta, tuple(self._shards), self.skipped, self._prompts)
+        text = json.dumps(sealed(dataclasses.asdict(index)), indent=1) + "\n"
+        write_text(self.folder / "index.json", text, fix=CONTINUES)
 
 
 class RecordReader:
@@ -363,17 +314,16 @@ class RecordReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         index = _read_index(self.folder)
-        if not index["complete"]:
+        if not index.complete:
             raise UserError(
                 f"the records in {self.folder} are not complete",
-                found=f"{sum(shard['records'] for shard in index['shards'])} records so far",
+                found=f"{sum(shard.records for shard in index.shards)} records so far",
                 fix="run the command that makes them once more; it continues",
             )
-        self.meta = Meta.from_json(index["meta"])
-        self._shards = index["shards"]
+        self.meta, self._shards, self._prompts = index.meta, index.shards, index.prompts
         for shard in self._shards:
             _check_size(self.folder, shard)
-        self._source = ArrayRecordDataSource([_Shard.of(self.folder, shard) for shard in self._shards])
+        self._source = _open(self.folder, self._shards)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -382,14 +332,7 @@ class RecordReader:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
-            record = from_bytes(self._source[index])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"record {index} of {self.folder} is damaged",
-                found=str(error)[:200],
-                fix=_anew(self.folder),
-            ) from error
+        record = _read(self._source, index, self.folder)
         if record.entry != self.entries[index]:
             raise UserError(
                 f"record {index} of {self.folder} is not the one that its list names",
@@ -427,15 +370,16 @@ class RecordReader:
     @functools.cached_property
     def prompts(self) -> dict[str, np.ndarray]:
         """Embeddings [L, D], without padding, of texts that belong to no video, by text."""
-        path = self.folder / "prompts.safetensors"
+        path, fix = self.folder / PROMPTS, "run the encoding once more; it writes that file anew"
         try:
-            tensors, names = _from_safetensors(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {path}",
-                found=error,
-                fix="run the encoding once more; it writes that file anew",
-            ) from error
+            with reading(path, fix):
+                data = path.read_bytes()
+            found = hashlib.sha256(data).hexdigest()
+            if self._prompts not in (None, found):
+                raise ValueError(f"sha256 {found}, where {self._prompts} was written")
+            tensors, names = from_safetensors(data)
+        except ValueError as error:
+            raise UserError(f"cannot read {path}", found=error, fix=fix) from error
         return {names[name]: tensor for name, tensor in tensors.items()}
 
     def prompt(self, text: str) -> np.ndarray:
@@ -457,13 +401,24 @@ class _Shard(NamedTuple):
     take: int
     examples_in_shard: int
 
-    @classmethod
-    def of(cls, folder: Path, shard: dict[str, Any]) -> "_Shard":
-        return cls(str(folder / f"{shard['name']}.array_record"), 0, shard["records"], shard["records"])
+
+def _open(folder: Path, shards: Iterable[Shard]) -> ArrayRecordDataSource:
+    return ArrayRecordDataSource(
+        [_Shard(str(folder / f"{s.name}.array_record"), 0, s.records, s.records) for s in shards]
+    )
+
+
+def _read(source: ArrayRecordDataSource, number: int, folder: Path) -> Record:
+    try:
+        return from_bytes(source[number])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"record {number} of {folder} is damaged", found=str(error)[:200], fix=_anew(folder)
+        ) from error
 
 
 class Line(NamedTuple):
-    """What the list beside a shard says of a record."""
+    """A record's line in the list beside its shard."""
 
     entry: Entry
     checksum: str
@@ -473,42 +428,47 @@ class Line(NamedTuple):
     @classmethod
     def of(cls, text: str) -> "Line":
         values = json.loads(text)
-        checksum, facts = values.pop("checksum"), _facts_from_json(values.pop("facts", None))
+        checksum, facts = values.pop("checksum"), facts_from_json(values.pop("facts", None))
         stamp = values.pop("stamp", None)
         return cls(Entry(**values), checksum, facts, stamp and Stamp(**stamp))
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> _Index:
     path = folder / "index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        version = index["format"]
-    except OSError as error:
+    if not path.exists():
         raise UserError(
             f"{folder} is no folder of records",
             expected=path,
-            found=error.strerror,
             fix=f"ditmem encode --table TABLE --videos VIDEOS --out {folder}",
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged", found=repr(error), fix=_anew(folder)) from error
-    if version not in READABLE:
+        )
+    values = read_json(path, _anew(folder))
+    version = values.get("format") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > FORMAT:
         raise UserError(
             f"{folder} has another format",
             expected=f"format {' or '.join(map(str, READABLE))}",
             found=f"format {version}",
             fix="the version of ditmem_jax that made it, or another folder for records made anew",
         )
+    try:
+        if SEAL in values:  # which earlier versions did not write
+            values = unsealed(values, path, _anew(folder))
+        index = build(_Index, values, "index.json")
+    except (UserError, TypeError) as error:
+        found = error.in_one_line() if isinstance(error, UserError) else error
+        raise UserError(f"{path} is damaged", found=found, fix=_anew(folder)) from error
+    if index.format not in READABLE:
+        raise UserError(f"{path} is damaged", found=f"format {version}", fix=_anew(folder))
     return index
 
 
-def _check_size(folder: Path, shard: dict[str, Any]) -> None:
-    path = folder / f"{shard['name']}.array_record"
+def _check_size(folder: Path, shard: Shard) -> None:
+    path = folder / f"{shard.name}.array_record"
     size = path.stat().st_size if path.exists() else "no such file"
-    if size != shard["bytes"]:
+    if size != shard.bytes:
         raise UserError(
             f"{path} is not as it was written",
-            expected=f"{shard['bytes']} bytes",
+            expected=f"{shard.bytes} bytes",
             found=size,
             fix=_anew(folder),
         )
@@ -521,23 +481,31 @@ def _anew(folder: Path) -> str:
 
 def read_shard(folder: Path, shard: Shard, number: int) -> Record:
     """A record of a shard, with the stamp of its file."""
-    values = dataclasses.asdict(shard)
-    record = from_bytes(ArrayRecordDataSource([_Shard.of(folder, values)])[number])
-    return dataclasses.replace(record, stamp=read_list(folder, values)[number].stamp)
+    record = _read(_open(folder, [shard]), number, folder)
+    return dataclasses.replace(record, stamp=read_list(folder, shard)[number].stamp)
 
 
-def read_list(folder: Path, shard: dict[str, Any]) -> list[Line]:
-    """What is listed of each record of a shard."""
-    path = folder / f"{shard['name']}.jsonl"
-    try:
-        found = [Line.of(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read {path}", found=error, fix=_anew(folder)) from error
-    if len(found) != shard["records"]:
+def read_list(folder: Path, shard: Shard) -> list[Line]:
+    """The lines of the list beside a shard."""
+    path = folder / f"{shard.name}.jsonl"
+    with reading(path, _anew(folder)):
+        data = path.read_bytes()
+    if shard.digest not in (None, found := hashlib.sha256(data).hexdigest()):
         raise UserError(
-            f"{path} is damaged", expected=f"{shard['records']} lines", found=len(found), fix=_anew(folder)
+            f"{path} was altered",
+            expected=f"sha256 {shard.digest}",
+            found=f"sha256 {found}",
+            fix=_anew(folder),
         )
-    return found
+    try:
+        lines = [Line.of(line) for line in data.decode().strip().split("\n")]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read {path}", found=str(error)[:200], fix=_anew(folder)) from error
+    if len(lines) != shard.records:
+        raise UserError(
+            f"{path} is damaged", expected=f"{shard.records} lines", found=len(lines), fix=_anew(folder)
+        )
+    return lines
 
 
 def _differences(ours: Any, theirs: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -1,56 +1,40 @@
 """The videos of a user: a table that says what they show, and the places where their files lie.
 
 A table is CSV, TSV, JSON (lines or an array) or parquet (see `data.tables`), which may hold the files themselves. A
-place is a folder, a zip or tar file (also compressed, and as webdataset writes them), or a folder of input records;
-without a table each video takes its caption from a file beside it (`a.mp4` with `a.txt`, `a.caption` or `a.json`).
-Nothing is unpacked, but for compressed tar files, into a temporary file: a video of an archive is read into memory when
-its turn comes.
-
-Input records are ArrayRecord shards `videos-00000.array_record`, .... Each record is the bytes of a safetensors file
-with the video file as the uint8 tensor `video`, and as metadata the texts id, caption, source and extra (a JSON object).
-In place of the file there may be its frames, as the uint8 tensor `frames` [T, H, W, 3] and the text `fps`.
+place is a folder, a zip or tar file (also compressed, and as webdataset writes them), or a folder of input records
+(see `data.places`); without a table each video takes its caption from a file beside it (`a.mp4` with `a.txt`,
+`a.caption` or `a.json`).
 """
 
-import abc
-import atexit
-import bz2
 import collections
 import dataclasses
 import functools
 import glob
-import gzip
-import hashlib
 import itertools
-import json
-import lzma
-import os
 import re
-import shutil
-import tarfile
-import tempfile
-import threading
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import pyarrow
-import safetensors.numpy
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
-
 from ditmem_jax.data import tables
 from ditmem_jax.data.decode import SUFFIXES
-from ditmem_jax.data.records import Entry, to_safetensors
-from ditmem_jax.data.video import Clip, Part, Stamp, Video, VideoBytes, VideoFile, read_clip
+from ditmem_jax.data.places import (
+    INPUT_RECORDS,
+    InFolder,
+    InParquet,
+    Place,
+    list_archive,
+    list_folder,
+    list_input_records,
+)
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.video import Clip, Part, read_clip
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.wan.tokenizer import clean
-from ditmem_jax.storage.files import reading, replacing
+from ditmem_jax.storage.files import parse_json
 
-INPUT_RECORDS = "videos-*.array_record"
+LONGEST = 1 << 20  # bytes of a caption
 # Names of columns that are in use, the first that is there counts.
 VIDEO = (
     "video", "video_path", "file_name", "filename", "file_path", "filepath", "file", "path", "clip_path", "clip", "mp4",
@@ -120,134 +104,7 @@ def _column(table: tables.Rows, kind: str, known: Sequence[str], named: str | No
     return found
 
 
-# --- places -----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Place(abc.ABC):
-    """Where a video lies: by the name `name` in `path`. Small, for other processes to open it.
-
-    Attributes:
-        part: the part of it that is meant.
-    Raises:
-        UserError: from `read` and `open`, if it cannot be read.
-    """
-
-    path: str
-    name: str
-
-    part: Part = dataclasses.field(default=Part(), kw_only=True)
-
-    def __str__(self) -> str:
-        return f"{self.path}/{self.name}"
-
-    @abc.abstractmethod
-    def read(self) -> bytes: ...
-
-    def open(self) -> VideoFile | Video:
-        return VideoBytes(self.read(), str(self))
-
-    def state(self) -> tuple[int, int]:
-        """Bytes and time of change of the file, of one of many what tells it has changed without reading it."""
-        with reading(Path(self.path)):
-            status = os.stat(self.path)
-        return status.st_size, status.st_mtime_ns
-
-    def state_if_there(self) -> tuple[int, int] | None:
-        try:
-            return self.state()
-        except UserError:
-            return None
-
-    def digest(self) -> str:
-        """Of the bytes."""
-        return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
-
-    def stamp(self) -> Stamp:
-        return Stamp(*self.state(), self.digest())
-
-
-class InFolder(Place):
-    def read(self) -> bytes:
-        with reading(self.open()):
-            return self.open().read_bytes()
-
-    def open(self) -> Path:
-        return Path(self.path, self.name)
-
-    def state(self) -> tuple[int, int]:
-        with reading(self.open()):
-            status = os.stat(self.open())
-        return status.st_size, status.st_mtime_ns
-
-    def digest(self) -> str:
-        with reading(self.open()), open(self.open(), "rb") as file:
-            return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=16)).hexdigest()
-
-
-class InZip(Place):
-    def read(self) -> bytes:
-        try:
-            return _open_zip(self.path).read(self.name)
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            # RuntimeError: for want of a password
-            raise UserError(f"cannot read {self}", found=error) from error
-
-    def state(self) -> tuple[int, int]:
-        info = _open_zip(self.path).getinfo(self.name)
-        return info.file_size, info.CRC
-
-
-@dataclasses.dataclass(frozen=True)
-class InTar(Place):
-    start: int
-    size: int
-    modified: int
-
-    def read(self) -> bytes:
-        with reading(Path(self.path)), open(_plain_tar(self.path), "rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
-
-    def state(self) -> tuple[int, int]:
-        return self.size, self.modified
-
-
-@dataclasses.dataclass(frozen=True)
-class InRecords(Place):
-    index: int
-
-    def read(self) -> bytes:
-        _, video = _read_input_record(self.path, self.index)
-        if isinstance(video, Video):
-            raise UserError(f"{self} holds decoded frames", expected="a video file")
-        return video
-
-    def open(self) -> VideoFile | Video:
-        _, video = _read_input_record(self.path, self.index)
-        return video if isinstance(video, Video) else VideoBytes(video, str(self))
-
-    def digest(self) -> str:
-        return hashlib.blake2b(_open_input_records(self.path)[self.index], digest_size=16).hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class InParquet(Place):
-    """A file in a column of a parquet file, in row `number` from 1."""
-
-    column: str
-    number: int
-
-    def read(self) -> bytes:
-        try:
-            data = tables.embedded_file(self.path, self.column, self.number)
-        except (OSError, IndexError, pyarrow.ArrowException) as error:
-            raise UserError(f"cannot read {self}", found=error) from error
-        if not data:
-            raise UserError(
-                f"row {self.number} of {self.path} holds no video", found=f"no bytes in {self.column}"
-            )
-        return data
+# --- videos -----------------------------------------------------------------------------------------------------
 
 
 Row = tuple[Entry, Place | UserError]
@@ -270,13 +127,11 @@ class Videos:
         self._records: list[tuple[Entry, Place]] = []
         for path in self.places:
             if path.is_dir() and any(path.glob(INPUT_RECORDS)):
-                self._records += _list_input_records(path)
+                self._records += list_input_records(path)
             elif path.is_dir():
                 self._folders.append(path)
-            elif zipfile.is_zipfile(path):
-                self._archives.append(_list_zip(path))
             else:
-                self._archives.append(_list_tar(path))
+                self._archives.append(list_archive(path))
         self.left_out: list[str] = []
         self._by_last_part: dict[str, list[Place]] = collections.defaultdict(list)
         for place in [*itertools.chain(*self._archives), *(place for _, place in self._records)]:
@@ -357,7 +212,7 @@ class Videos:
             return [(entry, self._find(video, entry.extra)) for entry, video in table]
         rows: list[Row] = list(self._records)
         self.left_out = []
-        for places in [*map(_list_folder, self._folders), *self._archives]:
+        for places in [*map(list_folder, self._folders), *self._archives]:
             by_name, taken = {place.name: place for place in places}, set()
             for name in sorted(filter(_is_video, by_name)):
                 stem = str(PurePosixPath(name).with_suffix(""))
@@ -473,22 +328,6 @@ def _counted(pattern: str) -> list[str]:
     return list(itertools.chain.from_iterable(map(_counted, names)))
 
 
-def write_input_records(
-    folder: str | Path, videos: Iterable[tuple[Entry, bytes]], shard_size: int = 64
-) -> None:
-    """Writes video files as input records, `shard_size` in a shard."""
-    videos = iter(videos)
-    for number in itertools.count():
-        if not (shard := list(itertools.islice(videos, shard_size))):
-            break
-        with replacing(Path(folder) / f"videos-{number:05d}.array_record") as temporary:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-            for entry, data in shard:
-                metadata = dataclasses.asdict(entry) | {"extra": json.dumps(entry.extra)}
-                writer.write(to_safetensors({"video": np.frombuffer(data, np.uint8)}, metadata))
-            writer.close()
-
-
 def _is_video(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES and not _is_hidden(name)
 
@@ -506,7 +345,7 @@ def _composed(name: str) -> str:
 def _composed_names(folder: Path) -> dict[str, list[str]]:
     """The names in a folder that are not of ASCII alone, by their composed names."""
     names: dict[str, list[str]] = collections.defaultdict(list)
-    for place in _list_folder(folder):
+    for place in list_folder(folder):
         if not place.name.isascii():
             names[_composed(place.name)].append(place.name)
     return names
@@ -536,133 +375,18 @@ def _beside(places: Sequence[Place]) -> tuple[str, dict[str, str]]:
     caption, extra = "", {}
     for place in places:
         try:
-            text = place.read().decode("utf-8-sig")
+            data = place.read(LONGEST + 1)
+            if len(data) > LONGEST:
+                raise UserError(f"{place} is no caption", expected=f"at most {LONGEST:,} bytes", found="more")
+            text = data.decode("utf-8-sig")
             if PurePosixPath(place.name).suffix != ".json":
                 caption = caption or text.strip()
                 continue
-            values = json.loads(text)
+            values = parse_json(text, place)
             extra = {str(key): tables.text(value) for key, value in values.items()}
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError) as error:
             expected = "text in UTF-8" if isinstance(error, UnicodeDecodeError) else "a JSON object"
             raise UserError(f"cannot read {place}", expected=expected, found=error) from error
         told = next((extra.pop(name) for name in CAPTION if name in extra), "")
         caption = caption or told.strip()
     return caption, extra
-
-
-def _list_folder(folder: Path) -> list[Place]:
-    """Every file below a folder, also below linked folders, each of which is entered once."""
-    places, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        names = (Path(root, file) for file in files)
-        places += [InFolder(str(folder), p.relative_to(folder).as_posix()) for p in names if p.is_file()]
-    return places
-
-
-def _list_zip(path: Path) -> list[Place]:
-    names = [info.filename for info in _open_zip(str(path)).infolist() if not info.is_dir()]
-    _refuse_doubles(path, names)
-    return [InZip(str(path), name) for name in names]
-
-
-def _list_tar(path: Path) -> list[Place]:
-    try:
-        with tarfile.open(_plain_tar(str(path)), "r:") as tar:
-            members = [member for member in tar if member.isreg() and member.sparse is None]
-            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"a damaged header at byte {tar.offset}")
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        expected = "a folder, or a whole zip or tar file"
-        raise UserError(f"cannot read {path}", expected=expected, found=error) from error
-    names = [str(PurePosixPath(member.name)) for member in members]
-    _refuse_doubles(path, names)
-    return [
-        InTar(str(path), name, member.offset_data, member.size, int(member.mtime))
-        for name, member in zip(names, members, strict=True)
-    ]
-
-
-_unpacking = threading.Lock()
-PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-
-
-def _plain_tar(path: str) -> str:
-    """The tar file itself, or a temporary file of this process where it is compressed."""
-    with open(path, "rb") as file:
-        start = file.read(5)
-    packed = next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
-    if packed is None:
-        return path
-    with _unpacking:  # one of many threads does it
-        return _unpacked(path, packed)
-
-
-@functools.lru_cache(maxsize=256)
-def _unpacked(path: str, kind: Any) -> str:
-    folder = tempfile.mkdtemp(prefix="ditmem-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    plain = Path(folder, "plain.tar")
-    print(f"note: {path} is compressed, and unpacked to {plain} for this run")
-    with kind(path, "rb") as source, open(plain, "wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-    return str(plain)
-
-
-def _refuse_doubles(path: Path, names: list[str]) -> None:
-    if double := [name for name, count in collections.Counter(names).items() if count > 1]:
-        raise UserError(f"{path} has several members of the same name", found=", ".join(double[:5]))
-
-
-@functools.lru_cache(maxsize=256)
-def _open_zip(path: str) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:  # the last for unknown versions
-        raise UserError(f"cannot read {path}", expected="a whole zip file", found=error) from error
-
-
-def _list_input_records(folder: Path) -> list[tuple[Entry, Place]]:
-    state = folder / "videos.json"  # kept by `make tfio-shards`
-    try:
-        with reading(state):
-            complete = not state.exists() or json.loads(state.read_bytes())["complete"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{state} is damaged", found=error, fix="delete the folder, and make tfio-shards once more"
-        ) from error
-    if not complete:
-        raise UserError(
-            f"the input records in {folder} are not complete", fix="make tfio-shards once more; it continues"
-        )
-    rows = []
-    for path in sorted(folder.glob(INPUT_RECORDS)):
-        for index in range(len(_open_input_records(str(path)))):
-            entry, _ = _read_input_record(str(path), index)
-            rows.append((entry, InRecords(str(path), entry.source, index)))
-    return rows
-
-
-@functools.lru_cache(maxsize=256)
-def _open_input_records(path: str) -> ArrayRecordDataSource:
-    try:
-        return ArrayRecordDataSource(path)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot read {path}", expected="input records", found=str(error)[:200]) from error
-
-
-def _read_input_record(path: str, index: int) -> tuple[Entry, bytes | Video]:
-    try:
-        data = _open_input_records(path)[index]
-        tensors = safetensors.numpy.load(data)
-        values = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        fps = float(values.pop("fps")) if "frames" in tensors else None
-        entry = Entry(**values | {"extra": json.loads(values["extra"])})
-        return entry, tensors["video"].tobytes() if fps is None else Video(tensors["frames"], fps)
-    except (RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"record {index} of {path} is damaged", found=str(error)[:200]) from error

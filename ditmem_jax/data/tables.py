@@ -58,7 +58,7 @@ def read(path: str | Path) -> Rows:
             found=", ".join(table.columns),
             fix="other names for them",
         )
-    if not table.rows and table.problems:
+    if table.problems and not any(row for _, row in table.rows):
         raise table.problems[0][1]
     return table
 
@@ -240,11 +240,25 @@ def _read_parquet(path: Path) -> Rows:
         if len(set(schema.names)) < len(schema.names):
             return Rows(path, schema.names, [], [])
         table = pq.ParquetFile(path).read(columns=wanted)
-        rows = list(enumerate(table.to_pylist(), start=1))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}", expected="a parquet file", found=error) from error
-    rows = [(number, row | {name: row.get(name) for name in embedded}) for number, row in rows]
-    return Rows(path, schema.names, rows, [], embedded)
+    columns = {field.name: _values(path, field, table[field.name]) for field in table.schema}
+    columns |= {name: [None] * len(table) for name in embedded if name not in columns}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Rows(path, schema.names, list(enumerate(rows, start=1)), [], embedded)
+
+
+def _values(path: Path, field: pa.Field, column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column as Python's, which has no such large dates or such time zones as Arrow may hold."""
+    try:
+        return column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError, LookupError, TypeError, ImportError) as error:
+        raise UserError(
+            f"the column {field.name} of {path} cannot be read",
+            expected="numbers or text",
+            found=f"{field.type}: {error}",
+            fix="leave that column out",
+        ) from error
 
 
 def _is_binary(kind: pa.DataType) -> bool:

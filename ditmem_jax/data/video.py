@@ -17,7 +17,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange
 from jaxtyping import Float, Float32, Int, UInt8
 
-from ditmem_jax.data.decode import Timeline, VideoBytes, VideoFile, pick
+from ditmem_jax.data.decode import Timeline, VideoBytes, VideoFile, VideoStream, pick
 from ditmem_jax.data.hdr import CURVES, to_sdr
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.files import replacing
@@ -30,6 +30,7 @@ __all__ = [
     "Video",
     "VideoBytes",
     "VideoFile",
+    "VideoStream",
     "fit",
     "read_clip",
     "read_video",
@@ -315,9 +316,11 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
     The same frames give the same bytes on any number of cores.
 
     Raises:
-        UserError: for odd or empty sizes, which 4:2:0 video does not have.
+        UserError: for odd or empty sizes, which 4:2:0 video does not have, for a rate that is none, or if the file cannot be written.
     """
     count, height, width, _ = frames.shape
+    if not fps > 0:
+        raise UserError(f"cannot write {path}", expected="frames per second above 0", found=fps)
     if not count or not height or not width or height % 2 or width % 2:
         raise UserError(
             f"cannot write {path}",
@@ -325,7 +328,7 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
             found=f"{count} frames of {height} x {width}",
         )
     with (
-        replacing(Path(path)) as temporary,
+        replacing(Path(path), av.FFmpegError) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         rate = Fraction(fps).limit_denominator(100_000)

@@ -53,27 +53,29 @@ def rows(findings: Findings) -> list[Row]:
     return [_row(name, findings, chosen) for name, chosen in kinds.items()]
 
 
-def relevance(findings: Findings, fits: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """What leaving out references that do not fit the prompt changes, by right and wrong memory.
+def relevance(
+    findings: Findings, scores: dict[str, np.ndarray], min_score: float
+) -> dict[str, dict[str, float]]:
+    """Compare clips that read all references with clips that read those that fit, by right and wrong memory.
 
-    Returns of each the share of references that are read, the mean error of all constants if they all are, and of what
-    is then read: a clip without any of its references is the one without memory, and one with some is counted as if
-    it read them all.
+    Returns of each the lowest and the highest score, the share of references that are read, and the mean error of all
+    constants: if all are read, as shipped and without memory. A clip without any of its references is the one without
+    memory; one with some is counted as if it read them all.
 
     Args:
-        fits: by way, for each trial and reference whether it scores at least `sample.min_score`.
+        scores: by way, of each trial and reference for the prompt.
+        min_score: of references that are read.
     """
     compared = np.all([np.isfinite(findings.measured[way]) for way in SAMPLED], axis=0)
     error = {way: law_error(findings.measured[way], findings.true) for way in SAMPLED}
     found = {}
-    for way, fit in fits.items():
-        read = np.any(fit, axis=1)[findings.trial]
+    for way, score in scores.items():
+        fits = score >= min_score
+        read = np.any(fits, axis=1)[findings.trial]
         shipped = np.where(read, error[way], error["without"])
-        means = {"all read": error[way], "shipped": shipped, "without": error["without"]}
-        found[way] = {"read": float(fit.mean())} | {
-            name: float(np.mean(x, where=compared)) if compared.any() else math.nan
-            for name, x in means.items()
-        }
+        found[way] = {"lowest": float(score.min()), "highest": float(score.max()), "read": float(fits.mean())}
+        for name, x in (("all read", error[way]), ("shipped", shipped), ("without", error["without"])):
+            found[way][name] = float(np.mean(x, where=compared)) if compared.any() else math.nan
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the demo shows: tables for the terminal, and the page."""
+"""The demo's output: tables for the terminal, and the page."""
 
 import csv
 import json

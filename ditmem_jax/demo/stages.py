@@ -28,7 +28,7 @@ from ditmem_jax.data.video import read_video
 from ditmem_jax.demo import score, show, trials
 from ditmem_jax.demo.trials import Kind
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.files import make_folder, read_json, replacing, write_text
 from ditmem_jax.worlds.laws import PHENOMENA, splits
 
 SPLITS = ("train", "unseen")
@@ -112,12 +112,12 @@ class Demo:
         path = self.out / "settings.json"
         ours = dataclasses.asdict(self.settings) | {"config": to_dict(self.config)}
         if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != ours:
+            if read_json(path) != ours:
                 raise UserError(
                     f"{self.out} holds a demo of other settings", fix="another --out, or delete that folder"
                 )
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
+            make_folder(self.out)
             write_text(path, json.dumps(ours, indent=1) + "\n")
 
     def _note(self, stage: str) -> Path:
@@ -127,7 +127,7 @@ class Demo:
         """Take a stage unless its note says that it was taken; the note holds commands and seconds."""
         note = self._note(name)
         if note.exists():
-            done = json.loads(note.read_text(encoding="utf-8"))
+            done = read_json(note, f"delete {note}; the stage is then taken again")
             self.console.print(f"[bold]{name}[/]: done before, in {_duration(done['seconds'])}")
         else:
             self.console.print(f"[bold]{name}[/]: {self._expected(name)[1]}")
@@ -174,10 +174,11 @@ class Demo:
         folders = [self.out / "records" / split for split in SPLITS]
         bank = f"--bank={self.bank}"
         if not Table.exists(self.bank):
-            self._command("bank", "build", bank, f"--records={','.join(map(str, folders))}")
-        for folder in folders:  # captions are few words: equal ones are no sign of equal clips
+            records = f"--records={','.join(map(str, folders))}"
+            self._command("bank", "build", bank, records, "--embedder=lexical")
+        for folder in folders:  # captions are few words, and clips of one planet alike: no signs of copies
             k = f"--k={self.config.data.references}"
-            self._command("bank", "match", str(folder), bank, k, "--threshold=1")
+            self._command("bank", "match", str(folder), bank, k, "--threshold=1", "--duplicate_latents=1")
 
     def _train(self) -> None:
         records = self.out / "records"
@@ -202,10 +203,7 @@ class Demo:
     def _report(self) -> None:
         findings = trials.Findings.load(self.out / "findings.npz")
         rows, references = score.rows(findings), self._references()
-        fits = {
-            way.removeprefix("scores."): found >= self.config.sample.min_score
-            for way, found in self._clips("scores.right", "scores.wrong").items()
-        }
+        scores = {way: self._clips(f"scores.{way}")[f"scores.{way}"] for way in ("right", "wrong")}
         show.print_tables(self.console, rows)
         config = to_dict(self.config)
         config["weights"]["path"] = os.path.relpath(config["weights"]["path"])
@@ -215,7 +213,8 @@ class Demo:
             "retrieved": _rounded(references["prompts"]["planet"]),
             "leaked": self._leaked(),
             "references": _rounded(references),
-            "relevance": _rounded(score.relevance(findings, fits)),
+            "relevance": _rounded(score.relevance(findings, scores, self.config.sample.min_score)),
+            "validation": _rounded(self._validation()),
             "settings": dataclasses.asdict(self.settings),
             "seconds": _rounded(self.seconds),
             "machine": {
@@ -234,6 +233,12 @@ class Demo:
         page = show.make_page(result, rows, findings, self.trials, clips, self.encoder.parent)
         write_text(self.out / "report.html", page)
         write_text(self.out / "results.json", json.dumps(result, indent=1) + "\n")
+
+    def _validation(self) -> dict[str, float]:
+        """The last row of the run's gains."""
+        with open(self.encoder.parent / "validation.csv", newline="", encoding="utf-8") as file:
+            *_, last = csv.DictReader(file)
+        return {name: float(value) for name, value in last.items()}
 
     def _clips(self, *names: str) -> dict[str, np.ndarray]:
         with np.load(self.out / "clips.npz", allow_pickle=False) as stored:
@@ -276,7 +281,7 @@ class Demo:
         return sum(id in unseen for id in matches.to_pylist())
 
     def _result(self) -> dict[str, Any]:
-        return json.loads((self.out / "results.json").read_text(encoding="utf-8"))
+        return read_json(self.out / "results.json")
 
 
 def _duration(seconds: float) -> str:

@@ -53,7 +53,7 @@ class Trial:
 
     @property
     def asks_other(self) -> str:
-        """What finds the wrong memory: the prompt with the other planet's name."""
+        """The query for the wrong memory: the prompt with the other planet's name."""
         return caption(self.clip, self.other.name)
 
 
@@ -130,7 +130,7 @@ def make(
 
 
 class Kind(NamedTuple):
-    """What a clip is of."""
+    """The subject of a clip."""
 
     planet: str
     phenomenon: str
@@ -149,7 +149,7 @@ def alike(pairs: Iterable[tuple[Kind, Sequence[Kind]]]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What the clips show, one entry per trial and constant.
+    """Constants measured in the clips, one entry per trial and constant.
 
     Attributes:
         trial, world: their numbers.

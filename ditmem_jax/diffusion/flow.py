@@ -8,7 +8,8 @@ s falling evenly from 1 (DiT-Mem section 3, Wan 2.1 section 4).
 import numpy as np
 from jaxtyping import Array, Float
 
-from ditmem_jax.config.schema import TRAIN_STEPS, SampleConfig
+from ditmem_jax.config.networks import TRAIN_STEPS
+from ditmem_jax.config.schema import SampleConfig
 from ditmem_jax.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""What training minimises: where on the noise scale it looks, and by what a sample's squared error is divided.
+"""The training objective: the density of noise levels, and the weight of a sample's squared error.
 
 The error of a good backbone is mostly noise that no knowledge can predict, and it is tens of times larger at
 high than at low noise. Averaged as published, what a memory can contribute drowns in it. Dividing each sample's
@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ditmem_jax.config import ExpertsConfig, ObjectiveConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import shifted_sigmas, training_weights
 
 BINS = 20

@@ -37,7 +37,7 @@ LARGEST_SIGMA = 1 - 1e-6
 
 
 class Carry(NamedTuple):
-    """What a solver keeps between steps: the latents, and whatever it remembers of earlier steps."""
+    """The state of a solver between steps: the latents, and whatever it remembers of earlier steps."""
 
     latents: Latents
     history: tuple[Latents, ...] = ()
@@ -47,7 +47,7 @@ class Solver(Protocol):
     """A way from noise to clean latents, one velocity a step."""
 
     def coefficients(self, sigmas: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "steps k"]:
-        """What each step of a schedule is given, float32, its sigma first; the schedule ends at sigma = 0.
+        """The coefficients of each step of a schedule, float32, its sigma first; the schedule ends at sigma = 0.
 
         Args:
             sigmas: noise levels at which the velocity is taken, strictly falling, in (0, 1].

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import Entry, Line, Record, RecordWriter, read_list, read_shard
+from ditmem_jax.data.record import Entry, Record
+from ditmem_jax.data.records import Line, RecordWriter, read_list, read_shard
 from ditmem_jax.data.sources import Row, Videos, cut, expand, read_table
 from ditmem_jax.encode.engines import Engine, Local
 from ditmem_jax.encode.shards import Job, Part, find_part
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.files import write_text
+from ditmem_jax.storage.files import make_folder, write_text, writing
+from ditmem_jax.storage.locks import owned
 from ditmem_jax.storage.weights import load_umt5, load_vae
 
 SHARD_SIZE = 64  # rows at least; a multiple of the batch
@@ -89,6 +91,8 @@ def encode_videos(
         rows = cut(rows, config.video.clips)
     weights = os.path.abspath(config.weights.path)  # workers of an engine may run in other folders
     config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, path=weights))
+    with owned(out):
+        pass  # else refused before the networks are loaded
     engine = engine or Local((load_vae(config), load_umt5(config)))
     summary = encode_dataset(rows, out, config, engine, **options)
     return dataclasses.replace(summary, left_out=found.left_out)
@@ -196,7 +200,10 @@ def _is_other_video(row: Row, line: Line) -> bool:
     state = place.state_if_there()
     if line.stamp is None or state is None or state == (line.stamp.size, line.stamp.modified):
         return False
-    return place.digest() != line.stamp.digest
+    try:
+        return place.digest() != line.stamp.digest
+    except UserError:
+        return True  # reading it once more says why
 
 
 def _change(
@@ -231,7 +238,7 @@ def _of_part(parts: Path, part: Part) -> dict[str, Callable[[], Record]]:
         return {}
     return {
         line.entry.id: functools.partial(read_shard, parts, part.shard, number)
-        for number, line in enumerate(read_list(parts, dataclasses.asdict(part.shard)))
+        for number, line in enumerate(read_list(parts, part.shard))
     }
 
 
@@ -241,7 +248,7 @@ def _in_shards(rows: Sequence[Row], size: int) -> list[list[Row]]:
 
 def _finish(shards: Sequence[list[Row]], job: Job, engine: Engine) -> Iterator[Part]:
     """The parts of all shards in order: those that an interrupted run left, and what the engine makes."""
-    job.parts.mkdir(exist_ok=True)
+    make_folder(job.parts)
     left = [find_part(shard, job) for shard in shards]
     todo = [shard for shard, part in zip(shards, left, strict=True) if part is None]
     with contextlib.closing(engine.run(todo, job)) as made:
@@ -251,7 +258,8 @@ def _finish(shards: Sequence[list[Row]], job: Job, engine: Engine) -> Iterator[P
 
 
 def _write_skipped(path: Path, skipped: dict[str, str]) -> None:
-    path.unlink(missing_ok=True)
+    with writing(path):
+        path.unlink(missing_ok=True)
     if skipped:
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([("video", "reason"), *skipped.items()])

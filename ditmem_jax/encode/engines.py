@@ -1,4 +1,4 @@
-"""Who encodes the shards of a run, or embeds the captions of a bank: this process, or the workers of a Ray cluster.
+"""Engines that encode the shards of a run, or embed the captions of a bank: this process, or the workers of a Ray cluster.
 
 An engine has `prepare(config)`, what records are to be made and the embeddings of the prompts that sampling needs,
 `embed(config, texts)`, the embeddings of other texts, and `run(shards, job)`, which yields the parts of the shards in order as they are finished.
@@ -100,7 +100,7 @@ class OnRay:
                 yield _value(row["part"])
 
     def documents(self, embedder: Embedder, captions: Sequence[str]) -> Float32[np.ndarray, "n D"]:
-        """What `embedder.documents` makes of the captions of a new bank, a model on each worker."""
+        """The vectors of the captions of a new bank by `embedder.documents`, a model on each worker."""
         made_by = embedder.describe(), dict(getattr(embedder, "frequency", {}))
         starts = range(0, len(captions), CAPTIONS_AT_ONCE)
         groups = [{"captions": captions[start : start + CAPTIONS_AT_ONCE]} for start in starts]
@@ -109,7 +109,7 @@ class OnRay:
         return np.concatenate(vectors) if vectors else np.zeros((0, embedder.dim), np.float32)
 
     def _map(self, items: list[dict[str, Any]], worker: type, *arguments: Any) -> Iterator[dict[str, Any]]:
-        """What the workers make of the items, in order."""
+        """The workers' results for the items, in order."""
         data = self.ray.data
         context = data.DataContext.get_current()
         context.enable_progress_bars, context.execution_options.preserve_order = False, True
@@ -122,7 +122,7 @@ class OnRay:
         return iter(made.iter_rows())
 
     def _resources(self) -> dict[str, Any]:
-        """What a worker takes of a machine: no CPU, lest there be none left to read videos."""
+        """The resources that a worker claims: no CPU, lest there be none left to read videos."""
         kinds: dict[str | None, dict[str, Any]] = {"GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}
         return {"num_cpus": 0, **kinds.get(self.accelerator, {})}
 
@@ -196,7 +196,7 @@ def _embed(config: Config, texts: Sequence[str]) -> list[np.ndarray] | UserError
 
 
 def _or_error(function: Callable, *arguments: Any) -> Any:
-    """What the function returns, or the UserError that it raises; Ray would bury that under its own."""
+    """The result of the function, or the UserError that it raises; Ray would bury that under its own."""
     try:
         return function(*arguments)
     except UserError as error:

@@ -1,7 +1,7 @@
-"""What the frozen networks make of videos and captions: embeddings, and the shards of records that `encode` collects.
+"""The encoding of videos and captions by the frozen networks: embeddings, and the shards of records that `encode` collects.
 
 A shard is made of a fixed range of rows, whatever happens to other shards: its videos that can be read go through the
-networks `batch` at a time, in order. So its bytes do not depend on who makes it, or when.
+networks `batch` at a time, in order. So it does not depend, but for rounding, on who makes it, or when.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ from jaxtyping import Array, Float
 
 from ditmem_jax.conditions.condition import ImageNetworks
 from ditmem_jax.conditions.kinds import condition_for, condition_layout
-from ditmem_jax.config import Config
-from ditmem_jax.data.records import Entry, Meta, Record, Shard, write_shard
+from ditmem_jax.config import Config, build
+from ditmem_jax.data.record import Entry, Record
+from ditmem_jax.data.records import CONTINUES, Meta, Shard, write_shard
 from ditmem_jax.data.sources import Row
 from ditmem_jax.data.video import Clip, Frames, to_unit
 from ditmem_jax.errors import UserError
@@ -33,7 +34,7 @@ from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, encode
 from ditmem_jax.storage.digests import of_arrays, of_file, of_json
-from ditmem_jax.storage.files import write_text
+from ditmem_jax.storage.files import read_json, write_text
 from ditmem_jax.storage.weights import load_clip
 
 Networks = tuple[VAE, tuple[UMT5, Tokenizer]]
@@ -41,7 +42,7 @@ Networks = tuple[VAE, tuple[UMT5, Tokenizer]]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all shards of one run have in common.
+    """The settings and networks that all shards of one run share.
 
     Args:
         parts: the folder for shards that wait for their place among the records.
@@ -96,7 +97,7 @@ def write_part(rows: Sequence[Row], clips: Iterable[Clip | str], networks: Netwo
         uuid.uuid4().hex
     )  # a worker that was thought lost must not write to the files of the one in its place
     part = Part(write_shard(job.parts, name, records(), job.meta), skipped)
-    write_text(_note(rows, job), json.dumps(dataclasses.asdict(part)))
+    write_text(_note(rows, job), json.dumps(dataclasses.asdict(part)), fix=CONTINUES)
     return part
 
 
@@ -104,8 +105,9 @@ def find_part(rows: Sequence[Row], job: Job) -> Part | None:
     """The part that an interrupted run made of these rows, if it did."""
     if not (note := _note(rows, job)).exists():
         return None
-    values = json.loads(note.read_text(encoding="utf-8"))
-    part = Part(Shard(**values["shard"]), values["skipped"])
+    part = build(
+        Part, read_json(note, f"delete {note}; the same command then encodes its videos again"), str(note)
+    )
     files = [job.parts / f"{part.shard.name}.{suffix}" for suffix in ("jsonl", "array_record")]
     return part if all(file.exists() for file in files) else None
 
@@ -128,7 +130,7 @@ def _note(rows: Sequence[Row], job: Job) -> Path:
 
 
 def describe(config: Config, networks: Networks) -> Meta:
-    """What identifies records made with this config and these networks."""
+    """The identity of records made with this config and these networks."""
     video, (vae, (umt5, tokenizer)) = config.video, networks
     grid = vae.config.latent_grid(video.frames, video.height, video.width)
     return Meta(
@@ -172,7 +174,7 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, ids: Array, mask: Array) -> Ar
 
 
 def _condition(config: Config, vae: VAE, frames: Frames) -> dict[str, np.ndarray]:
-    """What training tells the transformer of these frames of a clip, where records are to keep that."""
+    """The condition that training gives the transformer for these frames of a clip, where records keep it."""
     condition = condition_for(config)
     if condition is None or (given := condition.stored(frames)) is None:
         return {}

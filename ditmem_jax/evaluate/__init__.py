@@ -1,1 +1,1 @@
-"""What a trained memory is worth: measures that validation takes while it trains, and others take after."""
+"""Measures of what a trained memory is worth: some that validation takes while it trains, and others take after."""

@@ -7,7 +7,8 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 from jax.sharding import Mesh
 
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.models.ditmem import Networks
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.types import Batch
@@ -27,7 +28,7 @@ class HeldOut(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What an evaluator is made from.
+    """The networks and held-out records that an evaluator is made from.
 
     Attributes:
         backbone: arrays of the frozen transformer.
@@ -46,7 +47,7 @@ class Subject:
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """What is measured of an encoder; made once for a run, and compiled then, under `jax.set_mesh`.
+    """A measure of an encoder; made once for a run, and compiled then, under `jax.set_mesh`.
 
     Its numbers have names that begin with its own in `EVALUATORS`. What the frozen transformer does without a memory
     never changes: it is worth keeping.

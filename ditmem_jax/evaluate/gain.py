@@ -100,5 +100,5 @@ class Gain:
 
 
 def _gather(values: Iterable[jax.Array]) -> np.ndarray:
-    """What is known of each sample of all batches, [levels, samples], in float64."""
+    """The values of each sample of all batches, [levels, samples], in float64."""
     return np.concatenate([np.asarray(jax.device_get(x), np.float64) for x in values], axis=1)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ditmem_jax.config import FreeTokensConfig
-from ditmem_jax.data.records import Entry
+from ditmem_jax.data.record import Entry
 from ditmem_jax.errors import UserError
 from ditmem_jax.evaluate.evaluator import Subject
 from ditmem_jax.models.placement import place_on
@@ -130,7 +130,7 @@ class LawError:
         return np.asarray(law_error(np.array(measured), self._true))
 
     def _reads(self, batch: Batch | None) -> dict[str, Any]:
-        """What a sampler is given for the memory of a batch."""
+        """The arguments of a sampler for the memory of a batch."""
         memory, mesh = self._subject.config.memory, self._subject.mesh
         if batch is None:
             return {}
@@ -158,7 +158,7 @@ def true_constants(entry: Entry) -> dict[str, float]:
 
 
 def make_sampler(subject: Subject) -> Sampler:
-    """What makes clips of the captions of held-out records with the transformer that a run has loaded."""
+    """The sampler of clips from the captions of held-out records, with the transformer that a run has loaded."""
     config, mesh, texts = subject.config, subject.mesh, {}
     for batch in subject.held_out:
         embeddings = all_gather_to_host(batch.right.conditioning.text, mesh)

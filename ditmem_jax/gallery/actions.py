@@ -1,4 +1,4 @@
-"""What the page answers to each click, as markup. A UserError becomes a notice; nothing else is caught."""
+"""The page's answer to each click, as markup. A UserError becomes a notice; nothing else is caught."""
 
 from collections.abc import Sequence
 

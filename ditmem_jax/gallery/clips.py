@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import RecordReader, checksum
+from ditmem_jax.data.record import checksum
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.video import from_unit, write_video
 from ditmem_jax.encode.shards import fingerprint
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.wan.vae import VAE, decode
+from ditmem_jax.storage.files import make_folder
 from ditmem_jax.storage.weights import load_vae
 
 Row = Mapping[str, Any]
@@ -54,7 +56,7 @@ class Decoder:
             if not path.exists():
                 latents = jnp.asarray(_latents(row, made_by), jnp.float32)
                 frames = from_unit(np.asarray(decode(vae, latents[None]))[0])
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 write_video(
                     path, frames, len(frames) / row["duration"] if row["duration"] else self.config.video.fps
                 )
@@ -108,7 +110,7 @@ class Clips:
         raise UserError(self.missing(row))
 
     def missing(self, row: Row) -> str:
-        """What keeps a row from being played, or ""."""
+        """The reason why a row cannot be played, or ""."""
         try:
             if self._original(row) is not None or (self.decoder is not None and row["records"]):
                 return ""

@@ -1,4 +1,4 @@
-"""What the page shows of a bank and does to it, without a page: every call sees what other people have changed."""
+"""The state behind the page of a bank, without the page: every call sees what other people have changed."""
 
 import dataclasses
 import shutil
@@ -13,7 +13,8 @@ from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import FIXED, Table
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.sources import Videos
 from ditmem_jax.encode.dataset import encode_dataset
 from ditmem_jax.encode.engines import Local
@@ -21,7 +22,7 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.gallery.clips import Clips, Decoder, below
 from ditmem_jax.gallery.map import Colours, colour, project
 from ditmem_jax.models.wan.tokenizer import clean
-from ditmem_jax.storage.files import cache_folder
+from ditmem_jax.storage.files import cache_folder, make_folder, writing
 from ditmem_jax.storage.weights import load_umt5, load_vae
 
 POINTS = 2000  # of a map: more would hide each other
@@ -194,9 +195,10 @@ class Gallery:
             raise UserError("the caption is empty", expected="what the video shows, in words")
         original = Path(video)
         folder = self.clips.own / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        make_folder(folder)
         try:
-            source = shutil.copyfile(original, folder / original.name).name
+            with writing(folder / original.name):
+                source = shutil.copyfile(original, folder / original.name).name
             below(folder, source)
             entry = Entry(self._free_id(source), caption, source)
             with self._encoding:
@@ -255,5 +257,5 @@ def _change(before: int | None, rows: int) -> str:
     if before is None:
         return f"built with {rows}"
     if rows == before:
-        return "columns changed"
+        return "files or columns changed"  # see `Table.compact`
     return f"{rows - before} added" if rows > before else f"{before - rows} removed"

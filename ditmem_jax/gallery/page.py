@@ -107,6 +107,8 @@ def blocks(gallery: Gallery) -> gr.Blocks:
 
         def added_now(video: str | None, caption: str, version: int | None) -> tuple:
             told, worked = actions.add(video, caption, version)
+            if worked:
+                Path(video or "").unlink(missing_ok=True)  # the bank has its own; uploads have little room
             return (told, None, "") if worked else (told, gr.skip(), gr.skip())
 
         (

@@ -1,4 +1,4 @@
-"""What the page's server answers: the page, what Gradio needs for it, and clips of the bank by id. Nothing else.
+"""The page's server, which answers with the page, what Gradio needs for it, and clips of the bank by id. Nothing else.
 
 Gradio has routes of its own for files, proxies and run histories. They are closed here, so that no address leads
 to a file but that of a row of the bank, and the browser is told to load nothing from elsewhere. What requests name
@@ -84,7 +84,7 @@ class Gate:
 
 
 def application(gallery: Gallery, hosts: Sequence[str] = LOCAL) -> Any:
-    """The page and the clips as an ASGI application; for `hosts` see `Gate`."""
+    """The page and the clips as an ASGI application; for `hosts` see `Gate`. GRADIO_TEMP_DIR names the folder for uploads."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:

@@ -3,12 +3,18 @@
 Gradio answers an upload with the path of the file, and takes a path for a file in any request: without checks of its
 own where a page is mounted rather than launched. Here the browser gets a token in place of the path, and every file
 of a request is one of its tokens or the request is refused, wherever in the request it stands.
+
+All uploads together take `VOLUME` of the disk at most, whole and broken off ones, and none is kept for longer than an
+hour.
 """
 
+import contextlib
 import json
 import os
 import secrets
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ditmem_jax.errors import UserError
@@ -16,6 +22,9 @@ from ditmem_jax.errors import UserError
 UPLOAD, JOIN = "/gradio_api/upload", "/gradio_api/queue/join"
 COOKIE = "bank-uploads"  # whose uploads: random, and kept by the browser until it is closed
 LIMIT = 1 << 20  # bytes of a request that carries no upload
+VOLUME = 2 << 30  # bytes of all uploads together
+LEAST = 2 << 20  # bytes that a small one counts as, so that there are not very many
+KEPT = 3600  # seconds
 
 
 class Uploads:
@@ -24,21 +33,39 @@ class Uploads:
     def __init__(self, app: Any):
         self.app = app
         self._paths: dict[tuple[str, str], str] = {}  # by session and token
+        self._held = self._received = 0  # bytes: on the disk when that was looked at, and what has come since
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         answers = {UPLOAD: self._upload, JOIN: self._join}
         await answers.get(scope.get("path", ""), self.app)(scope, receive, send)
 
     async def _upload(self, scope: dict, receive: Any, send: Any) -> None:
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
         from starlette.responses import JSONResponse
 
-        messages = []
+        messages, refused = [], False
 
         async def keep(message: dict) -> None:
             messages.append(message)
 
-        await self.app(scope, receive, keep)
+        async def counted() -> dict:
+            nonlocal refused
+            message = await receive()
+            self._received += len(message.get("body", b""))
+            refused = refused or not self._has_room()
+            return {"type": "http.disconnect"} if refused else message
+
+        self._look()
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        refused = self._held + (int(declared) if declared.isdigit() else 0) > VOLUME
+        if not refused:
+            with contextlib.suppress(ClientDisconnect):
+                await self.app(scope, counted, keep)
+        if refused:
+            told = "there is no room for this upload now; uploads are kept for an hour"
+            return await JSONResponse({"detail": told}, 413)(scope, receive, send)
+        if not messages:  # the browser went away
+            return
         if messages[0]["status"] != 200:
             for message in messages:
                 await send(message)
@@ -50,6 +77,24 @@ class Uploads:
         response = JSONResponse(list(tokens))
         response.set_cookie(COOKIE, session, httponly=True, samesite="strict")
         await response(scope, receive, send)
+
+    def _has_room(self) -> bool:
+        """Return True while all uploads fit, those under way included."""
+        if self._held + self._received > VOLUME:
+            self._look()
+        return self._held <= VOLUME
+
+    def _look(self) -> None:
+        """Counts what is on the disk, and takes away what is older than an hour."""
+        self._held = self._received = 0
+        folder, now = Path(os.environ["GRADIO_TEMP_DIR"]), time.time()
+        for path in [path for path in folder.rglob("*") if path.is_file()]:
+            with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+                if now - path.stat().st_mtime > KEPT:
+                    path.unlink()
+                else:
+                    self._held += max(path.stat().st_size, LEAST)
+        self._paths = {key: path for key, path in self._paths.items() if os.path.isfile(path)}
 
     async def _join(self, scope: dict, receive: Any, send: Any) -> None:
         from starlette.requests import Request

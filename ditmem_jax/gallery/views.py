@@ -22,7 +22,7 @@ def without_folders(text: str) -> str:
 
 
 def heading(about: About, newest: int, old: bool) -> Html:
-    """What bank this is, at which version, and the way back from an old one."""
+    """The name of the bank, its version, and the way back from an old one."""
     facts = [
         tag("span", tag("b", f"{about.rows:,}"), " video" + "s" * (about.rows != 1)),
         tag("span", "version ", tag("b", about.version)),

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ditmem_jax.config import Config, MemoryConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import add_noise, target
 from ditmem_jax.models.attention.kernels import resolve
 from ditmem_jax.models.encoders import Encoder
@@ -31,7 +31,7 @@ class Networks(NamedTuple):
 
 
 def attention_backend(config: Config, mesh: Mesh) -> Backend:
-    """What computes attention on the devices of `mesh`: `config.mesh.attention`, with "auto" decided.
+    """The kernel of attention on the devices of `mesh`: `config.mesh.attention`, with "auto" decided.
 
     Raises:
         UserError: for one that these devices do not have, or that does not take these weights.

@@ -1,6 +1,6 @@
 """The seam for memory encoders: what one computes, and the kinds by the dataclass that configures them.
 
-A new kind is a dataclass in `config.schema.EncoderConfig` and an `nnx.Module` in a file of its own, listed here. Its
+A new kind is a dataclass in `config.networks.EncoderConfig` and an `nnx.Module` in a file of its own, listed here. Its
 configuration is saved with it, see `storage.encoders`.
 """
 

@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def place_on(mesh: Mesh, prefix: str) -> Callable[[str, np.ndarray], jax.Array]:
-    """What puts the weights of the network `prefix` on the mesh, each where its path tells."""
+    """The function that puts the weights of the network `prefix` on the mesh, each where its path tells."""
 
     def place(path: str, array: np.ndarray) -> jax.Array:
         sharding = sharding_for(f"{prefix}.{path}", array.shape, mesh)

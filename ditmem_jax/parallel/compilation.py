@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
             mallopt(option, value)
+
+
+def memory_in_use() -> int:
+    """Bytes of memory in use: of this process's first device, or, where that has none of its own, the process's peak."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return stats.get("bytes_in_use", kilobytes if sys.platform == "darwin" else 1024 * kilobytes)
 
 
 def compile_for(function: Callable, *arguments: Any) -> jax.stages.Compiled:

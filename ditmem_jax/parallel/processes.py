@@ -130,7 +130,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes what all share."""
+    """Return True in the process that writes what all share."""
     return jax.process_index() == 0
 
 
@@ -157,5 +157,5 @@ def primary_first() -> Iterator[None]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process. All must ask."""
+    """Return True if `flag` is true in any process. All must ask."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())

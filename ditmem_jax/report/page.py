@@ -48,7 +48,7 @@ def side_by_side(*parts: object) -> Html:
 
 
 def legend(*keys: tuple[str, str]) -> Html:
-    """What the colours mean: pairs of a tone (or tone and mark, "grey dashed") and a name."""
+    """The legend: pairs of a tone (or tone and mark, "grey dashed") and a name."""
     items = [tag("span", tag("i", class_=f"key tone-{tone}"), name) for tone, name in keys]
     return tag("div", *items, class_="legend")
 

@@ -32,7 +32,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What an axis says and covers; `low` and `high` come from the numbers where they are None."""
+    """The label and the range of an axis; `low` and `high` come from the numbers where they are None."""
 
     label: str = ""
     low: Number | None = None

@@ -7,6 +7,7 @@ the compiler's cache keeps the program, as it would not if that called back to t
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from ditmem_jax.data.video import from_unit
 from ditmem_jax.diffusion import flow
 from ditmem_jax.diffusion.guidance import Latents, guided
 from ditmem_jax.diffusion.solvers import SOLVERS, Carry
-from ditmem_jax.errors import UserError
+from ditmem_jax.errors import UserError, warn
 from ditmem_jax.models.backbone import Experts
 from ditmem_jax.models.ditmem import compute_for, with_strength
 from ditmem_jax.models.encoders import Encoder, VideoEncoder, per_video
@@ -37,16 +38,16 @@ from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE, decode
-from ditmem_jax.parallel import compilation
+from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.parallel.mesh import all_gather_to_host, check_mesh, make_mesh, shard
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
 from ditmem_jax.storage.weights import load_clip, load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, GivenFrames, Memory
 
 Rows = tuple[Float[np.ndarray, "B R 2 M D"], ...]
-"""What an encoder, or that of each expert, makes of single reference videos (`VideoEncoder.video_rows`)."""
+"""Rows of single reference videos by an encoder, or by that of each expert (`VideoEncoder.video_rows`)."""
 Given = dict[str, np.ndarray]
-"""What a kind of condition makes of given frames: fields of `types.Conditioning` by name."""
+"""Given frames as a kind of condition encodes them: fields of `types.Conditioning` by name."""
 Coefficients = Float[np.ndarray, "steps k"]
 """Of each step, as `diffusion.solvers` computes them."""
 Step = Callable[[Carry, Float[np.ndarray, " k"]], Carry]
@@ -67,6 +68,30 @@ def denoise(
             jax.block_until_ready(carry)
             on_step()
     return carry
+
+
+class NotFinite(UserError):
+    """Numbers of a clip that are not finite, which would be black pixels."""
+
+
+def checked(step: Step, done: int = 0) -> Step:
+    """The step, which raises NotFinite when the latents that it makes are not finite; `done` were taken before."""
+    numbers = itertools.count(done + 1)
+
+    def take(carry: Carry, row: Float[np.ndarray, " k"]) -> Carry:
+        carry, number = step(carry, row), next(numbers)
+        if not _all_finite(carry.latents):
+            raise NotFinite(
+                f"the latents are not finite from step {number} on, which is from noise level {row[0]:.3g}",
+                expected="finite numbers",
+                fix="a smaller sample.guidance or sample.strength, or weights.dtype=float32",
+            )
+        return carry
+
+    return take
+
+
+_all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
 
 
 class _Stage(NamedTuple):
@@ -128,11 +153,13 @@ class Sampler:
         """
         mesh = make_mesh(config.mesh)
         check_mesh(config, mesh)
-        memory = None
+        memory, paths = None, []
         if encoder is not None:
             config, paths = with_encoders(config, encoder)
             loaded = tuple(load_encoder(path, place_on(mesh, "encoder")) for path in paths)
             memory = loaded[0] if len(loaded) == 1 else loaded
+        if processes.is_primary():
+            warn_of_size(config, paths)
         text = load_umt5(config, place_on(mesh, "text"))
         if prompts is not None:
             negative = config.sample.negative_prompt
@@ -161,8 +188,15 @@ class Sampler:
         return self.pixels(self.latents(prompts, seeds, references, strength, sources, frames))
 
     def pixels(self, latents: Latents) -> UInt8[np.ndarray, "B F H8 W8 3"]:
-        """The clips that these latents are of."""
-        return from_unit(all_gather_to_host(decode(self.vae, latents), self.mesh))
+        """The clips that these latents are of; NotFinite where they are none."""
+        pixels = all_gather_to_host(decode(self.vae, latents), self.mesh)
+        if not np.isfinite(pixels).all():
+            raise NotFinite(
+                "the pixels that the VAE makes of a clip's latents are not finite",
+                expected="finite numbers",
+                fix="a smaller sample.guidance or sample.strength, or weights.dtype=float32",
+            )
+        return from_unit(pixels)
 
     def latents(
         self,
@@ -178,8 +212,8 @@ class Sampler:
         Args:
             seeds: of each clip's noise; a clip does not depend on the others of its batch.
             references: the reference videos of each prompt: what a bank found for it, their latents, or their `rows`;
-                None is no memory. Of what a bank found, videos that score below `config.sample.min_score` are not
-                read; a prompt with none above it is exactly without memory.
+                None is no memory. Of what a bank found, videos that do not match or score below
+                `config.sample.min_score` are not read; a prompt without any is exactly without memory.
             strength: instead of `config.sample.strength`.
             sources: for an encoder of free tokens, instead of references: the source of each prompt's memory.
             frames: what each clip is to hold: pictures of any size, cut to that of `config.video`; or what `given` has
@@ -187,17 +221,19 @@ class Sampler:
         Raises:
             UserError: for an empty prompt, for seeds, references or frames that are not one for each prompt, for
                 references or sources that do not fit the encoder, and frames that do not fit the transformer.
+                NotFinite for numbers that are no clip.
         """
         _check_count("seeds", len(seeds), prompts)
         steps, noise = self.steps(prompts, references, strength, sources, frames), self.noise(seeds)
         with jax.set_mesh(self.mesh):
-            carry = self._solver.init(noise)
+            carry, done = self._solver.init(noise), 0
             for step, coefficients in steps:
-                carry = denoise(step, carry, coefficients, self._on_step)
+                carry = denoise(checked(step, done), carry, coefficients, self._on_step)
+                done += len(coefficients)
         return carry.latents
 
     def noise(self, seeds: Sequence[int]) -> Latents:
-        """What the clips of these seeds begin with."""
+        """The noise that the clips of these seeds begin with."""
         shape = self.config.latent_shape
         noise = np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
         return shard(self.mesh, noise, "batch", *[None] * 4)
@@ -210,7 +246,7 @@ class Sampler:
         sources: Sequence[str] | None = None,
         frames: Sequence[GivenFrames] | Given | None = None,
     ) -> list[tuple[Step, Coefficients]]:
-        """What `latents` goes through: of each transformer its compiled step and the coefficients of its steps.
+        """The programs of `latents`: of each transformer its compiled step and the coefficients of its steps.
 
         Arguments and errors as `latents`.
         """
@@ -228,6 +264,7 @@ class Sampler:
             present = np.ones(rows[0].shape[:2], bool)
             if isinstance(references, Results):
                 present = references.scores >= self.config.sample.min_score
+                present &= np.arange(present.shape[1]) < np.array(references.matched)[:, None]
             rows = [shard(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
             present = shard(self.mesh, present, "batch", None)
         if sources is not None:
@@ -281,7 +318,7 @@ class Sampler:
         return lambda carry, row: program(stage.weights, carry, row, *given)
 
     def rows(self, references: Float[np.ndarray, "B R t h w C"] | Results) -> Rows:
-        """What the encoders make of each reference video, to the last bit as `bank.features` stores it.
+        """Rows of each reference video by the encoders, within rounding as `bank.features` stores it.
 
         Raises:
             UserError: without an encoder, or with one that is not of videos.
@@ -395,6 +432,25 @@ def schedule(config: Config) -> list[tuple[Coefficients, float]]:
     of_high = config.experts.is_high(sigmas)
     guidance_high = settings.guidance if settings.guidance_high is None else settings.guidance_high
     return [(coefficients[of_high], guidance_high), (coefficients[~of_high], settings.guidance)]
+
+
+def warn_of_size(config: Config, encoders: Sequence[Path] = ()) -> None:
+    """Warns of clips that are longer or larger than those that the transformer or an encoder was trained on."""
+    video = config.video
+    trained = {} if video.trained is None else {"the transformer": video.trained}
+    for path in encoders:
+        size = encoder_metadata(path)[1].get("video")
+        if size is not None:
+            trained[f"the encoder in {path}"] = (size["frames"], size["height"], size["width"])
+    for name, (frames, *sides) in trained.items():
+        asked = sorted((video.height, video.width))
+        if video.frames > frames or any(x > y for x, y in zip(asked, sorted(sides), strict=True)):
+            warn(
+                f"the clip is longer or larger than those that {name} was trained on, and may not look like them",
+                expected="up to {} frames of {} x {}".format(frames, *sides),
+                found=f"{video.frames} frames of {video.height} x {video.width}",
+                fix="a smaller config.video",
+            )
 
 
 def with_encoder(config: Config, path: str | Path) -> Config:

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ditmem_jax.errors import UserError
 from ditmem_jax.storage.files import reading
+
+SEAL = "sha256"
 
 
 def of_file(path: str | Path) -> str:
@@ -21,6 +24,25 @@ def of_file(path: str | Path) -> str:
 def of_json(value: Any) -> str:
     """SHA-256 of a JSON value, in hexadecimal."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values by name with a digest of all of them, as `sha256`; see `unsealed`."""
+    return dict(values) | {SEAL: of_json(values)}
+
+
+def unsealed(values: Mapping[str, Any], name: object, fix: str | None = None) -> dict[str, Any]:
+    """The values that `sealed` was given.
+
+    Raises:
+        UserError: if any of it, or its digest, is not as it was written; `name` says where it was read.
+    """
+    rest = {key: value for key, value in values.items() if key != SEAL}
+    if (found := of_json(rest)) != values.get(SEAL):
+        raise UserError(
+            f"{name} was altered", expected=f"{SEAL} {values.get(SEAL)}", found=f"{SEAL} {found}", fix=fix
+        )
+    return rest
 
 
 def of_arrays(arrays: Mapping[str, Any]) -> str:

@@ -14,9 +14,13 @@ from ditmem_jax.config import EncoderConfig, build, to_dict
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.encoders import Encoder, new_encoder
 from ditmem_jax.models.state import Arrays, abstract
-from ditmem_jax.storage.digests import crc32
+from ditmem_jax.storage.digests import crc32, sealed, unsealed
+from ditmem_jax.storage.files import parse_json
 from ditmem_jax.storage.tensors import open_tensors, write_safetensors
 from ditmem_jax.storage.weights import FORMAT, WEIGHTS, Place, not_converted, on_default_device, read_arrays
+
+UNSEALED = {"format", "config", "extra", "crc32"}
+AGAIN = "copy or train it again"
 
 
 def save_encoder(path: str | Path, arrays: Arrays, config: EncoderConfig, extra: dict[str, Any]) -> None:
@@ -32,6 +36,7 @@ def save_encoder(path: str | Path, arrays: Arrays, config: EncoderConfig, extra:
         "extra": json.dumps(extra),
         "crc32": _checksum(arrays),
     }
+    metadata = sealed(metadata)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
     write_safetensors(Path(path), shapes, arrays.items(), metadata)
 
@@ -46,14 +51,11 @@ def load_encoder(
     Raises:
         UserError: if the file is no encoder, is cut off or was altered.
     """
-    path, (config, _) = Path(path), encoder_metadata(path)
+    path, (config, _, expected) = Path(path), _header(Path(path))
     structure, shapes = abstract(lambda: new_encoder(config, rngs=nnx.Rngs(0), dtype=dtype))
     arrays = read_arrays(path, shapes, lambda _, array: array)
-    expected = open_tensors(path)[1]["crc32"]
     if (found := _checksum(arrays)) != expected:
-        raise UserError(
-            f"{path} was altered", expected=f"checksum {expected}", found=found, fix="copy or train it again"
-        )
+        raise UserError(f"{path} was altered", expected=f"checksum {expected}", found=found, fix=AGAIN)
     return structure.merge({name: place(name, array) for name, array in arrays.items()})
 
 
@@ -61,9 +63,13 @@ def encoder_metadata(path: str | Path) -> tuple[EncoderConfig, dict[str, Any]]:
     """Configuration and `extra` of an encoder's file.
 
     Raises:
-        UserError: for another file, with the command that converts it if it is a released encoder.
+        UserError: as `load_encoder`; for another file with the command that converts it if it is a released encoder.
     """
-    path = Path(path)
+    return _header(Path(path))[:2]
+
+
+def _header(path: Path) -> tuple[EncoderConfig, dict[str, Any], str]:
+    """Configuration, `extra` and checksum of the arrays."""
     if path.is_dir():
         inside = path / "encoder.safetensors"
         raise UserError(
@@ -86,7 +92,12 @@ def encoder_metadata(path: str | Path) -> tuple[EncoderConfig, dict[str, Any]]:
             if released
             else "--encoder=RUN/encoder.safetensors, of a run of ditmem train",
         )
-    return build(EncoderConfig, json.loads(metadata["config"]), "memory"), json.loads(metadata["extra"])
+    if metadata.keys() != UNSEALED:  # as files of earlier versions are
+        metadata = unsealed(metadata, f"the header of {path}", AGAIN)
+    config, extra = (
+        parse_json(metadata[name], f"the header of {path}", AGAIN) for name in ("config", "extra")
+    )
+    return build(EncoderConfig, config, "memory"), extra, metadata["crc32"]
 
 
 def _checksum(arrays: Arrays) -> str:

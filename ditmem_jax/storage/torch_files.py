@@ -41,8 +41,7 @@ def load_torch(path: Path) -> Any:
         raise UserError(
             f"{path} is no plain file of tensors; nothing in it was run",
             found=f"it wants to run {wanted.group(1)}" if wanted else str(error).splitlines()[0],
-            fix=f"take its .safetensors; or, where you trust it, python -c \"import torch; torch.save(torch.load('{path}', "
-            f"weights_only=False).state_dict(), 'weights.pt')\" and ditmem convert weights.pt DEST",
+            fix="take its .safetensors, or have its author save model.state_dict(), and ditmem convert that",
         ) from error
     except DAMAGED as error:
         raise UserError(

@@ -2,7 +2,8 @@
 
 config.json           {"format": "ditmem_jax", "version": 1, "networks": {"dit": {...}, "vae": {...}, "text": {...}},
                        "provenance": {where each comes from},
-                       "checksums": {file: {array: CRC-32}, "tokenizer.json": SHA-256}}
+                       "checksums": {file: {array: CRC-32}, "tokenizer.json": SHA-256},
+                       "sha256": of all this as JSON; a folder of an earlier version has none}
 dit.safetensors, vae.safetensors, text.safetensors    arrays by our dotted paths, layers stacked
 dit_high.safetensors  of two experts, the one for high noise
 clip.safetensors      the image encoder of transformers that read image tokens
@@ -12,6 +13,7 @@ tokenizer.json
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +32,16 @@ from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.tokenizer import Tokenizer
 from ditmem_jax.models.wan.umt5 import UMT5
 from ditmem_jax.models.wan.vae import VAE
+from ditmem_jax.storage.digests import SEAL, crc32, of_file, unsealed
+from ditmem_jax.storage.files import read_json
 from ditmem_jax.storage.tensors import DTYPES as STORED_DTYPES
 from ditmem_jax.storage.tensors import cast, open_tensors
 from ditmem_jax.types import Compute
 
 FORMAT, VERSION = "ditmem_jax", 1
 WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")  # suffixes of files of weights
+PARTS = ("networks", "provenance", "checksums")
+AGAIN = "convert the weights again, or copy them once more from where they are whole"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -61,7 +67,7 @@ def load_dit(
     Args:
         experts: which to load, where there are two.
     Raises:
-        UserError: if the folder is missing or broken, or holds a network of another configuration.
+        UserError: if the folder is missing, broken or altered, or holds a network of another configuration.
     """
     names = stored_dits(config, experts)
     loaded = [_load(config, "dit", lambda: _new_dit(config, compute), place, name) for name in names]
@@ -100,7 +106,13 @@ def load_umt5(config: Config, place: Place = on_default_device) -> tuple[UMT5, T
     """The text encoder of `config.weights`, in its dtype, and its tokeniser; errors as `load_dit`."""
     dtype = DTYPES[config.weights.computed_in]
     text = _load(config, "text", lambda: UMT5(config.text, rngs=nnx.Rngs(0), dtype=dtype), place)
-    return text, Tokenizer(Path(config.weights.path) / "tokenizer.json", config.dit.text_len)
+    path = Path(config.weights.path) / "tokenizer.json"
+    expected = read_index(config.weights.path)["checksums"].get(path.name)
+    if expected is not None and path.exists() and (found := of_file(path)) != expected:
+        raise UserError(
+            f"{path} was altered", expected=f"sha256 {expected}", found=f"sha256 {found}", fix=AGAIN
+        )
+    return text, Tokenizer(path, config.dit.text_len)
 
 
 def load_clip(config: Config, place: Place = on_default_device) -> CLIPVision:
@@ -126,7 +138,9 @@ def _load(
             fix=f"other weights, or config.{name} as they need it",
         )
     structure, shapes = abstract(create)
-    return structure.merge(read_arrays(folder / f"{stored}.safetensors", shapes, place))
+    file = folder / f"{stored}.safetensors"
+    checksums = read_index(folder)["checksums"].get(file.name) if config.weights.verify else None
+    return structure.merge(read_arrays(file, shapes, place, checksums))
 
 
 def check_weights(config: Config, *names: str) -> dict[str, Any]:
@@ -191,8 +205,8 @@ def _original(path: Path) -> bool:
 
 
 def empty_index() -> dict[str, Any]:
-    """What config.json says of a folder without any network."""
-    return {"format": FORMAT, "version": VERSION, "networks": {}, "provenance": {}, "checksums": {}}
+    """The config.json of a folder without any network."""
+    return {"format": FORMAT, "version": VERSION} | {part: {} for part in PARTS}
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -202,39 +216,40 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         UserError: if the folder is something else, or the file is damaged or of another format.
     """
     path = Path(folder) / "config.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(index, dict) and "format" not in index:
-            raise not_converted(folder, f"{folder}-converted in its place")
-        identity = (index["format"], index["version"])
-        index = empty_index() | index
-    except OSError as error:
+    if not path.exists():
         raise UserError(
             f"{folder} is no folder of converted weights",
             expected=path,
-            found=error.strerror,
+            found="no such file",
             fix="another folder, or a new one that ditmem convert SOURCE DEST makes",
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged",
-            found=repr(error),
-            fix=f"ditmem convert SOURCE DEST again, in place of {folder}",
-        ) from error
-    if identity != (FORMAT, VERSION):
-        raise UserError(
-            f"{path} has another format",
-            expected=(FORMAT, VERSION),
-            found=identity,
-            fix=f"ditmem convert SOURCE DEST again, in place of {folder}",
         )
-    return index
+    again = f"ditmem convert SOURCE DEST again, in place of {folder}"
+    index = read_json(path, again)
+    if isinstance(index, dict) and "format" not in index:
+        raise not_converted(folder, f"{folder}-converted in its place")
+    try:
+        identity = (index["format"], index["version"])
+        index = empty_index() | index
+        unknown = index.keys() - empty_index().keys() - {SEAL}
+        if unknown or not all(isinstance(index[part], dict) for part in PARTS):
+            raise ValueError(f"{', '.join(sorted(index))}, where {', '.join(PARTS)} are objects")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged", found=repr(error), fix=again) from error
+    if identity != (FORMAT, VERSION):
+        raise UserError(f"{path} has another format", expected=(FORMAT, VERSION), found=identity, fix=again)
+    fix = f"{again}; or, if you changed it on purpose, delete {SEAL} in it"
+    return unsealed(index, path, fix) if SEAL in index else index
 
 
-def read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Place) -> Arrays:
+def read_arrays(
+    path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Place, checksums: dict[str, str] | None = None
+) -> Arrays:
     """Exactly the arrays that `shapes` names, in its dtypes, mapped and placed one after the other.
 
     Where `shapes` wants a kernel in 8 bits, it is stored in full, and its factors `scale` are not.
+
+    Args:
+        checksums: CRC-32 of each array as stored, computed by a thread while the array is placed; None: unchecked.
     """
     stored, _ = open_tensors(path)
     rounded = [name for name, x in shapes.items() if x.dtype == jnp.int8]
@@ -253,10 +268,20 @@ def read_arrays(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], place: Plac
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError(f"{path} does not fit the config", found="; ".join(problems[:10] + more))
     placed = {}
-    for name, x in shapes.items():
-        if name in factors:
-            kernel, scale = to_int8(stored[name].read())
-            placed |= {name: place(name, kernel), factors[name]: place(factors[name], scale)}
-        else:
-            placed[name] = place(name, cast(stored[name].read(), x.dtype))
+    with ThreadPoolExecutor(1) as pool:
+        for name, x in shapes.items():
+            array = stored[name].read()
+            checking = pool.submit(crc32, [array]) if checksums is not None else None
+            if name in factors:
+                kernel, scale = to_int8(array)
+                placed |= {name: place(name, kernel), factors[name]: place(factors[name], scale)}
+            else:
+                placed[name] = place(name, cast(array, x.dtype))
+            if checking and (found := f"{checking.result():08x}") != checksums.get(name):
+                raise UserError(
+                    f"{name} in {path} was altered",
+                    expected=f"CRC-32 {checksums.get(name)}",
+                    found=f"CRC-32 {found}",
+                    fix=AGAIN,
+                )
     return placed

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditmem_jax.config import Config, MemoryConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import add_noise
 from ditmem_jax.models.backbone import with_expert
 from ditmem_jax.models.ditmem import Networks, encode, per_sample_mse

@@ -1,7 +1,9 @@
 """The state of a training run as orbax checkpoints, each sealed with the checksums of its files."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ditmem_jax.errors import UserError
+from ditmem_jax.errors import UserError, warn
 from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.files import write_text
 
@@ -18,11 +20,10 @@ SEAL = "seal.json"
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: the state, the data iterator's position, and whatever else was saved."""
+    """A checkpoint read back: the state, and whatever else was saved."""
 
     step: int
     state: Any
-    position: Any
     extra: dict[str, Any]
 
 
@@ -61,34 +62,83 @@ class TrainingCheckpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        if kind is None or jax.process_count() == 1:  # else it may wait for a process that has ended
+        if kind is not None and jax.process_count() > 1:
+            return  # it may wait for a process that has ended
+        try:
             self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            warn(str(error))  # the error of the block is the one to raise
 
     def close(self) -> None:
-        """Waits until everything is on the disk."""
-        self._manager.close()
+        """Waits until everything is on the disk; errors as `save`."""
+        with self._writing():
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: Any, score: float | None, extra: dict[str, Any]) -> None:
-        """Saves in the background; `position` and `extra` are JSON values. Waits for the save before this one."""
-        self._manager.wait_until_finished()
-        self._saving = step
-        saved = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"position": position, "extra": extra})
-        )
-        self._manager.save(step, args=saved, metrics=None if score is None else {self._best: score})
+    def save(self, step: int, state: Any, score: float | None, extra: dict[str, Any]) -> None:
+        """Saves in the background; `extra` are JSON values. Waits for the save before this one.
+
+        Raises:
+            UserError: if this checkpoint, or the one before it, cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = step
+            saved = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"extra": extra})
+            )
+            self._manager.save(step, args=saved, metrics=None if score is None else {self._best: score})
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in a UserError what of the checkpoints could not be written."""
+        try:
+            yield
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # orbax and its stores raise either for a full disk
+            whole = [
+                int(path.parent.name) for path in self.folder.glob(f"*/{SEAL}") if path.parent.name.isdigit()
+            ]
+            last = f"from step {max(whole)}" if whole else "from the beginning"
+            raise UserError(
+                f"cannot write checkpoint {self._saving} in {self.folder}",
+                found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+                fix=f"make room, or let the folder be written to; the same command then continues {last}",
+            ) from error
 
     def restore(self, abstract_state: Any) -> Restored:
-        """The newest checkpoint, its arrays laid out as `abstract_state` says."""
+        """The newest checkpoint, its arrays laid out as `abstract_state` says.
+
+        Raises:
+            UserError: if it holds another state.
+        """
         step = self.latest()
         wanted = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), run=ocp.args.JsonRestore()
         )
-        found = self._manager.restore(step, args=wanted)
-        return Restored(step, found["state"], found["run"]["position"], found["run"]["extra"])
+        try:
+            found = self._manager.restore(step, args=wanted)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # orbax raises either for what does not fit
+            raise UserError(
+                f"cannot restore checkpoint {self.folder / str(step)}",
+                expected="the state of this configuration and version",
+                found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+                fix="the version of ditmem_jax that wrote it (see run.json), or another run.out",
+            ) from error
+        return Restored(step, found["state"], found["run"]["extra"])
 
     def _seal(self) -> None:
         """Writes checksums into the checkpoint being finished, whether or not it has its final name yet."""

@@ -1,8 +1,10 @@
-"""The folder of a training run: whose it is, which references it trains on, and its curves.
+"""The folder of a training run: whose it is, what it is made from, and its curves.
 
-config.json            what decides the result, and a fingerprint of the frozen weights
+config.json            the whole configuration: `ditmem train --config=RUN/config.json` repeats the run
+run.json               a fingerprint of the frozen weights, and every start of the run: from which step, with which
+                       command and versions, and what of the configuration changed then
 matches.parquet        reference videos of every record, see `bank.matches`, as they were when the run began
-checkpoints/           see `checkpoint.TrainingCheckpoints`
+checkpoints/           see `train.checkpoints.TrainingCheckpoints`
 metrics.csv            one row per logged step; validation.csv one per validation; tensorboard/ the same
 encoder.safetensors    the result; encoder_best.safetensors that of the best validation so far
 """
@@ -10,11 +12,16 @@ encoder.safetensors    the result; encoder_best.safetensors that of the best val
 import contextlib
 import csv
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import math
+import platform
+import shlex
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +37,24 @@ from ditmem_jax.config.strict import dataclasses_of
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.parallel import compilation, processes
-from ditmem_jax.storage.files import replacing, write_text
+from ditmem_jax.storage.digests import of_file
+from ditmem_jax.storage.files import make_folder, replacing, write_text
 
-# What may change when a run is continued: nothing here enters the arithmetic of a step. The number of steps does
-# where the learning rate follows a cosine; that is the user's choice.
-FREE = {
+# What must stay when a run is continued: the networks, what they minimise, and the order of the data. Of these parts
+# all must but the keys listed. Records, references and frozen weights are told by their content and not by their
+# paths (`bank.matches.read`, `fingerprint`), and with them the size of the videos.
+MAY_CHANGE = {
+    "dit": set(),
+    "memory": set(),
+    "adapter": set(),
+    "experts": set(),
+    "vae": set(),
+    "text": set(),
+    "clip": set(),
+    "weights": {"path", "hub", "verify"},
+    "data": {"records", "bank", "validation", "kind", "group", "workers", "cache"},
+    "objective": set(),
+    "optim": {"learning_rate", "schedule", "warmup", "weight_decay", "b1", "b2", "clip", "gate_rate"},
     "run": {
         "out",
         "steps",
@@ -45,12 +65,13 @@ FREE = {
         "validation_sigmas",
         "save_every",
         "keep",
+        "remat",
     },
-    "data": {"validation", "kind", "group", "workers", "cache"},
-    "weights": {"path", "hub"},  # their fingerprint is what counts
-    "sample": None,
-    "mesh": None,
 }
+PACKAGES = ("ditmem_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+Changes = dict[str, tuple[Any, Any]]
+"""The values of a configuration that differ, by dotted name: the value then, and now."""
 
 
 def fingerprint(arrays: Arrays) -> str:
@@ -69,62 +90,108 @@ def _fingerprint(arrays: Arrays) -> jax.Array:
 
 
 @contextlib.contextmanager
-def claim(config: Config, backbone: str) -> Iterator[Path]:
-    """The run's folder, made for this config or found to belong to it.
+def claim(config: Config, backbone: str) -> Iterator[tuple[Path, Changes]]:
+    """The run's folder, made for this config or found to belong to it, and what has changed since.
 
     A folder that was made here disappears again if the block finds that the run cannot begin.
 
     Args:
         backbone: fingerprint of the frozen weights.
     Raises:
-        UserError: if the folder holds something else, or a run of another configuration.
+        UserError: if the folder holds something else, or a run that differs in what must stay.
     """
     folder = Path(config.run.out)
-    ours = identity(config) | {"backbone": backbone}
     with processes.primary_first():
-        begun = _claim(folder, ours)
+        begun, changes = _claim(folder, config, backbone)
     try:
-        yield folder
+        yield folder, changes
     except UserError:
         if begun:
             shutil.rmtree(folder)
         raise
 
 
-def _claim(folder: Path, ours: dict[str, Any]) -> bool:
-    """Whether the folder was made here for a run of configuration `ours`; otherwise it holds that run."""
-    path = folder / "config.json"
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged", found=error, fix="another run.out") from error
-        theirs = {key: value for key, value in _defaults().items() if key in ours} | theirs
-        if different := sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key)):
+def _claim(folder: Path, config: Config, backbone: str) -> tuple[bool, Changes]:
+    """True if the folder was made here; otherwise it holds this run, with these changes."""
+    if (folder / "config.json").exists():
+        then, now = _flat(_read_json(folder / "config.json")), _flat(to_dict(config))
+        then = {key: value for key, value in _defaults().items() if key in now} | then
+        about = _about(folder)
+        then["backbone"], now["backbone"] = about.get("backbone", then.get("backbone")), backbone
+        if then["run.init_from"] != now["run.init_from"]:  # told by its content, which may lie elsewhere now
+            then["run.init_from"], now["run.init_from"] = about.get("init_from", ""), _init_from(config)
+        keys = sorted(then.keys() | now.keys())
+        changes = {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+        if fixed := [key for key in changes if not may_change(key)]:
             raise UserError(
                 f"{folder} holds another run",
-                expected=", ".join(f"{key} = {ours.get(key)}" for key in different[:5]),
-                found=", ".join(f"{key} = {theirs.get(key)}" for key in different[:5]),
-                fix="another run.out, or the configuration of that run",
+                expected=", ".join(f"{key} = {changes[key][1]}" for key in fixed[:5]),
+                found=", ".join(f"{key} = {changes[key][0]}" for key in fixed[:5]),
+                fix="another run.out, or the configuration of that run; run.init_from begins a new run from its encoder",
             )
-        return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return False, changes
+    others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if (folder.exists() and not folder.is_dir()) or set(others) - {"run.json"}:
         raise UserError(
             f"{folder} holds something else", expected="a new folder or a run's", fix="another run.out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(ours, indent=1) + "\n")
-    return True
+    about = {"backbone": backbone, "init_from": _init_from(config), "starts": []}
+    make_folder(folder)
+    write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    write_text(folder / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+    return True, {}
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """Every value of the configuration that decides the result, by dotted name."""
-    named = {}
-    for part, values in to_dict(config).items():
-        free = FREE.get(part, set())
-        if free is not None:
-            named |= {f"{part}.{key}": value for key, value in values.items() if key not in free}
-    return named
+def may_change(key: str) -> bool:
+    """Return True if a run may be continued with another value of a dotted `key`."""
+    part, _, name = key.partition(".")
+    return bool(name) and name in MAY_CHANGE.get(part, {name})
+
+
+def note_start(folder: Path, config: Config, step: int, changes: Changes) -> None:
+    """Writes down that the run goes on after `step` with this config, which has changed so."""
+    about = {"starts": []} | _about(folder)
+    start = {
+        "step": step,
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "changes": {key: {"before": before, "now": now} for key, (before, now) in changes.items()},
+    }
+    about["starts"].append(start)
+    write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    write_text(folder / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """The contents of run.json; a run of version 0.1 has none."""
+    return _read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+
+
+def _init_from(config: Config) -> str:
+    """A digest of the encoder that the run begins from, if it does."""
+    return of_file(config.run.init_from) if config.run.init_from else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged", found=error, fix="another run.out") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged", found=type(values).__name__, fix="another run.out")
+    return values
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration by dotted name; those of a run of version 0.1 have such names already."""
+    flat = {}
+    for part, values in config.items():
+        flat |= (
+            {f"{part}.{key}": x for key, x in values.items()} if isinstance(values, dict) else {part: values}
+        )
+    return flat
 
 
 def _defaults() -> dict[str, Any]:
@@ -153,20 +220,39 @@ class Curves:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Appends a row to `<kind>.csv`, and columns that it does not have; NaN where a row has no such value."""
+        """Appends a row to `<kind>.csv`, and columns that it does not have; NaN where a row has no such value.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
         path = self.folder / f"{kind}.csv"
-        header, *rows = _read_csv(path)
-        if new := [name for name in ("step", *values) if name not in header]:
-            header += new
-            _write_csv(path, [header, *(row + ["nan"] * len(new) for row in rows)])
         row = {"step": str(step)} | {name: f"{value:.8g}" for name, value in values.items()}
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([row.get(name, "nan") for name in header])
+        with self._writing(path):
+            header, *rows = _read_csv(path)
+            if new := [name for name in row if name not in header]:
+                header += new
+                _write_csv(path, [header, *(each + ["nan"] * len(new) for each in rows)])
+            with open(path, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow([row.get(name, "nan") for name in header])
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._board.close()
+        """Brings all to the disk; a UserError where that cannot be."""
+        with self._writing(self.folder / "tensorboard"):
+            self._board.close()
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}",
+                found=error,
+                fix="make room, or let the folder be written to; the same command continues from the last checkpoint in "
+                f"{self.folder}",
+            ) from error
 
 
 def _read_csv(path: Path) -> list[list[str]]:
@@ -185,10 +271,16 @@ def _write_csv(path: Path, rows: list[list[str]]) -> None:
 class Monitor:
     """Collects the metrics of steps on the device, and fetches, checks and logs them together.
 
-    Of several processes all check, and the leading one logs.
+    On a terminal a bar shows the last of them; elsewhere each is a line. Of several processes all check, and the
+    leading one logs.
+
+    Args:
+        start, steps: where the run goes on, and its length.
+        rate: tells the learning rate of a step.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int):
+    def __init__(self, folder: Path, start: int, steps: int, rate: Callable[[int], float]):
+        self.folder, self.steps, self.rate = folder, steps, rate
         self.curves = Curves(folder, start) if processes.is_primary() else None
         self.console = Console(quiet=not processes.is_primary())
         columns = (
@@ -211,10 +303,21 @@ class Monitor:
         self.progress.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self.progress.stop()
         if self.curves:
-            self.curves.close()
+            with (
+                contextlib.suppress(UserError) if kind else contextlib.nullcontext()
+            ):  # the first error is told
+                self.curves.close()
+
+    def print(self, text: object) -> None:
+        """Prints a line, however long."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def start_clock(self) -> None:
+        """Begins to measure the time of steps: what went before, a compilation or a validation, is not counted."""
+        self._since = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array], ids: np.ndarray) -> None:
         self._window.append((step, metrics, ids))
@@ -223,7 +326,7 @@ class Monitor:
         """Logs the mean over the steps since the last call.
 
         Raises:
-            UserError: at the first of them whose loss or gradient is not finite.
+            UserError: at the first of them with a metric that is not finite.
         """
         if not self._window:
             return
@@ -234,21 +337,41 @@ class Monitor:
                     f"training broke down at step {step}",
                     expected="finite numbers",
                     found=", ".join(f"{name} {value:.4g}" for name, value in found.items()),
-                    fix=f"a smaller optim.learning_rate or optim.clip; or look at the batch: {', '.join(map(str, ids))}",
+                    fix="a smaller optim.learning_rate or optim.clip, with which the same run goes on from its last "
+                    f"checkpoint; or look at the batch: {', '.join(map(str, ids))}",
                 )
         now, step = time.perf_counter(), self._window[-1][0]
         mean = {name: float(np.mean([found[name] for found in values])) for name in values[0]}
-        mean["step_ms"] = 1000 * (now - self._since) / len(self._window)
+        seconds = (now - self._since) / len(self._window)
+        mean |= {"learning_rate": self.rate(step), "step_ms": 1000 * seconds}
         if self.curves:
             self.curves.write("metrics", step, mean)
-        text = f"{mean['step_ms']:.0f} ms  loss {mean['loss']:.4g}  gain {mean['gain']:+.2%}{self._score}"
+        told = f"loss {mean['loss']:.4g}  gain {mean['gain']:+.2%}"
+        text = f"{mean['step_ms']:.0f} ms  {told}{self._score}"
         self.progress.update(self.task, completed=step, text=text)
+        if self.progress.disable:
+            left = datetime.timedelta(seconds=round(seconds * (self.steps - step)))
+            self.print(
+                f"step {step}/{self.steps}  {told}  rate {mean['learning_rate']:.3g}  {mean['step_ms']:.0f} ms/step  "
+                f"ETA {left}  memory {compilation.memory_in_use() / 1e9:.2f} GB"
+            )
         self._window, self._since = [], now
 
     def validated(self, step: int, numbers: Mapping[str, float], summaries: Sequence[str], best: str) -> None:
-        """Logs what evaluators measured; `best` is the name of the number that decides."""
+        """Logs what evaluators measured; `best` is the name of the number that decides.
+
+        Raises:
+            UserError: for a gain that is not finite.
+        """
+        if not math.isfinite(numbers.get("gain", 0.0)):
+            raise UserError(
+                f"the validation after step {step} broke down",
+                expected="finite numbers",
+                found=f"gain {numbers['gain']}",
+                fix="a smaller optim.learning_rate or optim.clip, with which the same run goes on from its last "
+                "checkpoint; or look at the records of data.validation",
+            )
         if self.curves:
             self.curves.write("validation", step, numbers)
         self._score = f"  validation {best} {numbers[best]:.4g}" if best in numbers else ""
-        self.console.print(f"step {step}: {'; '.join(summaries)}", highlight=False)
-        self._since = time.perf_counter()
+        self.print(f"step {step}: {'; '.join(summaries)}")

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import optax
 
 from ditmem_jax.config import OptimConfig
-from ditmem_jax.errors import UserError, nearest
+from ditmem_jax.errors import UserError, nearest, warn
 from ditmem_jax.models.state import Arrays
+from ditmem_jax.parallel import processes
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -25,6 +26,18 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             expected=f"one of: {nearest(config.kind, OPTIMIZERS)}",
             found=repr(config.kind),
         )
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    gates = optax.masked(
+        optax.scale(config.gate_rate), _gates
+    )  # at 1 too: a state has one form whatever the rate
+    optimizer = optax.chain(clip, OPTIMIZERS[config.kind](config, schedule(config, steps)), gates)
+    if config.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each update, from 0, of a run of `steps` steps."""
     updates = max(1, steps // config.accumulate)
     rate = optax.constant_schedule(config.learning_rate)
     if config.schedule == "cosine":
@@ -32,18 +45,48 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     if config.warmup:
         warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
         rate = optax.join_schedules([warmup, rate], [config.warmup])
-    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    parts = [clip, OPTIMIZERS[config.kind](config, rate)]
-    if config.gate_rate != 1:
-        parts.append(optax.masked(optax.scale(config.gate_rate), _gates))
-    optimizer = optax.chain(*parts)
-    if config.accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
-    return optimizer
+    return rate
+
+
+def rate_of_step(config: OptimConfig, steps: int, step: int) -> float:
+    """The learning rate of the update that a step, counted from 1, goes into."""
+    return float(schedule(config, steps)((step - 1) // config.accumulate))
+
+
+def check_updates(config: OptimConfig, steps: int) -> None:
+    """Checks that a run of `steps` steps trains; warns of a warm-up that does not end and of steps without an update.
+
+    Raises:
+        UserError: if the run ends before the first update.
+    """
+    updates, left = divmod(steps, config.accumulate)
+    if not updates:
+        raise UserError(
+            "a run that ends before its first update trains nothing",
+            expected=f"run.steps of at least optim.accumulate = {config.accumulate}",
+            found=f"run.steps = {steps}",
+            fix="more run.steps, or a smaller optim.accumulate",
+        )
+    if not processes.is_primary():
+        return
+    if left:
+        warn(
+            f"the last {left} of {steps} steps make no update",
+            expected=f"run.steps that are a multiple of optim.accumulate = {config.accumulate}",
+            found=steps,
+            fix=f"run.steps={steps - left} or {steps - left + config.accumulate}",
+        )
+    if config.warmup >= updates:
+        warn(
+            "the run ends within its warm-up: the learning rate does not come to its largest value",
+            expected=f"optim.warmup below the {updates} updates of the run",
+            found=config.warmup,
+            fix="a shorter optim.warmup, or more run.steps",
+        )
 
 
 def matrices(params: Arrays) -> dict[str, bool]:
-    """What weight decay pulls: matrices and convolutions, not biases and norms."""
+    """The parameters that weight decay pulls: matrices and convolutions, not biases and norms."""
     return {path: path.endswith("kernel") for path in params}
 
 

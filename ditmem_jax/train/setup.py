@@ -1,4 +1,4 @@
-"""What a run begins with: networks, data and compiled programs, checked, loaded and on the devices of the mesh."""
+"""The set-up of a run: networks, data and compiled programs, checked, loaded and on the devices of the mesh."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ from jax.typing import DTypeLike
 
 from ditmem_jax.bank import matches
 from ditmem_jax.conditions.kinds import condition_layout
-from ditmem_jax.config import Config, FreeTokensConfig, MemoryConfig
+from ditmem_jax.config import Config, FreeTokensConfig, MemoryConfig, to_dict
 from ditmem_jax.data.pipeline import training_data
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import References, majority_source
 from ditmem_jax.diffusion import objective
-from ditmem_jax.errors import UserError
+from ditmem_jax.errors import UserError, warn
 from ditmem_jax.evaluate.evaluator import Evaluator, HeldOut, Subject
 from ditmem_jax.evaluate.kinds import check_evaluators, make_evaluators
 from ditmem_jax.evaluate.others import others, relatives
@@ -31,11 +31,11 @@ from ditmem_jax.models.placement import place_on
 from ditmem_jax.models.state import Arrays, split
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.parallel.mesh import all_gather_to_host, batch_sharding, check_mesh, local_rows, make_mesh
-from ditmem_jax.storage.encoders import save_encoder
+from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
 from ditmem_jax.storage.weights import check_weights, load_dit, stored_dits
 from ditmem_jax.train import folder as runs
 from ditmem_jax.train.calibration import calibrate
-from ditmem_jax.train.optimizer import make_optimizer
+from ditmem_jax.train.optimizer import check_updates, make_optimizer
 from ditmem_jax.train.step import TrainState, init_state, jit_train_step, make_networks, state_layout
 from ditmem_jax.types import Batch, Conditioning
 
@@ -51,6 +51,7 @@ class Setup:
 
     def __init__(self, config: Config):
         check_evaluators(config.run)
+        check_updates(config.optim, config.run.steps)
         check_weights(config, *stored_dits(config, config.experts.trains))
         self.mesh = make_mesh(config.mesh)
         self.optimizer = make_optimizer(config.optim, config.run.steps)
@@ -70,18 +71,17 @@ class Setup:
         if sum(x.nbytes for x in self.backbone.values()) <= SMALL:
             compilation.keep_freed_memory()
         self.fingerprint = runs.fingerprint(self.backbone)
-        with runs.claim(config, self.fingerprint) as self.folder:
+        self.state_layout = state_layout(config, self.optimizer, self.mesh)
+        with runs.claim(config, self.fingerprint) as (self.folder, self.changes):
             with processes.primary_first():
                 if processes.is_primary():
                     found[0].save(self.folder / matches.FILE)
-            options = dict(workers=config.data.workers, cache=config.data.cache)
-            self.data = self._stream(records, *references[0], sources=sources[0], **options)
-            self._training_stream = functools.partial(
-                self._stream, records, *references[0], sources=sources[0]
-            )
+            options = dict(workers=config.data.workers, cache=config.data.cache, sources=sources[0])
+            self._training_data = functools.partial(self._stream, records, *references[0], **options)
+            self.batches()  # what it does not take is found here
+            self._trained_before = self._read_init_from()
         for each in found:
             each.warn_if_stale()
-        self.state_layout = state_layout(config, self.optimizer, self.mesh)
         self.held_out = self._held_out(held_out, *references[1], sources[1]) if held_out else []
         self.batch_layout = batch_layout(config, self.mesh, records.meta.dtype)
 
@@ -94,7 +94,7 @@ class Setup:
 
     @functools.cached_property
     def subject(self) -> Subject | None:
-        """What is evaluated, and on what; None without held-out records."""
+        """The networks and held-out batches to evaluate; None without held-out records."""
         if self._records_held_out is None:
             return None
         return Subject(
@@ -107,30 +107,80 @@ class Setup:
             self._records_held_out,
         )
 
+    def batches(self, start: int = 0, **options: Any) -> grain.DatasetIterator[Batch]:
+        """The batches after the first `start`, for ever.
+
+        Args:
+            options: of `training_data`, instead of those of the config.
+        """
+        return self._training_data(start=start, **options)
+
     def put(self, batch: Batch) -> Batch:
         """The arrays of a batch on the devices, divided among them."""
         return jax.tree.map(self._divide, batch._replace(ids=None))
 
     def _divide(self, x: np.ndarray) -> jax.Array:
-        """What each process has of an array of a batch, as one on the devices."""
+        """One array on the devices from each process's part of an array of a batch."""
         shape = (self.config.data.batch_size, *x.shape[1:])
         return jax.make_array_from_process_local_data(batch_sharding(self.mesh), x, shape)
 
     def initial_state(self) -> TrainState:
-        """The state before the first step; a gate begins where the first batch says. Under `jax.set_mesh`."""
+        """The state before the first step: with the encoder of `run.init_from`, or a new one, whose gate begins where
+        the first batch says. Under `jax.set_mesh`.
+        """
         shardings = jax.tree.map(lambda x: x.sharding, self.state_layout)
         state = jax.jit(lambda: init_state(self.config, self.optimizer), out_shardings=shardings)()
         memory = self.config.memory
-        if not isinstance(memory, MemoryConfig) or memory.gate == "none":
-            return state
-        batch = self.put(with_first_frames(next(self._training_stream()), self.config))
-        state = calibrate(self.config, self.networks, self.backbone, state, batch, self.mesh)
+        if self._trained_before is not None:
+            params, rest = (
+                {name: self._trained_before[name] for name in x} for x in (state.params, state.rest)
+            )
+            state = state.replace(params=params, rest=rest)
+        elif isinstance(memory, MemoryConfig) and memory.gate != "none":
+            batch = self.put(with_first_frames(next(self.batches(workers=0)), self.config))
+            state = calibrate(self.config, self.networks, self.backbone, state, batch, self.mesh)
         return jax.device_put(state, shardings)
+
+    def _read_init_from(self) -> Arrays | None:
+        """The arrays of the encoder in `run.init_from`, if one is named and no checkpoint is there yet.
+
+        Raises:
+            UserError: if there is none, or its memory is not the one of the config.
+        """
+        path = self.config.run.init_from
+        if not path or any((self.folder / "checkpoints").glob("[0-9]*")):
+            return None
+        memory, about = encoder_metadata(path)
+        ours, theirs = to_dict(self.config.memory), to_dict(memory)
+        # Of what does not show in the arrays' shapes these change nothing about what was learned.
+        free = {"dropout", "strength", "gate_share", "latent_grid"}
+        different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+        _, arrays = split(load_encoder(path))
+        layout = self.state_layout.params | self.state_layout.rest
+        shapes = {name: x.shape for name, x in arrays.items()} == {
+            name: x.shape for name, x in layout.items()
+        }
+        if not shapes or set(different) - free:
+            raise UserError(
+                f"the encoder in {path}, which run.init_from names, is not of the config's memory",
+                expected=", ".join(f"memory.{key} = {ours.get(key)}" for key in different),
+                found=", ".join(f"memory.{key} = {theirs.get(key)}" for key in different),
+                fix="the memory that it was trained with, or another encoder",
+            )
+        if (backbone := about.get("backbone")) != self.fingerprint and processes.is_primary():
+            warn(
+                f"the encoder in {path} was trained with another transformer",
+                expected=f"one of fingerprint {self.fingerprint}",
+                found=backbone,
+            )
+        return jax.tree.map(np.asarray, arrays)
 
     def export(self, name: str, state: TrainState, step: int, gains: dict[str, float]) -> Path:
         """Writes the encoder to the run's folder."""
         extra = {"step": step, "gains": gains, "backbone": self.fingerprint}
+        video = self.config.video
         extra |= {"expert": self.config.experts.trains}
+        extra |= {"video": {"frames": video.frames, "height": video.height, "width": video.width}}
         arrays = all_gather_to_host(state.params | state.rest, self.mesh)
         if processes.is_primary():
             save_encoder(self.folder / name, arrays, self.config.memory, extra)

@@ -63,7 +63,8 @@ def make_train_step(
     """The pure step (state, frozen weights, batch) -> (state, metrics).
 
     Metrics of a batch: "objective", what is minimised; "loss", its mean squared error; "gain", `objective.gain` over the
-    samples that had a memory, with the bins of the baseline as noise levels; "gradient_norm", before the clip.
+    samples that had a memory, with the bins of the baseline as noise levels; "gradient_norm", before the clip;
+    "parameter_norm", after the update, which shows one that is far too large before it is saved.
     """
     goal = config.objective
 
@@ -118,6 +119,7 @@ def make_train_step(
             "loss": error.mean(),
             "gain": objective.gain(errors, without, counted),
             "gradient_norm": optax.global_norm(gradients),
+            "parameter_norm": optax.global_norm(params),
         }
         return TrainState(state.step + 1, params, rest, optimizer_state, baseline), metrics
 

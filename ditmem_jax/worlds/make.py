@@ -11,7 +11,7 @@ from rich.progress import track
 
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.files import replacing
+from ditmem_jax.storage.files import make_folder, replacing
 from ditmem_jax.worlds.captions import caption
 from ditmem_jax.worlds.laws import PHENOMENA, RANGES, World, splits
 from ditmem_jax.worlds.render import CAMERA, Camera
@@ -52,7 +52,7 @@ def make(out: Path, *, split: Split, worlds: int, clips: int, seed: int, camera:
             f"{table} exists already", fix="choose another --out, or delete that folder to make it anew"
         )
     chosen = getattr(splits(seed, **{split: worlds}), split)
-    (out / "videos").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "videos")
 
     with replacing(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

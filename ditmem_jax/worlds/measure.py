@@ -22,7 +22,7 @@ SILENT = 0.5  # a constant that is no better known than this has not been measur
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a clip shows.
+    """A measurement of a clip.
 
     Attributes:
         constants: measured constants by name, units as in `laws.RANGES`; empty if nothing could be fitted.

@@ -22,7 +22,7 @@ CENTRE = 2.0  # of the view, m; starts to the left are those to the right mirror
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip is made from: phenomenon, words of its caption, start, constants, appearance."""
+    """The script of a clip: phenomenon, words of its caption, start, constants, appearance."""
 
     phenomenon: str
     words: dict[str, str]

@@ -61,7 +61,7 @@ def plans(
 
 
 def measure(side: str, operation: str, repeats: int, case: Case) -> dict:
-    """What one process found; see `child`."""
+    """The result of one process; see `child`."""
     done = subprocess.run(arguments(side, operation, repeats, case), capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]

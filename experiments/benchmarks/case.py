@@ -1,4 +1,4 @@
-"""What is measured: one model, one clip, and operations that both sides know by name."""
+"""The measured case: one model, one clip, and operations that both sides know by name."""
 
 import dataclasses
 import math

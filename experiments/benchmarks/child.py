@@ -63,7 +63,7 @@ def _peak_bytes(side: str) -> int:
 
 
 def _machine(side: str) -> dict[str, str | int]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     if side == "ours":
         import jax
 

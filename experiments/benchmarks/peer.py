@@ -1,4 +1,4 @@
-"""What a user would run instead: diffusers' Wan transformer in PyTorch with the memory of DiT-Mem, as released.
+"""The alternative of a user: diffusers' Wan transformer in PyTorch with the memory of DiT-Mem, as released.
 
 The memory is encoded to all of its nominal rows, 100 per video and band, and every block carries them through its
 self-attention as rows beside the video's: they query, too, and what they find is dropped. Tensor names are the

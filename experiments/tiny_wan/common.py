@@ -1,4 +1,4 @@
-"""What the tiny-Wan training scripts share: sizes, initial weights, clips, file names."""
+"""Common parts of the tiny-Wan training scripts: sizes, initial weights, clips, file names."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from ditmem_jax.config import Config, build
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.configs.tiny import get_config
 from ditmem_jax.data.video import to_unit
 from ditmem_jax.diffusion import flow

@@ -1,4 +1,4 @@
-"""Rows of videos stored once: clips are the same to the last bit, and rows of anything else are refused."""
+"""Rows of videos stored once: clips are the same within rounding, and rows of anything else are refused."""
 
 import dataclasses
 import subprocess
@@ -14,6 +14,7 @@ from flax import nnx
 from ditmem_jax.bank.features import Features, make_features
 from ditmem_jax.bank.table import Table
 from ditmem_jax.config import MemoryConfig
+from ditmem_jax.data.video import read_video
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
@@ -50,7 +51,7 @@ def encoder_of(config, path, seed=0, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_clips_are_the_same_to_the_last_bit(config, bank, tmp_path, kind):
+def test_clips_are_the_same_within_rounding(config, bank, tmp_path, kind):
     encoder = encoder_of(config, tmp_path / "encoder.safetensors", **KINDS[kind])
     summary = make_features(bank, encoder, tmp_path / "tokens")
     assert (summary.made, summary.found) == (len(bank), 0)
@@ -58,11 +59,11 @@ def test_clips_are_the_same_to_the_last_bit(config, bank, tmp_path, kind):
     sampler = Sampler.load(dataclasses.replace(config, memory=load_encoder(encoder).config), encoder)
     stored = (Features.open(tmp_path / "tokens", encoder).rows(found.checksums)[None],)
     fresh = sampler.rows(found.latents[None])
-    np.testing.assert_array_equal(stored[0], fresh[0])
+    np.testing.assert_allclose(stored[0], fresh[0], rtol=1e-5, atol=1e-6)
     plain, *clips = (
         np.asarray(sampler.latents([PROMPT], [0], given)) for given in (None, stored, found.latents[None])
     )
-    np.testing.assert_array_equal(*clips)
+    np.testing.assert_allclose(*clips, rtol=1e-4, atol=1e-5)
     assert np.abs(clips[0] - plain).max() > 1e-3
 
     network = load_encoder(encoder)
@@ -91,7 +92,8 @@ def test_the_command_line_way(config, encoder, store, tmp_path, capsys, monkeypa
     printed = capsys.readouterr().out
     monkeypatch.setattr("ditmem_jax.sample.retrieval.References", None)  # no latents are read
     (tokens,) = make_clips(config, PROMPT, tmp_path / "tokens.mp4", encoder, features=store)
-    assert tokens.read_bytes() == latents.read_bytes()
+    pixels = [read_video(clip).frames.astype(int) for clip in (tokens, latents)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 2
     for text, size in ((printed, "1,536 bytes"), (capsys.readouterr().out, "768 bytes instead of 1,536")):
         assert size in text and "first step after" in text
 

@@ -1,7 +1,8 @@
-"""What counts in a caption: rare words, numbers as wholes; the same on every machine."""
+"""Weights of words in a caption: rare words, numbers as wholes; the same on every machine."""
 
 import math
 
+import bm25s
 import numpy as np
 import pytest
 
@@ -11,6 +12,11 @@ from ditmem_jax.worlds.laws import PHENOMENA, splits
 from ditmem_jax.worlds.simulate import Clip, sample_scene
 
 NO_VIDEO, NO_PATH = np.zeros((0, 0, 0, 3), np.uint8), np.zeros((0, 1, 2))
+
+
+def test_search_by_words_starts_no_accelerator():
+    """bm25s would: it asks JAX for the best of a few numbers when it is imported, and finds none here."""
+    assert not bm25s.selection_np.JAX_IS_AVAILABLE
 
 
 def test_words():

@@ -188,7 +188,7 @@ def other_index(index, vectors):
         (lambda folder: (folder / "labels.index").unlink(), "no bank in the released layout"),
         (lambda folder: (folder / "labels.index").write_bytes(b"IxF"), "an index of FAISS"),
         (lambda folder: (folder / "metadata.json").unlink(), "cannot read .*metadata"),
-        (lambda folder: (folder / "id_map.json").write_text("[[["), "cannot read .*id_map"),
+        (lambda folder: (folder / "id_map.json").write_text("[[["), "id_map.json is damaged"),
         (spoil_json("id_map.json", lambda names: names | {"40": "x.mp4"}), '"0" to "39"'),
         (spoil_json("id_map.json", lambda names: names | {"3": 3}), "row 3 .* released layout"),
         (spoil_json("id_map.json", lambda names: names | {"3": "x.mp4"}), "disagree on row 3"),

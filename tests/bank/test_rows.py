@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ditmem_jax.bank.rows import read_rows, rows_of_records
-from ditmem_jax.data.records import Entry, RecordReader, RecordWriter
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader, RecordWriter
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 from tests.bank.test_table import HARD

@@ -1,5 +1,6 @@
 """The table on disk: what goes in comes out, each change is one version, and what cannot be is refused whole."""
 
+import datetime
 import json
 import multiprocessing
 import subprocess
@@ -10,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ditmem_jax.bank import table as tables
 from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import further
-from ditmem_jax.bank.table import FORMAT, Table, to_matrix
+from ditmem_jax.bank.table import FORMAT, SMALL_FRAGMENTS, Table, to_matrix
 from ditmem_jax.bank.verify import check
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.locks import owned
 
 DIM = 4
 HARD = {
@@ -208,3 +211,71 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("told: cannot add to the bank"), done.stderr
     table = Table.open(tmp_path)
     assert ids(table) == ["a", "b"] and check(table) == []
+
+
+@pytest.mark.parametrize("name", ["a`b", "a.b", "", "_rowid"])
+def test_columns_that_lance_cannot_read_again_are_refused(tmp_path, name):
+    odd = rows("a").append_column(name, [[1.0]])
+    with pytest.raises(UserError, match="no column of a bank can be called"):
+        Table.create(tmp_path, EMBEDDER, odd, vectors(1))
+    table = create(tmp_path, "b")
+    with pytest.raises(UserError, match="no column of a bank can be called"):
+        table.add(odd, EMBEDDER, vectors(1))
+    assert ids(table) == ["b"] and check(table) == []
+
+
+@pytest.mark.parametrize("version", [-1, 0, 9, 2**64, 10**25])
+def test_versions_that_are_not_there(tmp_path, version):
+    create(tmp_path, "a")
+    with pytest.raises(UserError, match=f"no version {version}"):
+        Table.open(tmp_path, version)
+
+
+def test_a_bank_that_grows_row_by_row_stays_in_few_files(tmp_path):
+    table = create(tmp_path, *(f"old {i}" for i in range(40)), motion=["0.5"] * 40)
+    for i in range(3 * SMALL_FRAGMENTS):
+        table.add(rows(f"new {i}", motion=["1"]), EMBEDDER, vectors(1, seed=i))
+        assert table._fragments() <= SMALL_FRAGMENTS + 3
+    names = [f"new {i}" for i in range(3 * SMALL_FRAGMENTS)]
+    assert ids(table, "motion > 0.6") == sorted(names) and len(table) == 40 + len(names)
+    found = table.take(table.row_ids(), ["id", "vector"])
+    place = found["id"].to_pylist().index("new 3")
+    np.testing.assert_allclose(to_matrix(found["vector"])[place], vectors(1, seed=3)[0], atol=1e-7)
+    assert check(table) == [] and ids(Table.open(tmp_path, 1)) == sorted(f"old {i}" for i in range(40))
+
+    assert table.compact() == 1 and ids(table, "motion > 0.6") == sorted(names) and check(table) == []
+    assert ids(Table.open(tmp_path, 1)) == sorted(f"old {i}" for i in range(40))
+    table.compact(datetime.timedelta(0))
+    assert [version["rows"] for version in table.versions()][-1] == len(table)
+    with pytest.raises(UserError, match="no version 1"):
+        Table.open(tmp_path, 1)
+
+
+def test_rows_that_were_altered_are_found(tmp_path):
+    table = create(tmp_path, "a", "b", "c", motion=["0.5", "1", ""])
+    table.add(rows("d", light=["7"]), EMBEDDER, vectors(1))  # a new column, in which the others have nothing
+    assert check(table) == []
+    for column, value in (("caption", "'x'"), ("motion", "0.25"), ("digest", "'0'"), ("digest", "NULL")):
+        version = table.version
+        table._table.update(where="id = 'b'", values_sql={column: value})
+        table.refresh()
+        (fault,) = check(table)
+        assert "'b' was altered" in fault
+        table._table.checkout(version)
+        table._table.restore()
+
+
+def test_a_bank_that_another_process_changes_is_waited_for_and_then_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "PATIENCE", 0)
+    table = create(tmp_path / "bank", "a")
+    with owned(tmp_path / "bank"):
+        for change in (
+            lambda: table.add(rows("b"), EMBEDDER, vectors(1)),
+            lambda: table.remove(["a"]),
+            table.compact,
+            lambda: create(tmp_path / "bank", "c"),
+        ):
+            with pytest.raises(UserError, match=r"bank is in use(.|\n)*holds it since"):
+                change()
+    table.add(rows("b"), EMBEDDER, vectors(1))
+    assert ids(table) == ["a", "b"]

@@ -1,4 +1,4 @@
-"""What is exported comes back bit for bit, under exactly the names that other programs expect."""
+"""Exports come back bit for bit, under exactly the names that other programs expect."""
 
 import dataclasses
 import errno

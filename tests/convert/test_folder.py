@@ -274,6 +274,8 @@ def test_a_folder_is_put_together_in_several_calls(original, tmp_path):
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert whole.keys() - parts.keys() == {"tokenizer.json"}
     indices = [json.loads(files.pop("config.json")) for files in (whole, parts)]
+    seals = [index.pop("sha256") for index in indices]
+    assert seals[0] != seals[1]
     del indices[0]["checksums"]["tokenizer.json"]
     assert indices[0] == indices[1]
     assert all(parts[name] == whole[name] for name in parts)

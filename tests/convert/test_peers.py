@@ -106,7 +106,7 @@ def assert_as_close(got, peer, expected):
 
 
 def in_dtypes(model, forward):
-    """What `forward` gives with the weights of the model in bfloat16: computed in bfloat16, and in float32."""
+    """Results of `forward` with the weights of the model in bfloat16: computed in bfloat16, and in float32."""
     with torch.no_grad():
         return [forward(model.to(dtype), dtype).float().numpy() for dtype in (torch.bfloat16, torch.float32)]
 

@@ -40,7 +40,7 @@ def harm(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def converts_exactly_or_not_at_all(content: bytes, folder) -> bool:
-    """Whether a file with this content is converted, which must then be exact."""
+    """Return True if a file with this content is converted, which must then be exact."""
     source, target = folder / "text.safetensors", folder / "converted"
     source.write_bytes(content)
     try:

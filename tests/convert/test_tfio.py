@@ -162,7 +162,7 @@ def read(out):
 
 
 def assert_clips(out, videos):
-    """What `encode` gets from the records is what it would get from the files."""
+    """`encode` gets from the records what it would get from the files."""
     options = dict(frames=5, height=16, width=16)
     for row, path in zip(Videos([out]).rows(), videos, strict=True):
         got, want = read_row(row, options), read_clip(path, **options)

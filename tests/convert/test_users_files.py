@@ -572,6 +572,15 @@ def test_relatives_are_called_by_name(tensors, tmp_path, extra, type, name, desc
         assert len(only(file, base=True).part.tensors) == len(tensors)
 
 
+def test_fun_control_has_the_channels_of_another_kind(tmp_path):
+    config = DiTConfig(
+        dim=128, ffn_dim=64, num_heads=1, num_layers=1, in_dim=48, text_dim=8, freq_dim=8, image_dim=8
+    )
+    arrays = random_arrays(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
+    network = only(save(tmp_path / "x.safetensors", original(dit.table(config), arrays)))
+    assert network.config == config and "Fun-Control" in network.notes[0]
+
+
 def test_numbers_of_blocks_become_ranges():
     assert compact(["blocks.0.x", "blocks.1.x", "blocks.3.x", "head", "blocks.2.y"]) == [
         "blocks.{0-1,3}.x", "head", "blocks.2.y",

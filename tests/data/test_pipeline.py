@@ -1,14 +1,14 @@
 """Streams of batches: content, order, epochs, processes, restored positions, workers."""
 
 import itertools
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from ditmem_jax.data.pipeline import training_data
-from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
+from ditmem_jax.data.record import Record
+from ditmem_jax.data.records import Meta, RecordReader, RecordWriter
 from ditmem_jax.errors import UserError
 
 META = Meta(latents=(2, 2, 2, 3), text_dim=4, dtype="float32")
@@ -102,20 +102,12 @@ def test_a_small_data_set_fills_large_batches(records):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_restored_position_continues_the_stream(records, workers):
-    data = training_data(records, MATCHES, 3, seed=5, text_len=5, workers=workers)
-    iterator = iter(data)
-    for _ in range(4):
-        next(iterator)
-    state = json.loads(json.dumps(iterator.get_state()))  # as a checkpoint keeps it
-    want = [next(iterator) for _ in range(4)]
-    restored = iter(data)
-    restored.set_state(state)
-    assert_equal([next(restored) for _ in range(4)], want)
-    assert_equal(want, stream(records, 8, seed=5)[4:])  # whoever reads
+def test_a_stream_goes_on_where_another_stopped(records, workers):
+    """Whoever reads, across the ends of epochs."""
+    iterator = iter(training_data(records, MATCHES, 3, seed=5, text_len=5, start=4, workers=workers))
+    assert_equal([next(iterator) for _ in range(4)], stream(records, 8, seed=5)[4:])
     if workers:
         iterator.close()
-        restored.close()
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,18 @@
 import dataclasses
 import json
 import pickle
+import re
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from ditmem_jax.data.records import (
-    FORMAT,
-    Meta,
-    Record,
-    RecordReader,
-    RecordWriter,
-    checksum,
-    from_bytes,
-    to_bytes,
-)
+from ditmem_jax.data import records
+from ditmem_jax.data.record import Record, checksum, from_bytes, to_bytes
+from ditmem_jax.data.records import FORMAT, Meta, RecordReader, RecordWriter
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
+from ditmem_jax.storage.digests import sealed
 
 META = Meta(latents=(2, 4, 4, 3), text_dim=6, dtype="float32", made_by={"vae": "abc", "video": {"frames": 5}})
 
@@ -106,11 +101,16 @@ def test_facts_of_videos_are_listed_where_they_are_known(tmp_path):
 def test_folders_of_format_2_are_read_and_continued(tmp_path):
     write(tmp_path, 2)
     index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(index | {"format": 2}))
+    older = {name: index[name] for name in ("complete", "meta")} | {"format": 2}  # without digests
+    older["shards"] = [
+        {name: shard[name] for name in ("name", "records", "bytes")} for shard in index["shards"]
+    ]
+    (tmp_path / "index.json").write_text(json.dumps(older))
     assert RecordReader(tmp_path).facts == [None, None]
     write(tmp_path, 5, start=2)
     assert len(RecordReader(tmp_path).entries) == 5
-    assert json.loads((tmp_path / "index.json").read_text())["format"] == FORMAT
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["format"] == FORMAT and all(shard["digest"] for shard in index["shards"])
 
 
 def test_numbers_are_stored_in_the_type_of_the_folder(tmp_path):
@@ -190,6 +190,11 @@ def test_records_of_another_shape_and_empty_folders_are_refused(tmp_path):
         pass
 
 
+def reseal(path, **changed):
+    index = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps(sealed({name: value for name, value in index.items() if name != "sha256"})))
+
+
 def damage(path, change):
     path.write_bytes(change(bytearray(path.read_bytes())))
 
@@ -204,14 +209,13 @@ def flip(data):
 @pytest.mark.parametrize("complete", [True, False])
 def test_damaged_folders_do_not_grow(tmp_path, name, cut, complete):
     write(tmp_path, 10)
-    index = json.loads((tmp_path / "index.json").read_text()) | {"complete": complete}
-    (tmp_path / "index.json").write_text(json.dumps(index))
+    reseal(tmp_path / "index.json", complete=complete)
     if cut is None:
         (tmp_path / name).unlink()
     else:
         damage(tmp_path / name, lambda data: data[:-cut])
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match=f"{name} is|read .*{name}") as caught:
+    with pytest.raises(UserError, match=f"{name} (is|was)|read .*{name}") as caught:
         RecordWriter(tmp_path, META)
     assert f"delete {tmp_path}" in str(caught.value)
     assert snapshot(tmp_path) == before
@@ -241,12 +245,17 @@ def test_damaged_folders_are_named(tmp_path):
     folder = fresh("swapped")
     lines = (folder / "records-00000.jsonl").read_text().split("\n")
     (folder / "records-00000.jsonl").write_text("\n".join(lines[1::-1] + lines[2:]))
+    with pytest.raises(UserError, match="was altered"):
+        RecordReader(folder)[0]
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["digest"] = None
+    reseal(folder / "index.json", shards=index["shards"])
     with pytest.raises(UserError, match="not the one that its list names"):
         RecordReader(folder)[0]
 
     folder = fresh("cut list")
     damage(folder / "records-00000.jsonl", lambda data: data[:-100])
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="was altered"):
         RecordReader(folder).captions()
 
     folder = fresh("cut index")
@@ -255,8 +264,7 @@ def test_damaged_folders_are_named(tmp_path):
         RecordReader(folder)
 
     folder = fresh("newer")
-    index = json.loads((folder / "index.json").read_text()) | {"format": FORMAT + 1}
-    (folder / "index.json").write_text(json.dumps(index))
+    reseal(folder / "index.json", format=FORMAT + 1)
     for use in (RecordReader, lambda folder: RecordWriter(folder, META)):
         with pytest.raises(UserError, match="another format"):
             use(folder)
@@ -271,3 +279,56 @@ def test_metadata_are_in_one_order():
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert list(header["__metadata__"]) == ["caption", "extra", "id", "source"]
     assert from_bytes(data).entry == record(3).entry
+
+
+def refused(folder):
+    reader = RecordReader(folder)
+    list(reader), reader.facts, reader.prompts
+
+
+@pytest.mark.parametrize(
+    "name", ["index.json", "records-00000.jsonl", "records-00000.array_record", "prompts.safetensors"]
+)
+def test_an_altered_byte_of_any_file_is_refused(tmp_path, name):
+    with RecordWriter(tmp_path, META) as writer:
+        writer.add(dataclasses.replace(record(0), facts=Facts(81, 16.0)))
+        writer.add_prompts({"": np.zeros((1, 6), np.float32)})
+    refused(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    start, stop = 0, len(content)
+    if name.endswith("array_record"):  # beside the record there is nothing but padding
+        start = content.index(b"__metadata__")
+        stop = start + len(to_bytes(record(0)))
+    for place in range(start, stop, (stop - start) // 40):
+        if content[place : place + 1].strip():
+            (tmp_path / name).write_bytes(
+                content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+            )
+            with pytest.raises(UserError, match=tmp_path.name):
+                refused(tmp_path)
+
+
+@pytest.mark.parametrize("lacks", ["format", "complete", "meta", "shards"])
+def test_an_index_of_an_earlier_version_that_lacks_something_is_damaged(tmp_path, lacks):
+    write(tmp_path, 2)
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["sha256"], index[lacks]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        RecordReader(tmp_path)
+
+
+def test_a_writer_that_cannot_write_says_what_is_kept(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("write() failed: No space left on device; writing x")
+
+    with pytest.raises(UserError) as caught, RecordWriter(tmp_path / "r", META, shard_size=4) as writer:
+        for index in range(4):
+            writer.add(record(index))
+        monkeypatch.setattr(records, "ArrayRecordWriter", full)
+        for index in range(4, 8):
+            writer.add(record(index))
+    assert re.search(r"cannot write .*records-00001(.|\n)*No space(.|\n)*continues after", str(caught.value))
+    monkeypatch.undo()
+    write(tmp_path / "r", 8, start=4)
+    assert len(RecordReader(tmp_path / "r")) == 8

@@ -94,7 +94,7 @@ def test_sizes_that_h264_lacks_are_refused(tmp_path, shape):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     write_video(tmp_path / "a.mp4", patches(), fps=16)
     before = (tmp_path / "a.mp4").read_bytes()
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError, match="frames per second above 0"):
         write_video(tmp_path / "a.mp4", patches(), fps=-1)
     assert (tmp_path / "a.mp4").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

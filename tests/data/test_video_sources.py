@@ -16,14 +16,15 @@ import pytest
 import safetensors.numpy
 
 from ditmem_jax.bank.rows import columns_of
-from ditmem_jax.data.records import ArrayRecordWriter, Entry
+from ditmem_jax.data.places import write_input_records
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import ArrayRecordWriter
 from ditmem_jax.data.sources import (
     Videos,
     cut,
     expand,
     read_row,
     read_table,
-    write_input_records,
 )
 from ditmem_jax.data.video import Part, read_clip, read_video, write_video
 from ditmem_jax.errors import UserError
@@ -136,7 +137,30 @@ def test_a_damaged_member_is_told_of_its_row(folder, tmp_path, name):
         damaged(folder.parent / name, lambda data: flip(data, info.header_offset + 200))
     )
     (_, row) = (Videos([tmp_path / name]).rows(TABLE))[0]
-    assert "cannot read" in read_row((ROWS[0], row), dict(frames=3, height=16, width=16))
+    told = read_row((ROWS[0], row), dict(frames=3, height=16, width=16))
+    assert "cannot read" in told or "is damaged" in told
+
+
+@pytest.mark.parametrize("head", [b"", None], ids=["zeros", "a video and zeros"])
+def test_a_member_that_claims_much_is_read_no_further_than_its_first_frames(
+    folder, tmp_path, head, monkeypatch
+):
+    head = (folder / "a.mp4").read_bytes() if head is None else head
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.mp4", head + bytes(64 << 20))
+        archive.writestr("a.txt", "a ball")
+        archive.writestr("b.mp4", b"")
+        archive.writestr("b.txt", bytes(4 << 20))
+    read, plain = [], zipfile.ZipExtFile.read
+    monkeypatch.setattr(
+        zipfile.ZipExtFile, "read", lambda self, n=-1: read.append(len(found := plain(self, n))) or found
+    )
+    row = (ROWS[0], Videos([tmp_path / "bomb.zip"]).find("a.mp4"))
+    clip = read_row(row, dict(frames=3, height=16, width=16))
+    assert sum(read) < 16 << 20
+    assert isinstance(clip, str) if not head else clip.facts.frames == 3
+    _, (_, problem) = Videos([tmp_path / "bomb.zip"]).rows()
+    assert "b.txt is no caption" in str(problem)
 
 
 def test_members_of_the_same_name_are_refused(tmp_path):
@@ -242,6 +266,23 @@ def test_bad_tables_are_refused(tmp_path, text, message):
     (tmp_path / "t.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message):
         read_table(tmp_path / "t.csv")
+
+
+def test_values_that_python_does_not_have_are_told_with_their_column(tmp_path):
+    odd = {"day": pyarrow.array([2**30], pyarrow.date32())}
+    odd["time"] = pyarrow.array([0], pyarrow.timestamp("s", "Mars/Base"))
+    for name, values in odd.items():
+        pyarrow.parquet.write_table(
+            pyarrow.table({"video": ["a"], "caption": ["x"], name: values}), tmp_path / "t.parquet"
+        )
+        with pytest.raises(UserError, match=f"the column {name} of .*t.parquet cannot be read"):
+            read_table(tmp_path / "t.parquet")
+
+
+def test_deep_json_is_told_with_its_line(tmp_path):
+    (tmp_path / "t.jsonl").write_text("{}\n" + '{"video": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UserError, match=r"line 2 of .*t\.jsonl is damaged"):
+        read_table(tmp_path / "t.jsonl")
 
 
 def test_tables_as_spreadsheets_write_them(tmp_path):
@@ -442,7 +483,7 @@ def test_compressed_tars_as_webdataset_writes_them(folder, tmp_path, mode, capsy
     np.testing.assert_array_equal(
         read_row(rows[1], options).frames, read_clip(folder / "a.mp4", **options).frames
     )
-    assert capsys.readouterr().out.count("unpacked") == 2
+    assert capsys.readouterr().err.count("unpacked") == 2
 
 
 def test_start_and_end_name_a_part_and_clips_are_windows(folder, tmp_path):

@@ -52,9 +52,10 @@ def test_without_references_that_fit_a_clip_is_the_one_without_memory():
     found = findings(
         [2.0, 4.0, 8.0], without=[2.0 * e, 4.0 * e, math.nan], wrong=[2.0 * e**3, 4.0 * e**2, 8.0]
     )
-    fits = {"wrong": np.array([[False, False], [True, False], [True, True]])}
-    wrong = score.relevance(found, fits)["wrong"]
-    assert wrong == pytest.approx({"read": 1 / 2, "all read": 5 / 2, "shipped": 3 / 2, "without": 1})
+    scores = {"wrong": np.array([[0.1, 0.4], [0.5, 0.2], [0.6, 0.9]])}
+    wrong = score.relevance(found, scores, 0.5)["wrong"]
+    means = {"read": 1 / 2, "all read": 5 / 2, "shipped": 3 / 2, "without": 1}
+    assert wrong == pytest.approx({"lowest": 0.1, "highest": 0.9} | means)
 
 
 def test_copies_that_tell_nothing_cost_no_clip():

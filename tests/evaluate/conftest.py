@@ -6,7 +6,7 @@ from tests.evaluate.subjects import FakeSampler
 
 @pytest.fixture
 def sampler(monkeypatch):
-    """What the law error takes for a sampler."""
+    """The law error's sampler."""
     fake = FakeSampler()
     monkeypatch.setattr(laws, "make_sampler", lambda subject: fake)
     return fake

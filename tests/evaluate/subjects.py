@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from ditmem_jax.config import MeshConfig
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.evaluate.evaluator import HeldOut, Subject
 from ditmem_jax.parallel.mesh import make_mesh
 from ditmem_jax.sample.sampler import Sampler
@@ -51,7 +52,7 @@ def held_out(videos, of_others, entries, numbers=None):
 
 
 def subject(batches, dit=None, run=None, **parts):
-    """What evaluators of an untrained encoder are made from, and of `dit`."""
+    """The subject of evaluators: an untrained encoder and `dit`."""
     structures, backbone, encoder = networks(dit or FakeDiT())
     arrays = {"factor": encoder["factor"]}, {"calls": encoder["calls"]}
     config = replace(tiny_config("nowhere", **parts), "sample", seed=7, steps=2)

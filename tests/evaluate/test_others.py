@@ -1,11 +1,11 @@
-"""Who is another to a held-out sample: of the same kind, unrelated, and the same in every process."""
+"""Another to a held-out sample is of the same kind, unrelated, and the same in every process."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from ditmem_jax.data.records import Entry
+from ditmem_jax.data.record import Entry
 from ditmem_jax.errors import UserError
 from ditmem_jax.evaluate.others import others
 

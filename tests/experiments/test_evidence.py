@@ -58,7 +58,7 @@ PLANET = np.array([0, 0, 1])
 
 
 def told(factor):
-    """What clips tell that are off by a factor, for two seeds."""
+    """Constants that are off by a factor, for two seeds."""
     return [[{constant: factor * true} for _, _, constant, true in ROWS]] * 2
 
 

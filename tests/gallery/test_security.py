@@ -1,5 +1,6 @@
 """Requests to the page made by hand: none names a file, a function or a host that is not its own."""
 
+import contextlib
 import json
 import re
 import uuid
@@ -8,7 +9,7 @@ import httpx
 import pytest
 
 from ditmem_jax.errors import UserError
-from ditmem_jax.gallery import server, views
+from ditmem_jax.gallery import server, uploads, views
 from ditmem_jax.gallery.uploads import LIMIT
 
 META = {"_type": "gradio.FileData"}
@@ -32,7 +33,7 @@ class Visitor(httpx.Client):
         return response.json()[0]
 
     def join(self, inputs, outputs, data):
-        """What the function of so many inputs and outputs answers: a refusal, or what it would show."""
+        """The answer of the function of so many inputs and outputs: a refusal, or what it would show."""
         session = uuid.uuid4().hex
         body = {"data": data, "fn_index": self.ids[inputs, outputs], "session_hash": session}
         response = self.post("/gradio_api/queue/join", json=body)
@@ -77,7 +78,7 @@ def test_an_upload_is_added_by_the_token_that_stands_for_it(visitor, gallery, se
 
 
 def files(visitor, address, secret, uploads):
-    """What a request may call a file: by the machine's names, addresses, others' tokens, in any place."""
+    """Names that a request may give a file: by the machine's names, addresses, others' tokens, in any place."""
     token = visitor.upload(secret)
     other = Visitor(address)
     yield {"path": other.upload(secret), "meta": META}
@@ -154,6 +155,31 @@ def test_requests_that_are_no_json_are_refused(visitor, body, status):
         "/gradio_api/queue/join", content=body, headers={"content-type": "application/json"}
     )
     assert response.status_code == status and "zorvex" in visitor.search()[1]
+
+
+def test_all_uploads_together_have_a_limit(visitor, secret, folder, monkeypatch):
+    def held():
+        return sum(path.stat().st_size for path in (folder / "uploads").rglob("*") if path.is_file())
+
+    def refused(**request):
+        response = visitor.post("/gradio_api/upload", **request)
+        return response.status_code == 413 and "no room" in response.json()["detail"]
+
+    monkeypatch.setattr(uploads, "LEAST", 0)
+    monkeypatch.setattr(uploads, "VOLUME", held() + 100_000)
+    assert refused(files={"files": ("a.mp4", b"x" * 200_000, "video/mp4")})
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
+    chunks = (part for part in [head, *[b"x" * 50_000] * 20])  # without a declared length
+    with contextlib.suppress(httpx.TransportError):  # or the server hangs up while more is sent
+        assert refused(content=chunks, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert held() <= uploads.VOLUME + 50_000
+    monkeypatch.setattr(uploads, "KEPT", -1)
+    assert visitor.upload(secret) and held() == secret.stat().st_size  # older ones went
+
+
+@pytest.mark.parametrize("version", ["-1", "0", "99", str(2**64), "9" * 25])
+def test_a_version_that_is_not_there_is_not_found(visitor, version):
+    assert visitor.get(f"/clip?version={version}&id=red zorvex.mp4").status_code == 404
 
 
 FILTERS = ["length(concat(repeat('a', 20000000), caption)) > 0", "regexp_like(caption, '(a*)*b')", "1 = ?"]

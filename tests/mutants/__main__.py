@@ -28,6 +28,7 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "mutants"
 MODULES = (  # the longest first
     "models/memory_encoder",
+    "models/filters",
     "train/step",
     "evaluate/gain",
     "evaluate/others",

@@ -67,7 +67,7 @@ def launch(folder, module, out, devices, *mesh, flags):
 
 
 def finish(processes):
-    """What each process printed, without what the collectives tell."""
+    """The output of each process, without that of the collectives."""
     for process in processes:
         assert process.wait(timeout=900) == 0, process.texts[1].read_text()
     lines = [process.texts[0].read_text().splitlines(keepends=True) for process in processes]

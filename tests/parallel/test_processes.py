@@ -1,4 +1,4 @@
-"""What happens before the first step, in one process; for many see test_distributed."""
+"""Everything before the first step, in one process; for many see test_distributed."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_what_is_warm_is_not_compiled_again(command, flags, programs, tmp_path):
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def run(*more):
-        """What is printed, and the large programs in the cache afterwards."""
+        """The output, and the large programs in the cache afterwards."""
         done = subprocess.run(
             [sys.executable, "-m", f"ditmem_jax.{command}", *flags, *more],
             cwd=ROOT, env=environment, text=True, capture_output=True,

@@ -81,7 +81,7 @@ def recognise(golden: GoldenFile) -> str | None:
 
 
 def image_inputs(golden: GoldenFile) -> dict[str, jax.Array]:
-    """What the image-to-video kinds take beside the others: condition and, in Wan 2.1, CLIP tokens."""
+    """Inputs of the image-to-video kinds beside the others: condition and, in Wan 2.1, CLIP tokens."""
     tensors, inputs = golden.tensors, {}
     if "y" in tensors:
         inputs["frames"] = channels_last(tensors["y"])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion import flow
 from ditmem_jax.diffusion.solvers import SOLVERS
 from ditmem_jax.errors import UserError

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from ditmem_jax.config import Config, ObjectiveConfig, OptimConfig, UMT5Config, VAEConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion import flow, objective
 from ditmem_jax.diffusion.guidance import guided
 from ditmem_jax.diffusion.objective import Baseline

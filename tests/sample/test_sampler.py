@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 from ditmem_jax.bank.search import Bank
-from ditmem_jax.config import ExpertsConfig
+from ditmem_jax.config import ExpertsConfig, MeshConfig
 from ditmem_jax.data.video import read_video, to_unit
 from ditmem_jax.diffusion import flow
 from ditmem_jax.diffusion.guidance import guided
@@ -23,9 +24,11 @@ from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.vae import encode as vae_encode
+from ditmem_jax.parallel.mesh import make_mesh
 from ditmem_jax.sample.clips import make_clips
+from ditmem_jax.sample.requests import Request
 from ditmem_jax.sample.retrieval import retrieve
-from ditmem_jax.sample.sampler import Sampler, denoise, make_step, schedule
+from ditmem_jax.sample.sampler import NotFinite, Sampler, checked, denoise, make_step, schedule, warn_of_size
 from ditmem_jax.storage.encoders import load_encoder, save_encoder
 from ditmem_jax.storage.weights import load_dit, load_umt5, load_vae
 from ditmem_jax.types import Conditioning, GivenFrames, Memory
@@ -199,9 +202,8 @@ def test_a_mesh_makes_what_one_device_does(config, encoder, sampler, mesh):
 
 def test_clips_and_what_is_written_beside_them(config, encoder, tmp_path, capsys):
     paths = make_clips(config, PROMPT, tmp_path / "new", encoder, seeds=[3, 4])
-    assert [path.name for path in paths] == [
-        f"a-ball-falls-on-planet-brux-memory-{seed}.mp4" for seed in (3, 4)
-    ]
+    for path, seed in zip(paths, (3, 4), strict=True):
+        assert re.fullmatch(rf"a-ball-falls-on-planet-brux-memory-{seed}-[0-9a-f]{{8}}\.mp4", path.name)
     clips = [read_video(path) for path in paths]
     assert clips[0].frames.shape == (9, 32, 32, 3)
     assert clips[0].fps == 8
@@ -217,6 +219,128 @@ def test_clips_and_what_is_written_beside_them(config, encoder, tmp_path, capsys
     assert all(name in printed and caption in printed for name, caption in found)
     assert "near duplicates are left out, and here nothing is" in printed  # how training finds them otherwise
     assert sorted(path.suffix for path in (tmp_path / "new").iterdir()) == [".json", ".json", ".mp4", ".mp4"]
+
+
+class NoiseSampler(Sampler):
+    """Clips of noise in place of those of networks; `made` are prompts and seeds, `at` what happens at a seed."""
+
+    def __init__(self):
+        self.mesh, self.made, self.at = make_mesh(MeshConfig(), jax.devices()[:1]), [], {}
+
+    def steps(self, prompts, references=None, strength=None):
+        pass
+
+    def rows(self, references):
+        return (np.zeros((*references.shape[:2], 2, 1, 1), np.float32),)
+
+    def generate(self, prompts, seeds, references=None, strength=None):
+        self.made += zip(prompts, seeds, strict=True)
+        if seeds[0] in self.at:
+            raise self.at[seeds[0]]
+        rng = np.random.default_rng(seeds)
+        return rng.integers(0, 256, (len(seeds), 9, 32, 32, 3), np.uint8)
+
+
+@pytest.fixture
+def noise(monkeypatch):
+    sampler = NoiseSampler()
+    monkeypatch.setattr(Sampler, "load", lambda *_: sampler)
+    return sampler
+
+
+def test_no_clip_is_lost_or_made_twice(config, encoder, noise, tmp_path, capsys):
+    """Another guidance or memory is another file; what is there is left out; a call that was broken off goes on."""
+    other = "A ball falls on planet Cyta"
+    requests = [
+        Request(PROMPT, 1),
+        Request(other, 2, "none"),
+        Request(other, 1, ("video2_3", "video2_4"), 0.5),
+    ]
+    noise.at = {2: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        make_clips(config, requests, tmp_path, encoder)
+    assert "1 of 3 clips are finished; the same command makes the others" in capsys.readouterr().out
+    (first,) = tmp_path.glob("*.mp4")
+    before = first.stat().st_mtime_ns
+    noise.made, noise.at = [], {}
+    paths = make_clips(config, requests, tmp_path, encoder)
+    assert noise.made == [(other, 2), (other, 1)]
+    assert f"{first} is there already" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == before
+    assert paths[0] == first and sorted(paths) == sorted(tmp_path.glob("*.mp4"))
+    about = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+    told = [(x["seed"], x["strength"], len(x["memory"])) for x in about]
+    assert told == [(1, 1.0, 2), (2, None, 0), (1, 0.5, 2)]
+    (guided,) = make_clips(replace(config, "sample", guidance=1.0), other, tmp_path, None, "none", [2])
+    assert guided not in paths and all(path.exists() for path in paths)
+    paths[1].unlink()  # what is beside a clip does not stand for it
+    assert make_clips(config, requests[1:2], tmp_path, encoder) == paths[1:2] and paths[1].exists()
+
+
+def test_a_clip_of_the_users_name_is_not_replaced(config, noise, tmp_path):
+    out = tmp_path / "clip.mp4"
+    for _ in range(2):
+        assert make_clips(config, PROMPT, out, memory="none") == [out]
+    assert len(noise.made) == 1
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="exists and was made otherwise"):
+        make_clips(config, PROMPT, out, memory="none", seeds=[7])
+    out.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="exists and was made otherwise"):
+        make_clips(config, PROMPT, out, memory="none")
+    assert out.read_bytes() == before
+
+
+def test_numbers_that_are_not_finite_are_no_clip(config, sampler):
+    def step(carry, row):
+        return Carry(carry.latents / (row[0] - 0.5))
+
+    with pytest.raises(NotFinite, match=r"not finite from step 4 on, which is from noise level 0\.5"):
+        denoise(checked(step, 2), Carry(jnp.ones((1, 1, 1, 1, 1))), np.float32([[1], [0.5]]))
+    with pytest.raises(NotFinite, match="pixels"):
+        sampler.pixels(jnp.full((1, *config.latent_shape), jnp.nan))
+
+
+def test_a_clip_that_cannot_be_made_is_told_after_the_others(config, noise, tmp_path):
+    noise.at = {0: NotFinite("not finite")}
+    with pytest.raises(
+        UserError, match=r"1 of 2 clips were not made, the first for 'A ball .*, seed 0: not finite"
+    ):
+        make_clips(config, PROMPT, tmp_path, memory="none", seeds=[0, 1])
+    (made,) = tmp_path.glob("*.mp4")
+    assert "-plain-1-" in made.name
+
+
+@pytest.mark.parametrize(
+    ("video", "warned"),
+    [
+        (dict(), ""),
+        (dict(trained=(9, 32, 32)), ""),
+        (dict(width=16, trained=(9, 16, 32)), ""),
+        (dict(trained=(5, 32, 32)), "up to 5 frames of 32 x 32"),
+        (dict(height=64, trained=(9, 32, 32)), "9 frames of 64 x 32"),
+    ],
+)
+def test_clips_beyond_what_was_trained_are_warned_of(config, encoder, tmp_path, capsys, video, warned):
+    config = replace(config, "video", **video)
+    warn_of_size(config)
+    told = capsys.readouterr().err
+    assert warned in told and bool(warned) == bool(told)
+    frames, height, width = config.video.trained or (9, 32, 32)
+    write_encoder(tmp_path / "x", config.memory, video=dict(frames=frames, height=height, width=width))
+    warn_of_size(replace(config, "video", trained=None), [tmp_path / "x", encoder])
+    assert bool(warned) == ("the encoder in" in capsys.readouterr().err)
+
+
+def test_a_prompt_that_nothing_resembles_is_warned_of(config, capsys):
+    retrieve(config, PROMPT)
+    assert not capsys.readouterr().err
+    assert len(retrieve(config, "Zebras run over a bridge").videos) == 2
+    assert "resembles the prompt 'Zebras" in capsys.readouterr().err
+    strict = replace(config, "sample", min_score=0.5)
+    assert len(retrieve(strict, PROMPT).videos) == 2
+    assert retrieve(strict, "Zebras run over a bridge").videos == []
+    assert "it gets no memory" in capsys.readouterr().err
 
 
 def test_memory_by_id_and_no_memory(config, encoder, tmp_path):
@@ -329,7 +453,7 @@ def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):
     short.write_bytes(encoder.read_bytes()[:-100])
     many = replace(config, "data", references=13)
     cases = [
-        (dict(prompt="  "), "the prompt is missing or empty"),
+        (dict(prompts="  "), "the prompt is missing or empty"),
         (dict(encoder=None), "no encoder is named"),
         (dict(encoder=tmp_path / "absent.safetensors"), "no encoder at"),
         (dict(encoder=wide), "width 64"),
@@ -344,7 +468,7 @@ def test_bad_input_is_named_and_nothing_is_written(config, encoder, tmp_path):
             "no weights in",
         ),
     ]
-    good = dict(config=config, prompt=PROMPT, out=tmp_path / "out", encoder=encoder)
+    good = dict(config=config, prompts=PROMPT, out=tmp_path / "out", encoder=encoder)
     for bad, message in cases:
         with pytest.raises(UserError, match=message):
             make_clips(**good | bad)
@@ -431,3 +555,6 @@ def test_a_clip_with_a_first_frame_as_a_file(config, tmp_path):
     assert (about["config"]["video"]["height"], about["config"]["video"]["width"]) == (16, 48)
     clip = read_video(path).frames
     assert clip.shape == (9, 16, 48, 3)
+    other = GivenFrames(255 - picture[None], origin=frames.origin)
+    with pytest.raises(UserError, match="was made otherwise"):
+        make_clips(config, PROMPT, path, memory="none", frames=other)

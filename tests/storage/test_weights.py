@@ -15,7 +15,8 @@ from ditmem_jax.models.memory_encoder import MemoryEncoder
 from ditmem_jax.models.quantised import to_int8
 from ditmem_jax.models.state import abstract, split
 from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
-from ditmem_jax.storage.weights import check_weights, load_dit, load_umt5
+from ditmem_jax.storage.tensors import open_tensors, write_safetensors
+from ditmem_jax.storage.weights import check_weights, load_dit, load_umt5, load_vae, read_index
 from ditmem_jax.types import Conditioning
 from tests.tiny import make_tiny, random_arrays, replace
 
@@ -53,12 +54,38 @@ def test_an_encoder_comes_back_with_its_configuration(file, arrays):
         np.testing.assert_array_equal(loaded[name], arrays[name])
 
 
+def flipped(content, place):
+    """The bytes with one bit of one of them turned over."""
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 def test_a_cut_or_altered_encoder_is_named(file):
     content = file.read_bytes()
-    for broken in (content[:-10], content[:5], content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]):
+    for broken in (content[:-10], content[:5], flipped(content, -40)):
         file.write_bytes(broken)
         with pytest.raises(UserError, match=r"encoder.safetensors"):
             load_encoder(file)
+
+
+def test_an_altered_header_of_an_encoder_is_refused(file):
+    content = file.read_bytes()
+    start, stop = content.index(b"__metadata__"), content.index(b"data_offsets")
+    for place in range(start, stop, 7):
+        file.write_bytes(flipped(content, place))
+        with pytest.raises(UserError, match=r"encoder.safetensors"):
+            load_encoder(file)
+
+
+def test_encoders_of_earlier_versions_have_no_seal(file, arrays):
+    metadata = open_tensors(file)[1]
+    del metadata["sha256"]
+    older = file.with_name("older.safetensors")
+    write_safetensors(older, tensors_of(arrays), sorted(arrays.items()), metadata)
+    assert load_encoder(older).config == RELEASED
+
+
+def tensors_of(arrays):
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in sorted(arrays.items())}
 
 
 def test_other_files_are_no_encoders(config):
@@ -90,12 +117,38 @@ def test_a_network_that_is_missing_is_named(config):
 def test_settings_that_the_weights_do_not_mention_have_their_defaults(config, tmp_path):
     folder = shutil.copytree(config.weights.path, tmp_path / "weights")
     index = json.loads((folder / "config.json").read_text())
-    del index["networks"]["dit"]["image_dim"], index["networks"]["dit"]["eps"]
+    del index["networks"]["dit"]["image_dim"], index["networks"]["dit"]["eps"], index["sha256"]
     (folder / "config.json").write_text(json.dumps(index))
     older = replace(config, "weights", path=str(folder))
     load_dit(older)
     with pytest.raises(UserError, match=r"dit.eps = 0.001(.|\n)*dit.eps = 1e-06"):
         load_dit(replace(older, "dit", eps=1e-3))
+
+
+@pytest.mark.parametrize(
+    "name, load", [("dit", load_dit), ("vae", load_vae), ("text", load_umt5), ("tokenizer", load_umt5)]
+)
+def test_altered_weights_are_refused(config, tmp_path, name, load):
+    folder = shutil.copytree(config.weights.path, tmp_path / "weights")
+    altered = replace(config, "weights", path=str(folder))
+    path = next(folder.glob(f"{name}.*"))
+    content = path.read_bytes()
+    place = content.index(b"vocab") if name == "tokenizer" else len(content) * 2 // 3
+    path.write_bytes(flipped(content, place))
+    with pytest.raises(UserError, match=rf"{name}\.\w+ was altered"):
+        load(altered)
+    if name != "tokenizer":
+        load(replace(altered, "weights", verify=False))
+
+
+def test_an_altered_index_of_weights_is_refused(config, tmp_path):
+    folder = shutil.copytree(config.weights.path, tmp_path / "weights")
+    content = (folder / "config.json").read_bytes()
+    for place in range(0, len(content), len(content) // 40):
+        (folder / "config.json").write_bytes(flipped(content, place))
+        if content[place : place + 1].strip():
+            with pytest.raises(UserError, match=r"config\.json"):
+                read_index(folder)
 
 
 def test_weights_take_the_dtype_of_the_config(config):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.diffusion.flow import add_noise, target
 from ditmem_jax.models.ditmem import Networks, encode
 from ditmem_jax.models.state import abstract

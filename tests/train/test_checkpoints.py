@@ -25,14 +25,14 @@ def layout(state):
 def save_all(folder, gains, keep=2):
     with TrainingCheckpoints(folder, keep) as checkpoints:
         for step, gain in enumerate(gains, start=1):
-            checkpoints.save(step, state_at(step), {"next": step}, gain, {"best": gain})
+            checkpoints.save(step, state_at(step), gain, {"best": gain})
 
 
 def test_the_newest_comes_back_exactly(tmp_path):
     save_all(tmp_path, [0.1, None, 0.2])
     with TrainingCheckpoints(tmp_path, 2) as checkpoints:
         restored = checkpoints.restore(layout(state_at(0)))
-    assert (restored.step, restored.position, restored.extra) == (3, {"next": 3}, {"best": 0.2})
+    assert (restored.step, restored.extra) == (3, {"best": 0.2})
     jax.tree.map(np.testing.assert_array_equal, restored.state, state_at(3))
 
 
@@ -45,7 +45,7 @@ def test_a_state_that_is_donated_at_once_is_saved_as_it_was(tmp_path):
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
     with TrainingCheckpoints(tmp_path, 2) as checkpoints:
         state = state_at(1)
-        checkpoints.save(1, state, {}, None, {})
+        checkpoints.save(1, state, None, {})
         for _ in range(20):
             state = overwrite(state)
     with TrainingCheckpoints(tmp_path, 2) as checkpoints:

@@ -11,7 +11,8 @@ from ditmem_jax.bank.features import make_features
 from ditmem_jax.bank.table import Table
 from ditmem_jax.config import FreeTokensConfig
 from ditmem_jax.convert.export import export_encoder
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import majority_source
 from ditmem_jax.errors import UserError
 from ditmem_jax.sample.clips import make_clips
@@ -56,7 +57,7 @@ def test_samples_train_the_tokens_of_their_own_source(config):
     videos, index = matches.read(records, config.data.bank, 2).references(2)
     setup = Setup(replace(config, "run", out=config.run.out + "_other"))
     assert set(setup.config.memory.sources) == {videos.entries[row[0]].source for row in index}
-    batch = next(setup.data)
+    batch = next(setup.batches())
     places = {record.id: number for number, record in enumerate(records.entries)}
     for id, number in zip(batch.ids, batch.source, strict=True):
         best = videos.entries[index[places[id]][0]]  # no two videos of the bank have one source

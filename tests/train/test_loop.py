@@ -4,31 +4,43 @@ import csv
 import json
 import os
 import signal
+import types
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ditmem_jax.config import MeshConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.models.state import split
+from ditmem_jax.models.memory_encoder import MemoryEncoder
+from ditmem_jax.models.state import abstract, split
 from ditmem_jax.parallel.mesh import make_mesh, replicated, with_shardings
-from ditmem_jax.storage.encoders import encoder_metadata, load_encoder
+from ditmem_jax.storage.encoders import encoder_metadata, load_encoder, save_encoder
 from ditmem_jax.train import folder as runs
 from ditmem_jax.train import loop
 from ditmem_jax.train.setup import Setup
 from ditmem_jax.train.step import TrainState
 from ditmem_jax.types import Batch, Conditioning
-from tests.tiny import make_tiny, replace, tiny_config
+from tests.tiny import make_tiny, random_arrays, replace, tiny_config
 
 
 class Numbers:
     """Batches that hold 1, 2, 3, ...; `at` may call something when a number is read."""
 
-    def __init__(self, at=None):
-        self.next, self.at = 1, at or {}
+    open = 0  # of all such streams
+
+    def __init__(self, at=None, start=0):
+        self.next, self.at = start + 1, at or {}
+        Numbers.open += 1
+
+    def close(self):
+        Numbers.open -= 1
+
+    def __iter__(self):
+        return self
 
     def __next__(self):
         number = self.next
@@ -39,12 +51,6 @@ class Numbers:
         return Batch(
             one, Conditioning(one[0, 0]), one[None], np.ones((1, 1), bool), np.array([f"id{number}"])
         )
-
-    def get_state(self):
-        return {"next": self.next}
-
-    def set_state(self, state):
-        self.next = state["next"]
 
 
 class Scripted:
@@ -71,6 +77,7 @@ class FakeSetup(Setup):
     at: ClassVar[dict] = {}  # what to call when a batch is read
     broken: int = -1  # step whose loss is not finite
     fingerprint: str | None = None
+    changed: ClassVar[dict[str, tuple]] = {}
 
     def __init__(self, config):
         self.config, self.folder = config, runs.Path(config.run.out)
@@ -78,9 +85,12 @@ class FakeSetup(Setup):
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         self.backbone = {"weight": jnp.ones(3)}
         self.fingerprint = self.fingerprint or runs.fingerprint(self.backbone)
-        self.data = Numbers(self.at)
+        self.changes = self.changed
         state = self.initial_state()
         self.state_layout = with_shardings(state, jax.tree.map(lambda _: replicated(self.mesh), state))
+
+    def batches(self, start):
+        return Numbers(self.at, start)
 
     def initial_state(self):
         return TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {"mean": jnp.float32(0)}, (), {})
@@ -179,29 +189,99 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
 def crash():
     raise ConnectionError
 
 
 @pytest.mark.parametrize(
-    ("event", "raised", "saved_at", "seen"), [(terminate, SystemExit, 5, 5), (crash, ConnectionError, 4, 4)]
+    ("event", "raised", "saved_at", "seen"),
+    [(terminate, SystemExit, 5, 5), (interrupt, SystemExit, 5, 5), (crash, ConnectionError, 4, 4)],
 )
 def test_a_run_that_stops_goes_on_with_the_next_batch(run, tmp_path, event, raised, saved_at, seen, capsys):
     run("whole", fake={"gains": GAINS})
     with pytest.raises(raised) as stop:
         run("broken", fake={"gains": GAINS, "at": {5: event}})
-    if event is terminate:
-        assert stop.value.code == 128 + signal.SIGTERM
+    if raised is SystemExit:
+        assert stop.value.code == 128 + (signal.SIGTERM if event is terminate else signal.SIGINT)
         assert "stopped after step 5; the same command continues" in capsys.readouterr().out
     folder, read = tmp_path / "broken", []
+    assert Numbers.open == 0
     assert max(saved(folder)) == saved_at and not (folder / "encoder.safetensors").exists()
     run("broken", fake={"gains": GAINS, "at": {n: lambda n=n: read.append(n) for n in range(1, 9)}})
     assert read == list(range(seen + 1, 8))
+    assert f"continues from step {seen}\n" in capsys.readouterr().out
     for name in ("encoder.safetensors", "encoder_best.safetensors"):
         assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
     assert steps_of(folder / "validation.csv") == [0, 3, 6, 7]
     metrics = steps_of(folder / "metrics.csv")
     assert metrics == sorted(set(metrics)) and metrics[-1] == 7
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    """It is left to the system, which does not wait for Python; where there are children, they end first."""
+    before = signal.getsignal(signal.SIGINT)
+    with loop._termination() as received:
+        interrupt()
+        assert received == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+    ended = []
+    child = types.SimpleNamespace(kill=lambda: ended.append("child"))
+    monkeypatch.setattr("multiprocessing.active_children", lambda: [child])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with loop._termination():
+        interrupt()
+        terminate()  # a machine that is shut down may say so twice
+        assert not ended
+        interrupt()
+    assert ended == ["child", 130]
+
+
+def test_a_run_is_not_made_shorter_than_it_is(run, tmp_path):
+    run(steps=6)
+    before = (tmp_path / "run" / "encoder.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"past step 3\n.*run.steps of 6"):
+        run(steps=3)
+    assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_finished_run_is_left_alone_unless_its_encoder_is_gone(run, tmp_path, monkeypatch, capsys, whole):
+    run()
+    file = tmp_path / "run" / "encoder.safetensors"
+    before = file.read_bytes()
+    if not whole:
+        file.unlink()
+    monkeypatch.setattr(loop, "_is_whole", lambda path, step: (path, step) == (file, 7) and file.exists())
+    fake = {"compile": crash} if whole else {}
+    assert run(fake=fake) == file
+    assert file.read_bytes() == before
+    assert ("already finished: it stands at step 7" in capsys.readouterr().out) == whole
+
+
+def test_an_encoder_is_whole_if_it_is_of_the_step_and_unaltered(tmp_path):
+    file, memory = tmp_path / "encoder.safetensors", tiny_config(tmp_path).memory
+    assert not loop._is_whole(file, 7)
+    arrays = random_arrays(abstract(lambda: MemoryEncoder(memory, rngs=nnx.Rngs(0)))[1])
+    save_encoder(file, arrays, memory, {"step": 7})
+    assert loop._is_whole(file, 7) and not loop._is_whole(file, 8)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert not loop._is_whole(file, 7)
+
+
+def test_a_change_is_told_and_noted_with_its_step(run, tmp_path, capsys):
+    run(steps=4)
+    run(fake={"changed": {"optim.clip": (1.0, 0.5)}})
+    assert "optim.clip: 1.0 until step 4, 0.5 from then on\n" in capsys.readouterr().out
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert [(start["step"], start["changes"]) for start in starts] == [
+        (0, {}),
+        (4, {"optim.clip": {"before": 1.0, "now": 0.5}}),
+    ]
 
 
 def test_a_longer_run_goes_on_from_the_end_of_a_shorter(run, tmp_path):

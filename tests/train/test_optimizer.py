@@ -8,7 +8,13 @@ import pytest
 
 from ditmem_jax.config import OptimConfig
 from ditmem_jax.errors import UserError
-from ditmem_jax.train.optimizer import OPTIMIZERS, make_optimizer, matrices
+from ditmem_jax.train.optimizer import (
+    OPTIMIZERS,
+    check_updates,
+    make_optimizer,
+    matrices,
+    rate_of_step,
+)
 
 KINDS = list(OPTIMIZERS)
 SHAPES = {"conv.kernel": (2, 1, 1, 4, 8), "conv.bias": (8,), "norm.scale": (8,)}
@@ -151,3 +157,52 @@ def test_muon_turns_kernels_in_all_directions_alike():
     assert 0.6 * expected < directions.min() and directions.max() < 1.3 * expected
     first = updates["conv.bias"]  # Adam's first update has one size, whatever the gradient's
     np.testing.assert_allclose(first, -np.sign(weights["conv.bias"]) * np.abs(first[0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "warned"),
+    [
+        (dict(), 1, ""),
+        (dict(accumulate=3), 6, ""),
+        (dict(accumulate=3), 7, "the last 1 of 7 steps make no update"),
+        (dict(warmup=4), 5, ""),
+        (dict(warmup=5), 5, "ends within its warm-up"),
+        (dict(warmup=2, accumulate=3), 6, "ends within its warm-up"),
+    ],
+)
+def test_a_run_whose_steps_do_not_fit_its_updates_is_warned_of(options, steps, warned, capsys):
+    check_updates(OptimConfig(**options), steps)
+    told = capsys.readouterr().err
+    assert warned in told and bool(warned) == bool(told)
+
+
+def test_a_run_without_an_update_is_refused():
+    with pytest.raises(UserError, match="trains nothing"):
+        check_updates(OptimConfig(accumulate=8), 7)
+
+
+def test_the_rate_of_a_step_is_that_of_its_update():
+    config = OptimConfig(learning_rate=0.5, warmup=2, accumulate=2)
+    assert [rate_of_step(config, 8, step) for step in range(1, 7)] == [0, 0, 0.25, 0.25, 0.5, 0.5]
+
+
+def test_a_state_has_one_form_whatever_may_change():
+    """So that a run goes on with other rates, schedules, decays and clips."""
+    options = (
+        dict(),
+        dict(
+            schedule="cosine",
+            warmup=1,
+            learning_rate=0.1,
+            weight_decay=0.1,
+            clip=0.0,
+            b1=0.5,
+            b2=0.5,
+            gate_rate=3.0,
+        ),
+    )
+    for kind in OPTIMIZERS:
+        one, other = (
+            jax.eval_shape(make_optimizer(OptimConfig(kind, **x), 4).init, arrays(0)) for x in options
+        )
+        assert jax.tree.structure(one) == jax.tree.structure(other)

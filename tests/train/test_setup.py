@@ -1,5 +1,6 @@
-"""What a run begins with: what is loaded, what does not fit together, and the batches to validate on."""
+"""The set-up of a run: what is loaded, what does not fit together, and the batches to validate on."""
 
+import dataclasses
 import shutil
 import types
 from pathlib import Path
@@ -12,10 +13,10 @@ import safetensors.numpy
 from ditmem_jax.bank import matches
 from ditmem_jax.bank.matches import FILE, Matches
 from ditmem_jax.config import MeshConfig
-from ditmem_jax.data.records import RecordReader
+from ditmem_jax.data.records import RecordReader, RecordWriter
 from ditmem_jax.errors import UserError
 from ditmem_jax.parallel.mesh import make_mesh
-from ditmem_jax.storage.encoders import encoder_metadata
+from ditmem_jax.storage.encoders import encoder_metadata, save_encoder
 from ditmem_jax.train.setup import Setup, check, load_networks, with_first_frames
 from ditmem_jax.types import Batch, Conditioning
 from tests.tiny import make_bank, make_tiny, replace, tiny_config, with_experts
@@ -35,7 +36,9 @@ def test_of_two_experts_only_the_one_that_trains_is_loaded_and_named_in_the_file
     np.testing.assert_array_equal(backbone["head.kernel"], high["head.kernel"])
     setup = types.SimpleNamespace(config=config, mesh=mesh, folder=tmp_path, fingerprint="abc")
     file = Setup.export(setup, "encoder.safetensors", jax.device_put(first_state(config)), 7, {})
-    assert encoder_metadata(file)[1] == {"step": 7, "gains": {}, "backbone": "abc", "expert": "high"}
+    video = {"frames": 9, "height": 32, "width": 32}
+    told = {"step": 7, "gains": {}, "backbone": "abc", "expert": "high", "video": video}
+    assert encoder_metadata(file)[1] == told
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(config, tmp_path):
@@ -55,15 +58,41 @@ def test_a_run_goes_on_with_the_references_it_began_with(config, tmp_path, capsy
         matches.find(RecordReader(folder), bank, 2).save(folder / FILE)
 
     match()
-    first = next(Setup(config).data)
+    first = next(Setup(config).batches())
     began = Matches.load(tmp_path / "run" / FILE)
     bank.remove(began.table["matches"][0].as_py())
     match()
     assert "note" not in capsys.readouterr().out
-    np.testing.assert_array_equal(next(Setup(config).data).references, first.references)
+    np.testing.assert_array_equal(next(Setup(config).batches()).references, first.references)
     assert "matched with version 1 of the bank" in capsys.readouterr().out
     other = Setup(replace(config, "run", out=str(tmp_path / "other")))
-    assert (next(other.data).references != first.references).any()
+    assert (next(other.batches()).references != first.references).any()
+
+
+def test_a_run_goes_on_with_records_and_a_bank_at_other_places(config, tmp_path):
+    """They are told by their content; other records, or a bank of other videos under the same ids, are not them."""
+    config = replace(replace(config, "data", validation=""), "run", out=str(tmp_path / "run"))
+    first = next(Setup(config).batches())
+    library = Path(config.data.bank).with_name("library")
+    for name, folder in (("library", library), ("records", config.data.records)):
+        shutil.copytree(folder, tmp_path / name)
+    moved = make_bank(tmp_path / "bank", tmp_path / "library").table.uri
+    setup = Setup(replace(config, "data", records=str(tmp_path / "records"), bank=moved))
+    assert {key: now for key, (_, now) in setup.changes.items()} == {
+        "data.records": str(tmp_path / "records"),
+        "data.bank": moved,
+    }
+    np.testing.assert_array_equal(next(setup.batches()).references, first.references)
+    pointers = Matches.load(tmp_path / "run" / FILE).references(2)[0].pointers
+    assert {pointer.records for pointer in pointers} == {str(tmp_path / "library")}
+    with pytest.raises(UserError, match=r"matches in .*run.* are not of these records"):
+        Setup(replace(config, "data", records=config.data.bank.replace("bank", "library")))
+    with RecordWriter(tmp_path / "others", RecordReader(library).meta) as writer:
+        for record in RecordReader(library):
+            writer.add(dataclasses.replace(record, latents=-record.latents))
+    others = make_bank(tmp_path / "bank of others", tmp_path / "others").table.uri
+    with pytest.raises(UserError, match="holds another video under 'video2_"):
+        Setup(replace(config, "data", bank=others))
 
 
 def test_missing_and_unfit_matches_name_the_command(config, tmp_path):
@@ -75,6 +104,30 @@ def test_missing_and_unfit_matches_name_the_command(config, tmp_path):
     shutil.copytree(records.folder, tmp_path / "records", ignore=shutil.ignore_patterns(FILE))
     with pytest.raises(UserError, match="have not been matched"):
         matches.read(RecordReader(tmp_path / "records"), config.data.bank, 2)
+
+
+def test_a_run_begins_from_a_trained_encoder(config, tmp_path, capsys):
+    state, memory = first_state(config), config.memory
+    arrays = {name: np.asarray(x) + 1 for name, x in (state.params | state.rest).items()}
+    path = tmp_path / "encoder.safetensors"
+
+    def read(memory=memory, **about):
+        save_encoder(path, arrays, memory, about)
+        begun = replace(config, "run", init_from=str(path))
+        setup = types.SimpleNamespace(
+            config=begun, folder=tmp_path / "run", fingerprint="abc", state_layout=state
+        )
+        return Setup._read_init_from(setup)
+
+    found = read(dataclasses.replace(memory, dropout=0.1), backbone="abc")
+    assert not capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, found, arrays)
+    read(backbone="xyz")
+    assert "was trained with another transformer" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"init_from(.|\n)*memory.num_heads = 4(.|\n)*memory.num_heads = 2"):
+        read(dataclasses.replace(memory, num_heads=2))
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
+    assert read() is None  # the run goes on
 
 
 def test_records_and_meshes_that_do_not_fit_are_named(config):

@@ -103,6 +103,7 @@ def test_a_step_by_hand(kind):
             "loss": error.mean(),
             "gain": np.mean(gains),
             "gradient_norm": abs(slope),
+            "parameter_norm": 1 - RATE * slope,
         },
         rel=1e-4,
     )

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from ditmem_jax.config import DiTConfig
-from ditmem_jax.config.schema import TRAIN_STEPS
+from ditmem_jax.config.networks import TRAIN_STEPS
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.attention.with_memory import KEPT, attention
 from ditmem_jax.models.layers import (
@@ -313,7 +313,7 @@ class DiT(nnx.Module):
     def _inputs(
         self, latents: Array, timestep: Array, conditioning: Conditioning, memory: Memory | None
     ) -> tuple:
-        """What the blocks take: tokens, text, image, timesteps, their modulation and that of memory tokens, angles."""
+        """The inputs of the blocks: tokens, text, image, timesteps, their modulation and that of memory tokens, angles."""
         config = self.config
         text, frames, image = conditioning.text, conditioning.frames, conditioning.image
         _check_inputs(config, latents, memory, conditioning)
@@ -398,7 +398,7 @@ class DiT(nnx.Module):
 def _check_inputs(
     config: DiTConfig, latents: Array, memory: Memory | None, conditioning: Conditioning
 ) -> None:
-    """What the configuration wants is there, as wide as it says, and nothing else."""
+    """Check that the inputs are those of the configuration, as wide as it says, and no others."""
     _check_width("latents", latents, config.out_dim)
     _check_width("given frames", conditioning.frames, config.condition_dim)
     image = conditioning.image

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -58,7 +59,9 @@ FILES = {
     "wan2.2-t2v-a14b": "wan2.1_t2v_14b",  # the experts have the tensors of the 2.1 model
     "wan2.2-i2v-a14b": "wan2.2_i2v_a14b_expert",
     "wan2.2-ti2v-5b": "wan2.2_ti2v_5b",
+    "wan2.1-flf2v-14b": "wan2.1_i2v_14b",  # and the tensor below
 }
+FURTHER = {"wan2.1-flf2v-14b": {"img_emb.emb_pos": (1, 514, 1280)}}  # positions of the tokens of two images
 
 
 @pytest.mark.parametrize("preset", DIT_PRESETS)
@@ -66,10 +69,14 @@ def test_presets_have_the_published_tensors(preset):
     manifest = json.loads((MANIFESTS / f"{FILES[preset]}.json").read_text())
     wanted = targets(nnx.eval_shape(lambda: DiT(DIT_PRESETS[preset], rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
     shapes = {name: tuple(shape) for name, shape in manifest["tensors"].items()}
+    further = FURTHER.get(preset, {})
+    shapes |= further
     assignments, _ = assign(names.table(DIT_PRESETS[preset]), shapes, wanted)
     used = [source for assignment in assignments.values() for source in assignment.sources]
     assert sorted(used) == sorted(shapes)
-    assert sum(x.size for x in wanted.values()) == manifest["elements"]
+    assert sum(x.size for x in wanted.values()) == manifest["elements"] + sum(
+        map(math.prod, further.values())
+    )
     assert {x.dtype for x in wanted.values()} == {jnp.dtype(jnp.bfloat16)}
 
 

@@ -49,6 +49,20 @@ def test_ids_and_mask(path):
     np.testing.assert_array_equal(mask, [[True] * 5 + [False] * 2] * 2)
 
 
+def test_what_is_not_read_is_warned_of_once(path, capsys):
+    tokenizer = Tokenizer(path, 5)
+    tokenizer(["a ball falls"])
+    assert not capsys.readouterr().err
+    tokenizer(["the block slides at a red ball"])
+    assert "longer than the text encoder reads" in (told := capsys.readouterr().err)
+    assert "up to 4 tokens" in told and "what is lost begins with 'a red ball'" in told
+    tokenizer(["a zebra fall"])
+    assert "does not know 'zebra', 'fall' of 'a zebra fall'" in (told := capsys.readouterr().err)
+    assert "for 'fall': falls" in told
+    tokenizer(["the block slides at a red ball", "a zebra"])
+    assert not capsys.readouterr().err
+
+
 def test_numbers_and_units_split():
     split = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
     words = [word for word, _ in split.pre_tokenize_str("at -9.81m/s2, x1.5 and 12. don't")]
@@ -125,7 +139,21 @@ def test_vocab_counts_the_rows_of_the_embedding(path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "hello", "{}", "[1]", '{"model": 5}', '{"model": {"type": "WordLev', b"\xff\x00"]
+    "content",
+    [
+        *(
+            "",
+            "hello",
+            "{}",
+            "[1]",
+            '{"model": 5}',
+            '{"model": {"type": "WordLev',
+            b"\xff\x00",
+            "[" * 100_000,
+        ),
+        *('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}', '{"model": {"type": "?", "vocab": {}}}'),
+    ],
+    ids=range(10),
 )
 def test_not_a_tokenizer(tmp_path, content):
     path = tmp_path / "tokenizer.json"
