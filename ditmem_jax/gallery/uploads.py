@@ -33,7 +33,9 @@ class Uploads:
     def __init__(self, app: Any):
         self.app = app
         self._paths: dict[tuple[str, str], str] = {}  # by session and token
-        self._held = self._received = 0  # bytes: on the disk when that was looked at, and what has come since
+        self._held = self._coming = (
+            0  # bytes: on the disk, and of uploads under way, which may not be on it yet
+        )
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         answers = {UPLOAD: self._upload, JOIN: self._join}
@@ -43,24 +45,30 @@ class Uploads:
         from starlette.requests import ClientDisconnect, Request
         from starlette.responses import JSONResponse
 
-        messages, refused = [], False
+        messages, refused, received = [], False, 0
 
         async def keep(message: dict) -> None:
             messages.append(message)
 
         async def counted() -> dict:
-            nonlocal refused
+            nonlocal refused, received
             message = await receive()
-            self._received += len(message.get("body", b""))
-            refused = refused or not self._has_room()
+            received += len(message.get("body", b""))
+            self._coming += len(message.get("body", b""))
+            refused = refused or self._held + self._coming > VOLUME
             return {"type": "http.disconnect"} if refused else message
 
         self._look()
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         refused = self._held + (int(declared) if declared.isdigit() else 0) > VOLUME
         if not refused:
-            with contextlib.suppress(ClientDisconnect):
+            try:
                 await self.app(scope, counted, keep)
+            except ClientDisconnect:
+                pass
+            finally:
+                self._coming -= received
+                self._look()
         if refused:
             told = "there is no room for this upload now; uploads are kept for an hour"
             return await JSONResponse({"detail": told}, 413)(scope, receive, send)
@@ -78,15 +86,9 @@ class Uploads:
         response.set_cookie(COOKIE, session, httponly=True, samesite="strict")
         await response(scope, receive, send)
 
-    def _has_room(self) -> bool:
-        """Return True while all uploads fit, those under way included."""
-        if self._held + self._received > VOLUME:
-            self._look()
-        return self._held <= VOLUME
-
     def _look(self) -> None:
         """Counts what is on the disk, and takes away what is older than an hour."""
-        self._held = self._received = 0
+        self._held = 0
         folder, now = Path(os.environ["GRADIO_TEMP_DIR"]), time.time()
         for path in [path for path in folder.rglob("*") if path.is_file()]:
             with contextlib.suppress(FileNotFoundError):  # it went meanwhile

@@ -10,7 +10,6 @@ Settings are chosen on planets of their own, by a rule; the planets to report ar
 import dataclasses
 import hashlib
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.parallel import compilation
 from ditmem_jax.storage.files import write_text
 from ditmem_jax.worlds.captions import caption
+from experiments import provenance
 from experiments.evidence import claims, pixels, worlds
 from experiments.evidence.arms import ARMS
 from experiments.evidence.study import LEVELS, Arm, Study, held_out_references
+from experiments.provenance import ROOT, folder_digests
 
 
 class Evaluation:
@@ -98,23 +99,12 @@ def digest(value: Any) -> str:
 
 def sources() -> dict[str, str]:
     """Digests of the files that the numbers depend on, by folder."""
-    root, found = Path(__file__).parents[2], {}
-    for folder in ("ditmem_jax/diffusion", "ditmem_jax/models", "ditmem_jax/worlds", "experiments/evidence"):
-        files = sorted((root / folder).rglob("*.py"))
-        found[folder] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    for folder, names in (("ditmem_jax/train", ("step", "optimizer", "calibration")),):
-        files = [root / folder / f"{name}.py" for name in names]
-        found[folder] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    weights = sorted((root / "experiments/tiny_wan/weights").glob("*.safetensors"))
-    found["weights"] = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
-    return found
-
-
-def commit() -> str | None:
-    """The commit that this checkout is at; None outside of one. Whether it was altered since, the digests tell."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=7", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    found = folder_digests(
+        "ditmem_jax/diffusion", "ditmem_jax/models", "ditmem_jax/worlds", "experiments/evidence"
+    )
+    train = [ROOT / "ditmem_jax/train" / f"{name}.py" for name in ("step", "optimizer", "calibration")]
+    weights = sorted((ROOT / "experiments/tiny_wan/weights").glob("*.safetensors"))
+    return found | {"ditmem_jax/train": provenance.digest(train), "weights": provenance.digest(weights)}
 
 
 def rounded(value: Any) -> Any:
@@ -169,7 +159,7 @@ def run(
     evaluation, trained = Evaluation(study, "choose", count, seeds), {}
     say(f"planets to choose with; errors {evaluation.summary()}")
     about = {"quick": quick, "seeds": seeds, "device": jax.devices()[0].device_kind, "digests": sources()}
-    about["commit"] = commit()
+    about["commit"] = provenance.commit()
 
     def note(name: str, arm: Arm, curve: dict, result: dict) -> None:
         config = arm.config(base)

@@ -11,10 +11,11 @@ from ditmem_jax.config import AdapterConfig
 from ditmem_jax.convert.adapters import from_peft, to_peft
 from ditmem_jax.models import adapters as lora
 from ditmem_jax.models.state import split
-from tests.convert.test_peers import assert_close, channels_last, converted, error, transformer
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+from tests.convert.test_peers import assert_close, channels_last, converted, error, transformer  # noqa: E402
 
 DEFAULT = ["to_q", "to_k", "to_v", "to_out.0"]
 
