@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             guidance=2.0,
             memory_in_negative=False,
             memory_range=(0.5, 1.0),
-            min_score=0.5,  # clips of the planet in the prompt score above 0.8, those of others below 0.4
+            min_score=0.5,  # clips of the planet in the prompt score above 0.8, those of others below 0.2
         )
     )
     config.run = ConfigDict(

@@ -30,7 +30,8 @@ from ditmem_jax.config import (
 from ditmem_jax.convert import dit, umt5, vae
 from ditmem_jax.convert.folder import convert_checkpoint
 from ditmem_jax.convert.original import original
-from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
+from ditmem_jax.data.record import Record
+from ditmem_jax.data.records import Meta, RecordReader, RecordWriter
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
 from ditmem_jax.models.wan.umt5 import UMT5

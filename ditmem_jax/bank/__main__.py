@@ -30,11 +30,11 @@ def build() -> None:
     ditmem bank build --bank bank --table captions.csv --embedder sentence-transformers:Alibaba-NLP/gte-modernbert-base
     ditmem bank build --bank bank --table rows.parquet --vectors vectors.npy
     """
-    from ditmem_jax.bank.embedders import make_embedder
+    from ditmem_jax.bank.embedders import default_embedder, make_embedder
     from ditmem_jax.bank.table import Table
 
     rows, vectors = _given()
-    name = EMBEDDER.value or ("lexical" if vectors is None else "vectors")
+    name = EMBEDDER.value or (default_embedder() if vectors is None else "vectors")
     dim = None if vectors is None else vectors.shape[1]
     embedder = make_embedder(name, (text.as_py() for text in rows["caption"]), dim)
     table = Table.create(BANK.value, embedder, rows, _vectors(embedder, rows, vectors))
@@ -85,12 +85,16 @@ def search(prompt: str | None = None) -> None:
     queries = _queries(prompt)
     found = Bank.open(BANK.value, VERSION.value, IVF.value).search(queries, K.value, where=WHERE.value)
     shown = queries if isinstance(queries, list) else [f"query {i}" for i in range(len(queries))]
-    for query, rows, scores in zip(shown, found.rows, found.scores, strict=True):
-        rows = [row | {"score": round(float(score), 6)} for score, row in zip(scores, rows, strict=True)]
+    for query, rows, scores, count in zip(shown, found.rows, found.scores, found.matched, strict=True):
+        rows = [row | {"score": round(float(score), 6)} for score, row in zip(scores, rows, strict=True)][
+            :count
+        ]
         if JSON.value:
             print(json.dumps({"query": query, "found": rows}, ensure_ascii=False))
         else:
             _print(query, [{name: row[name] for name in ("score", "id", "caption")} for row in rows])
+            if not rows:
+                print("no caption shares a word with it")
 
 
 def show(id: str) -> None:
@@ -145,7 +149,7 @@ def verify() -> None:
 def match(folder: str) -> None:
     """Find references in the bank for each record of a training set, once before training.
 
-    A record is never given itself, a clip of the same source, equal latents or a near duplicate.
+    A record is never given itself, a clip of the same source, equal latents or a near duplicate, by caption or by sight.
 
         ditmem bank match records --bank bank --k 3
     """
@@ -157,11 +161,13 @@ def match(folder: str) -> None:
     count = 5 if K.value is None else K.value
     bank = Bank.open(BANK.value, ivf_above=IVF.value)
     with owned(Path(folder) / matches.FILE):
-        found = matches.find(RecordReader(folder), bank, count, THRESHOLD.value)
+        found = matches.find(RecordReader(folder), bank, count, THRESHOLD.value, DUPLICATE_LATENTS.value)
         found.save(Path(folder) / matches.FILE)
     left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
     print(f"{count} references for each of {len(found.table)} records: {Path(folder) / matches.FILE}")
     print(f"kept out: {left_out}")
+    if found.wordless:
+        print(f"{found.wordless} references share no word with the caption of their record")
 
 
 def tokens() -> None:
@@ -263,7 +269,8 @@ def _given() -> "tuple[pa.Table, np.ndarray | None]":
         raise UserError("which videos", expected="--records=DIR[,DIR], or --table=FILE [--vectors=FILE.npy]")
     if RECORDS.value:
         return rows_of_records(RECORDS.value), None
-    return read_rows(TABLE.value), read_vectors(VECTORS.value) if VECTORS.value else None
+    vectors = read_vectors(VECTORS.value) if VECTORS.value else None
+    return read_rows(TABLE.value, strict=vectors is not None), vectors
 
 
 def _vectors(embedder: "Embedder", rows: "pa.Table", given: "np.ndarray | None") -> "np.ndarray | None":
@@ -316,7 +323,7 @@ COMMANDS = {
     "show": cli.Command(show, "ID", "version"),
     "stats": cli.Command(stats, flags="version json"),
     "verify": cli.Command(verify, flags="version deep"),
-    "match": cli.Command(match, "RECORDS", "k threshold ivf_above"),
+    "match": cli.Command(match, "RECORDS", "k threshold duplicate_latents ivf_above"),
     "tokens": cli.Command(tokens, flags="version encoder out"),
     "export-faiss": cli.Command(export_faiss, "DIR", "version latents"),
     "import-faiss": cli.Command(import_faiss, "DIR", "latents records embedder"),
@@ -341,6 +348,11 @@ if __name__ == "__main__":
     VERSION = flags.DEFINE_integer("version", None, "An older version of the bank.")
     THRESHOLD = flags.DEFINE_float(
         "threshold", 0.98, "Cosine of captions above which videos are taken for duplicates; 1 for none."
+    )
+    DUPLICATE_LATENTS = flags.DEFINE_float(
+        "duplicate_latents",
+        0.985,
+        "Correlation of latents above which match takes videos for duplicates by sight; 1 for none.",
     )
     DEEP = flags.DEFINE_bool("deep", False, "Read the latents of every record.")
     ENCODER = flags.DEFINE_string("encoder", None, "File of a trained memory encoder.")

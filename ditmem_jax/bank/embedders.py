@@ -4,8 +4,8 @@
     sentence-transformers:NAME_OR_FOLDER[@REVISION] any model of that library (extra `retrieval`)
     vectors[:NAME]                                  vectors that were made elsewhere, perhaps under a name
 
-For real banks `sentence-transformers:Alibaba-NLP/gte-modernbert-base` is the one to take: 768 numbers, up to 8,192
-tokens, no code of its own.
+For real banks `RECOMMENDED` is the one to take: 768 numbers, up to 8,192 tokens, no code of its own. It is the default
+where sentence-transformers is installed and the model is in its cache; nothing is downloaded unless it is named.
 
 A bank stores what `describe` says. Vectors of two embedders are comparable only if their descriptions are equal.
 """
@@ -26,6 +26,24 @@ from ditmem_jax.errors import UserError
 OWN_CODE = "sentence_transformers."  # parts of a model that are of the library itself
 # Names of the prefix for documents. The library looks for "document" and stops there, even if that one is empty.
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+RECOMMENDED = "sentence-transformers:Alibaba-NLP/gte-modernbert-base"
+
+
+def default_embedder() -> str:
+    """The name of the best embedder that is at hand, which is said where a better one could be."""
+    try:
+        import huggingface_hub
+        import sentence_transformers  # noqa: F401
+    except ImportError:
+        return "lexical"
+    if isinstance(huggingface_hub.try_to_load_from_cache(RECOMMENDED.split(":")[1], "modules.json"), str):
+        return RECOMMENDED
+    print(
+        f"note: captions are found by words; by meaning with --embedder={RECOMMENDED}, which downloads a model"
+    )
+    return "lexical"
 
 
 @runtime_checkable  # the tests check types

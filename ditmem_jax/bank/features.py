@@ -31,7 +31,8 @@ from jaxtyping import Array, Float, Float32
 from rich.progress import track
 
 from ditmem_jax.bank.table import Table, lance_errors, to_matrix
-from ditmem_jax.data.records import DTYPES, Meta
+from ditmem_jax.data.record import DTYPES
+from ditmem_jax.data.records import Meta
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.encoders import VideoEncoder, per_video

@@ -1,14 +1,14 @@
 """The references of a set of records, found once before training: `ditmem bank match RECORDS`.
 
 No record is given itself, a clip of the same source, equal latents, or a near duplicate: a video whose caption is
-closer than a threshold in the bank's own embedding. The file `matches.parquet` beside the records holds a row per
+closer than a threshold in the bank's own embedding, or that looks the same, by a sketch of its latents. The file `matches.parquet` beside the records holds a row per
 record, and in its metadata where they were found and what was kept out.
 """
 
 import collections
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ from jaxtyping import Int32
 from rich.progress import track
 
 from ditmem_jax.bank.search import QUERIES_AT_ONCE, WITH_RECORD, Bank, cosines
+from ditmem_jax.bank.sketches import Sketches
 from ditmem_jax.bank.table import Table
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import Pointer, References
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.digests import of_json
 from ditmem_jax.storage.files import parse_json, replacing
 
 FILE = "matches.parquet"
-REASONS = ("itself", "same source", "equal latents", "near duplicate")
+LOOK_THE_SAME = 0.985
+REASONS = ("itself", "same source", "equal latents", "near duplicate", "looks the same")
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),  # of the record
@@ -49,6 +52,8 @@ class Matches:
         bank, version: where they were found.
         records: digest of the list of the records.
         left_out: how many videos that would have been references were not, by reason.
+        latents: correlation of latents above which videos look the same.
+        wordless: how many references share no word with the caption of their record.
     """
 
     table: pa.Table
@@ -58,6 +63,8 @@ class Matches:
     k: int
     threshold: float
     left_out: Mapping[str, int]
+    latents: float = 1.0
+    wordless: int = 0
 
     def save(self, path: str | Path) -> None:
         about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "table"}
@@ -135,30 +142,48 @@ def digest(records: RecordReader) -> str:
     return of_json(listed)
 
 
-def find(records: RecordReader, bank: Bank, k: int, threshold: float = 0.98) -> Matches:
+def find(
+    records: RecordReader, bank: Bank, k: int, threshold: float = 0.98, latents: float = LOOK_THE_SAME
+) -> Matches:
     """Finds the k references of each record, under a progress bar.
 
     Args:
         threshold: cosine of two captions above which the videos count as duplicates; 1 keeps all.
+        latents: correlation of the sketches of two videos (see `bank.sketches`) above which they count as duplicates;
+            1 keeps all, and saves reading all latents once.
     Raises:
         UserError: if too few are left for a record.
     """
     entries, checksums = records.entries, records.checksums
     left_out: collections.Counter[str] = collections.Counter(dict.fromkeys(REASONS, 0))
     rows: list[dict[str, Any]] = []
+    sketches = Sketches(records, bank) if latents < 1 else None
     for start in track(range(0, len(entries), QUERIES_AT_ONCE), "matching"):
         group = slice(start, start + QUERIES_AT_ONCE)
-        found = _find(entries[group], checksums[group], bank, k, threshold)
+        numbers = range(len(entries))[group]
+
+        def looks(number: int, hits: Sequence[Mapping[str, Any]], numbers: range = numbers) -> np.ndarray:
+            if sketches is None:
+                return np.zeros(len(hits), bool)
+            return sketches.correlations(numbers[number], hits) > latents
+
+        found = _find(entries[group], checksums[group], bank, k, threshold, looks)
         for entry, (kept, reasons) in zip(entries[group], found, strict=True):
             left_out.update(reasons)
             rows.append({"id": entry.id} | {name: [hit[name] for hit in kept] for name in SCHEMA.names[1:]})
     uri = bank.table.uri if "://" in bank.table.uri else str(Path(bank.table.uri).resolve())
     table = pa.Table.from_pylist(rows, SCHEMA)
-    return Matches(table, uri, bank.version, digest(records), k, threshold, dict(left_out))
+    wordless = sum(score == 0 for row in rows for score in row["scores"]) if bank.by_words else 0
+    return Matches(table, uri, bank.version, digest(records), k, threshold, dict(left_out), latents, wordless)
 
 
 def _find(
-    entries: Sequence[Entry], checksums: Sequence[str], bank: Bank, k: int, threshold: float
+    entries: Sequence[Entry],
+    checksums: Sequence[str],
+    bank: Bank,
+    k: int,
+    threshold: float,
+    looks: Callable[[int, Sequence[Mapping[str, Any]]], np.ndarray],
 ) -> list[tuple[list[dict[str, Any]], list[str]]]:
     """For each record what is kept, and why what came before was not. Looks deeper until k are kept for each."""
     captions = [entry.caption for entry in entries]
@@ -172,10 +197,12 @@ def _find(
     done: dict[int, tuple[list[dict[str, Any]], list[str]]] = {}
     depth = min(k + 8, most)
     while waiting := [i for i in range(len(entries)) if i not in done]:
-        results = bank.search_records(queries[waiting], max(depth, 1))
+        asked = [captions[i] for i in waiting] if bank.by_words else queries[waiting]
+        results = bank.search_records(asked, max(depth, 1))
         hits = results.columns(["id", "source", "records", "row", "checksum"])
         for number, i in enumerate(waiting):
             near = cosines(documents[i], bank.vectors(results.places[number])) > threshold
+            near = np.stack([near, looks(i, hits[number])], axis=1)
             kept, reasons = _keep(entries[i], checksums[i], hits[number], near, results.scores[number], k)
             if len(kept) == k:
                 done[i] = kept, reasons
@@ -201,7 +228,7 @@ def _keep(
             hit["id"] == entry.id,
             hit["source"] == entry.source != "",
             hit["checksum"] == own,
-            bool(duplicate),
+            *map(bool, duplicate),
         )
         if any(checks):
             reasons.append(REASONS[checks.index(True)])

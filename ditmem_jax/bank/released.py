@@ -27,7 +27,8 @@ from rich.progress import track
 from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import columns_of, rows_of_records
 from ditmem_jax.bank.table import Table, to_matrix
-from ditmem_jax.data.records import DTYPES, Entry, Meta, Record, RecordWriter
+from ditmem_jax.data.record import DTYPES, Entry, Record
+from ditmem_jax.data.records import Meta, RecordWriter
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.digests import of_file

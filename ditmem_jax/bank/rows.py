@@ -1,8 +1,10 @@
 """Rows of a bank, from folders of records or from a table and vectors of the user's, and summaries of them."""
 
-import csv
 import dataclasses
+import datetime
+import decimal
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +13,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet
 from jaxtyping import Float
 
 from ditmem_jax.bank.table import FIXED, cast
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data import tables
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
-from ditmem_jax.storage.files import parse_json
 
 TAKEN = {"vector", "records", "row", "checksum", "digest"}  # columns that no table of the user's can fill
 TEXTS = ("id", "caption", "source")
 FACTS = ("duration", "frames", "fps")
+ABSENT = (
+    "nan",
+    "na",
+    "n/a",
+    "null",
+    "none",
+)  # absent values among numbers, as numpy, polars, R and others write them
 
 
 def rows_of_records(folders: Sequence[str | Path]) -> pa.Table:
@@ -56,41 +64,33 @@ def _complete(entry: Entry, facts: Facts | None) -> Entry:
 
 def columns_of(entries: Sequence[Entry]) -> dict[str, Any]:
     """The columns of a bank that entries of records tell."""
-    names = sorted({name for entry in entries for name in entry.extra} - set(TEXTS))
+    names = sorted({name for entry in entries for name in entry.extra})
     columns = {name: [getattr(entry, name) for entry in entries] for name in TEXTS}
-    return columns | further({name: [entry.extra.get(name, "") for entry in entries] for name in names})
+    users = further({name: [entry.extra.get(name, "") for entry in entries] for name in names}, taken=TEXTS)
+    return columns | users
 
 
-def read_rows(path: str | Path) -> pa.Table:
-    """The rows of a .parquet, .csv or .jsonl file with a column `id`; `caption` and `source` may be left out.
+def read_rows(path: str | Path, strict: bool = False) -> pa.Table:
+    """The rows of a table (see `data.tables`) with a column `id`; `caption` and `source` may be left out.
 
+    Rows that cannot be read are left out, and named on stderr with their number.
+
+    Args:
+        strict: refuses a table with such rows.
     Raises:
         UserError: if the file cannot be read, has no such column, or a column of lists.
     """
-    path = Path(path)
+    given = tables.read(path)
+    if given.problems and strict:
+        raise given.problems[0][1]
+    for _, problem in given.problems:
+        print(f"note: left out: {problem.in_one_line()}", file=sys.stderr)
+    listed = [row for _, row in given.rows]
+    columns = {name: [_absent(row.get(name)) for row in listed] for name in given.columns}
     try:
-        if path.suffix == ".parquet":
-            table = pa.parquet.read_table(path)
-        elif path.suffix == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, restval="", strict=True))
-            if any(None in row for row in rows):
-                raise ValueError("a row has more values than there are columns")
-            table = pa.table(
-                further({name: [row[name] for row in rows] for name in (rows[0] if rows else ())}, TEXTS)
-            )
-        elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").split("\n")
-            rows = [
-                parse_json(line, f"line {number} of {path}")
-                for number, line in enumerate(lines, 1)
-                if line.strip()
-            ]
-            names = dict.fromkeys(name for row in rows for name in row)
-            table = pa.table({name: [row.get(name) for row in rows] for name in names})
-        else:
-            raise UserError(f"{path} is no table", expected="a file .parquet, .csv or .jsonl")
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, csv.Error) as error:
+        typed = given.path.suffix.lower() in TYPED
+        table = pa.table(columns if typed else further(columns, TEXTS))
+    except (pa.ArrowException, OverflowError) as error:
         raise UserError(f"cannot read the table {path}", found=error) from error
     if "id" not in table.schema.names:
         raise UserError(f"{path} lacks the column id", found=", ".join(table.schema.names) or "no rows")
@@ -139,18 +139,35 @@ def summary(rows: pa.Table) -> list[dict[str, Any]]:
     return lines
 
 
-def further(columns: Mapping[str, Iterable[str]], texts: Sequence[str] = ()) -> dict[str, pa.Array]:
+TYPED = (".parquet", ".json", ".jsonl", ".ndjson")  # tables whose values have types
+
+
+def _absent(value: Any) -> Any:
+    """The value as a bank takes it up: None for NaN, dates and times as text, decimals as numbers."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta)):
+        return tables.text(value)
+    return float(value) if isinstance(value, decimal.Decimal) else value
+
+
+def further(
+    columns: Mapping[str, Iterable[str]], texts: Sequence[str] = (), taken: Sequence[str] = ()
+) -> dict[str, pa.Array]:
     """Columns of text as the bank keeps them: numbers where every value is one or absent, except for `texts`.
 
     Values such as 007 are texts.
+
+    Args:
+        taken: further names that these columns cannot have.
     """
     return {
         free: _numbers(pa.array(values, pa.string()), name in texts)
-        for free, (name, values) in zip(_free(columns), columns.items(), strict=True)
+        for free, (name, values) in zip(_free(columns, taken), columns.items(), strict=True)
     }
 
 
-def _free(names: Iterable[str]) -> list[str]:
+def _free(names: Iterable[str], taken: Sequence[str] = ()) -> list[str]:
     """The names themselves, or where the bank or Lance cannot have them, names like them.
 
     Raises:
@@ -159,7 +176,7 @@ def _free(names: Iterable[str]) -> list[str]:
 
     def free(name: str) -> str:
         plain = re.sub(r"[.`]", "_", name) or "unnamed"
-        return f"{plain}_" if plain in TAKEN or plain.startswith("_row") else plain
+        return f"{plain}_" if plain in {*TAKEN, *taken} or plain.startswith("_row") else plain
 
     names = list(names)
     renamed = [free(name) for name in names]
@@ -173,9 +190,12 @@ def _free(names: Iterable[str]) -> list[str]:
 
 def _numbers(column: pa.Array, text: bool) -> pa.Array:
     trimmed = pc.utf8_trim_whitespace(column)
-    trimmed = pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)
-    if trimmed.null_count == len(column):
-        return column if text else trimmed
+    blank = pc.is_in(pc.utf8_lower(trimmed), pa.array(["", *ABSENT]))
+    if pc.all(pc.equal(trimmed, "")).as_py():
+        return column if text else pa.nulls(len(column), pa.string())
+    if pc.all(blank).as_py():
+        return column
+    trimmed = pc.if_else(blank, pa.scalar(None, pa.string()), trimmed)
     codes = pc.any(pc.match_substring_regex(trimmed, "^0[0-9]")).as_py()  # 007 is a name
     if text or codes:
         return column

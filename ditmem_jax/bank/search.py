@@ -1,6 +1,7 @@
 """Search in memory over a bank: exact, or by FAISS IVF where there are very many videos.
 
-Scores are cosines. A matrix product rounds as its blocks fall, which would decide between equal scores: so it only
+Texts find by words in a bank of the lexical embedder (`lexical.WordIndex`), and by vectors in others, whose scores are
+cosines. A matrix product rounds as its blocks fall, which would decide between equal scores: so it only
 finds the rows that may be among the best, and those are scored again in float64, rounded, and ordered by id where
 their scores are equal. The same query gives the same answer on every machine, alone or among others.
 """
@@ -16,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int64, UInt64
 
-from ditmem_jax.bank.embedders import Embedder, load_embedder, make_embedder
+from ditmem_jax.bank.embedders import Embedder, default_embedder, load_embedder, make_embedder
 from ditmem_jax.bank.index import IVF, Exact
+from ditmem_jax.bank.lexical import WordIndex, words
 from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.table import Table, to_matrix, unit
 from ditmem_jax.data.references import References
@@ -26,18 +28,29 @@ from ditmem_jax.errors import UserError
 QUERIES_AT_ONCE = 256
 IVF_ABOVE = 1_000_000  # videos
 DIGITS = 6  # of scores
+UNLIKE = 0.1  # share of a text's weight in words below which nothing resembles it
 CHUNKS = 1024  # of the ids: adding one by one makes many, which are slow
 WITH_RECORD = "records IS NOT NULL"
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """For each query the k best videos, best first: their ids and scores (cosines)."""
+    """For each query the k best videos, best first: their ids and scores.
+
+    A video that shares no word with a text has score 0 and is no match of it; see `matched`.
+    """
 
     ids: list[list[str]]
     scores: Float32[np.ndarray, "P k"]
     places: list[Int64[np.ndarray, " _"]]  # in the memory of the bank
     _bank: "Bank"
+
+    @property
+    def matched(self) -> list[int]:
+        """How many of the videos match each query; they come first."""
+        if not self._bank.by_words:
+            return [len(ids) for ids in self.ids]
+        return [int((scores > 0).sum()) for scores in self.scores]
 
     @functools.cached_property
     def rows(self) -> list[list[dict[str, Any]]]:
@@ -95,17 +108,18 @@ class Bank:
 
     @classmethod
     def build(
-        cls, uri: str | Path, records: str | Path | Sequence[str | Path], embedder: str = "lexical"
+        cls, uri: str | Path, records: str | Path | Sequence[str | Path], embedder: str | None = None
     ) -> "Bank":
         """Write a new bank of the videos of folders of records, and open it.
 
         Args:
-            embedder: "lexical", or "sentence-transformers:NAME_OR_FOLDER[@REVISION]", what makes captions comparable.
+            embedder: "lexical", or "sentence-transformers:NAME_OR_FOLDER[@REVISION]", what makes captions comparable;
+                by default the best that is at hand (`embedders.default_embedder`).
         Raises:
             UserError: if there is a bank, or for a folder that is not of records.
         """
         rows = rows_of_records([records] if isinstance(records, (str, Path)) else records)
-        Table.create(uri, make_embedder(embedder, rows["caption"].to_pylist()), rows)
+        Table.create(uri, make_embedder(embedder or default_embedder(), rows["caption"].to_pylist()), rows)
         return cls.open(uri)
 
     def __len__(self) -> int:
@@ -119,6 +133,28 @@ class Bank:
     def embedder(self) -> Embedder:
         """The embedder that made the vectors; loaded when it is first asked for."""
         return load_embedder(self.table.description, self.table.words)
+
+    @property
+    def by_words(self) -> bool:
+        """Return True if texts are found by words, not by vectors."""
+        return self.table.description["kind"] == "lexical"
+
+    @property
+    def likeness(self) -> str:
+        """What makes a video resemble a text, for messages."""
+        if self.by_words:
+            return f"a caption with at least {UNLIKE:.0%} of the prompt's words by weight"
+        return "a caption closer than two videos of the bank mostly are"
+
+    def unlike(self, query: str, caption: str, score: float) -> bool:
+        """Return True if the best match of a text is not as `likeness` says, so that nothing in the bank resembles it."""
+        if self.by_words:
+            return self._words.shared(query, caption) < UNLIKE
+        places = np.flatnonzero(self._alive)
+        places = places[np.linspace(0, len(places) - 1, min(len(places), 256)).astype(int)]
+        vectors = self.vectors(places).astype(np.float64)
+        pairs = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
+        return bool(pairs.size and score < np.median(pairs))
 
     def search(
         self,
@@ -137,7 +173,10 @@ class Bank:
         """
         if not len(queries):
             raise UserError("there is nothing to search for", expected="at least one text or vector")
-        vectors = self._vectors(queries)
+        by_words = self.by_words and not isinstance(queries, np.ndarray)
+        if by_words:
+            _require_words(queries, [bool(words(query)) for query in queries])
+        vectors = queries if by_words else self._vectors(queries)
         allowed = self._allowed(where)
         left = int(allowed.sum())
         if not len(self):
@@ -163,7 +202,10 @@ class Bank:
         parts = []
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
             group = vectors[start : start + QUERIES_AT_ONCE]
-            parts += self._ranked(group, self.index.candidates(group, k, allowed), k)
+            if by_words:
+                parts += [self._by_words(query, k, allowed) for query in group]
+            else:
+                parts += self._ranked(group, self.index.candidates(group, k, allowed), k)
         ids, scores, places = zip(*parts, strict=True)
         return Results(list(ids), np.array(scores, np.float32), list(places), self)
 
@@ -201,6 +243,7 @@ class Bank:
     def _follow(self) -> None:
         """Brings what is in memory to the version of the table."""
         self._followed = self.version
+        self.__dict__.pop("_words", None)
         now = np.sort(self.table.row_ids())
         self._alive = np.isin(self.row_ids, now)
         new = np.setdiff1d(now, self.row_ids)
@@ -230,10 +273,29 @@ class Bank:
             vectors = unit(queries, names)
         else:
             names, vectors = queries, self.embedder.queries(queries)
-        if not vectors.any(axis=1).all():
-            empty = names[int(np.flatnonzero(~vectors.any(axis=1))[0])]
-            raise UserError("a query has nothing to search for", expected="words", found=repr(empty))
+        _require_words(names, vectors.any(axis=1))
         return vectors
+
+    @functools.cached_property
+    def _words(self) -> WordIndex:
+        """The captions of all that is in memory, in its order; what was removed is empty."""
+        found = self.table.rows(columns=["_rowid", "caption"])
+        captions = dict(zip(found["_rowid"].to_pylist(), found["caption"].to_pylist(), strict=True))
+        return WordIndex([captions.get(number, "") for number in self.row_ids.tolist()])
+
+    def _by_words(
+        self, query: str, k: int, allowed: Bool[np.ndarray, " N"]
+    ) -> tuple[list[str], Float64[np.ndarray, " _"], Int64[np.ndarray, " _"]]:
+        """The k best videos for a text: ids, scores, places."""
+        scores = _significant(self._words.scores(query))
+        rows = np.flatnonzero(allowed & (scores > 0))
+        if len(rows) > k:
+            rows = rows[scores[rows] >= np.partition(scores[rows], -k)[-k]]
+        elif len(rows) < k:
+            rows = np.flatnonzero(allowed)
+        names = self._ids.take(pa.array(rows)).to_pylist()
+        order = sorted(range(len(rows)), key=lambda i: (-scores[rows[i]], names[i]))[:k]
+        return [names[i] for i in order], scores[rows[order]], rows[order]
 
     def vectors(self, places: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
         """The vectors at these places in memory, such as `Results.places`."""
@@ -258,6 +320,18 @@ class Bank:
             ranked.append(([names[i] for i in order], exact[order], rows[order]))
             start += len(rows)
         return ranked
+
+
+def _significant(x: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """Numbers of 0 or more, rounded to `DIGITS` digits that count."""
+    unit = 10.0 ** (np.floor(np.log10(np.where(x > 0, x, 1))) - DIGITS + 1)
+    return np.round(x / unit) * unit
+
+
+def _require_words(queries: Sequence[str], good: Sequence[bool] | np.ndarray) -> None:
+    if not all(good):
+        empty = queries[list(good).index(False)]
+        raise UserError("a query has nothing to search for", expected="words", found=repr(empty))
 
 
 def cosines(

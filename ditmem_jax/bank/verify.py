@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 from rich.progress import track
 
 from ditmem_jax.bank.table import Table, digests_of, to_matrix
-from ditmem_jax.data.records import RecordReader, checksum
+from ditmem_jax.data.record import checksum
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
 
 

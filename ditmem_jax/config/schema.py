@@ -7,6 +7,7 @@ configuration raises in its constructor. The string below a field says what it m
 
 import dataclasses
 import itertools
+import re
 from typing import Literal
 
 from ditmem_jax.config.checks import check, require
@@ -37,6 +38,13 @@ class VideoConfig:
     resize: Literal["stretch", "crop"] = "stretch"
     """How videos of another shape become clips: both sides scaled by themselves, or a centre of the
     clip's shape."""
+    sampling: Literal["even", "rate"] = "even"
+    """Frames of a video that make a clip. even: spread over the whole video, as released, so that a clip of a long one
+    is a time lapse. rate: at `fps`, from a window of the video."""
+    clips: str = "middle"
+    """Windows of "rate": head, middle, or uniform:N for up to N clips of a video that do not overlap."""
+    hdr: Literal["map", "skip"] = "map"
+    """Videos of high dynamic range (HLG and PQ). map: to what ordinary screens show. skip: they are left out."""
 
     trained: tuple[int, int, int] | None = None
     """(frames, height, width) Largest clips that the transformer was trained on, beyond which a clip is warned of, in
@@ -44,6 +52,12 @@ class VideoConfig:
 
     def __post_init__(self):
         check("video", self, "at least 1", "frames", "height", "width", "fps", "trained")
+        require(
+            re.fullmatch(r"head|middle|uniform:[1-9]\d{0,5}", self.clips) is not None,
+            "video.clips",
+            expected="head, middle or uniform:N",
+            found=self.clips,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +269,9 @@ class SampleConfig:
     memory_range: tuple[float, float] = (0.0, 1.0)
     """[noise levels] Where a memory is read; elsewhere a step is exactly the one without memory."""
     min_score: float = -1.0
-    """[cosine] References that a search scores lower for the prompt are not read: a memory that does not fit is worse
-    than none. -1: all are read."""
+    """[score] References that a search scores lower for the prompt are not read: a memory that does not fit is worse
+    than none. By words the score is 0 to 1, and videos of 0 match nothing; by vectors it is a cosine. -1: all that match
+    are read."""
     negative_prompt: str = ""
     """Text of the negative branch of guidance."""
     follow_image: bool = True

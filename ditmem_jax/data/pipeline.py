@@ -10,7 +10,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from ditmem_jax.data.records import Record, RecordReader
+from ditmem_jax.data.record import Record
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.types import Batch, Conditioning

@@ -6,10 +6,11 @@ A folder of records holds
                                 of the lists, of the prompts and of itself, and videos that could not be encoded, by
                                 id, with the reason
     records-00000.array_record  the records of a shard, each the bytes of one safetensors file
-    records-00000.jsonl         id, caption, source, extra columns, checksum and facts of the video of each, a JSON
-                                object a line
+    records-00000.jsonl         id, caption, source, extra columns, checksum, facts of the video and stamp of its file of
+                                each, a JSON object a line
     prompts.safetensors         text embeddings that belong to no video, such as the empty prompt's
 
+A shard in which records have changed is written anew under a further name, records-00000-1.
 Every file appears whole, and `index.json` names a shard only once the shard is on the disk. So a writer that
 was killed leaves a folder that the next writer continues after the last finished shard.
 """
@@ -21,58 +22,38 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float
 
 from ditmem_jax.config import build
-from ditmem_jax.data.video import Facts
+from ditmem_jax.data.record import (
+    DTYPES,
+    Entry,
+    Record,
+    checksum,
+    facts_from_json,
+    facts_to_json,
+    from_bytes,
+    from_safetensors,
+    to_bytes,
+    to_safetensors,
+)
+from ditmem_jax.data.video import Facts, Stamp
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.storage.digests import SEAL, of_file, sealed, unsealed
 from ditmem_jax.storage.files import make_folder, read_json, reading, replacing, write_text, writing
 from ditmem_jax.storage.locks import owned
 
-FORMAT = 3
-READABLE = (2, FORMAT)  # format 2 has no facts of videos
+FORMAT = 4
+READABLE = (2, 3, FORMAT)  # 2 has no facts of videos, 3 no stamps of their files and less facts
 PROMPTS = "prompts.safetensors"
 CONTINUES = "free space on the disk, then the same command: it continues after the shards that are finished"
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_SAFETENSORS_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A record without its arrays. `extra` holds whatever else the user's table says about the video."""
-
-    id: str
-    caption: str
-    source: str
-    extra: dict[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Record(Entry):
-    """One encoded video: normalised VAE latents, and its caption's embedding without padding.
-
-    `facts` are of the whole video that the latents were made from, if they are known. `condition` holds what a
-    transformer that takes given frames as channels is told of the video's own, by field of `types.Conditioning`.
-    """
-
-    latents: Float[np.ndarray, "T H W C"]
-    text_embedding: Float[np.ndarray, "L D"]
-    facts: Facts | None = dataclasses.field(default=None, kw_only=True)
-    condition: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, kw_only=True)
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(self.id, self.caption, self.source, extra=self.extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,62 +70,6 @@ class Meta:
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def checksum(latents: np.ndarray) -> str:
-    """The identity of latents whatever their record is called: a digest of their type, shape and bytes."""
-    digest = hashlib.blake2b(f"{latents.dtype} {latents.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(latents).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def to_bytes(record: Record) -> bytes:
-    """The record as a safetensors file, with its entry and facts as metadata."""
-    metadata = dataclasses.asdict(record.entry) | {"extra": json.dumps(record.extra)}
-    metadata |= {name: json.dumps(facts) for name, facts in _facts_to_json(record).items()}
-    tensors = record.condition | {"latents": record.latents, "text_embedding": record.text_embedding}
-    return _to_safetensors(tensors, metadata)
-
-
-def from_bytes(data: bytes) -> Record:
-    """The inverse of `to_bytes`.
-
-    Raises:
-        ValueError: if `data` is no such record.
-    """
-    tensors, metadata = _from_safetensors(data)
-    try:
-        entry = metadata | {"extra": json.loads(metadata["extra"])}
-        facts = _facts_from_json(json.loads(entry.pop("facts", "null")))
-        own = {name: tensors.pop(name) for name in ("latents", "text_embedding")}
-        return Record(**entry, **own, facts=facts, condition=tensors)
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError("a safetensors file, but not of a record") from error
-
-
-def _facts_to_json(record: Record) -> dict[str, Any]:
-    return {"facts": dataclasses.asdict(record.facts)} if record.facts else {}
-
-
-def _facts_from_json(values: dict[str, Any] | None) -> Facts | None:
-    return Facts(**values) if values else None
-
-
-def _to_safetensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
-
-
-def _from_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata. By hand: safetensors' loader for numpy knows neither bfloat16 nor metadata."""
-    try:
-        tensors = {
-            name: np.frombuffer(info["data"], _SAFETENSORS_DTYPES[info["dtype"]]).reshape(info["shape"])
-            for name, info in safetensors.deserialize(data)
-        }
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise ValueError(f"not a safetensors file of float32 or bfloat16: {error}") from error
-    header_length = int.from_bytes(data[:8], "little")
-    return tensors, json.loads(data[8 : 8 + header_length]).get("__metadata__", {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +114,9 @@ def write_shard(folder: Path, name: str, records: Iterable[Record], meta: Meta) 
             with guarded():
                 writer.write(to_bytes(record))
             line = dataclasses.asdict(record.entry) | {"checksum": checksum(record.latents)}
-            lines.append(json.dumps(line | _facts_to_json(record), ensure_ascii=False))
+            line |= facts_to_json(record)
+            line |= {"stamp": dataclasses.asdict(record.stamp)} if record.stamp else {}
+            lines.append(json.dumps(line, ensure_ascii=False))
         with guarded():
             writer.close()
         write_text(folder / f"{name}.jsonl", listed := "\n".join(lines) + "\n", fix=CONTINUES)
@@ -214,7 +141,7 @@ def _cast(record: Record, meta: Meta) -> Record:
 class RecordWriter:
     """Writes records shard by shard, and continues a folder that a killed writer left.
 
-    Use as a context manager: the folder is complete once the block ends without an error. `entries` are those
+    Use as a context manager: the folder is complete once the block ends without an error. `lines` tell of the records
     of the shards that were finished before. `skipped` tells of the videos that have no record, by id, why not;
     it is empty again when a complete folder is opened, for another attempt.
 
@@ -238,10 +165,10 @@ class RecordWriter:
         begun = index is not None and index.shards and not index.complete
         self.skipped: dict[str, str] = index.skipped if begun else {}
         self._shards: list[Shard] = []
-        self.entries: list[Entry] = []
+        self.lines: list[Line] = []
         for shard in index.shards if index else ():
             _check_size(self.folder, shard)
-            self.entries += [line.entry for line in _read_list(self.folder, shard)]
+            self.lines += read_list(self.folder, shard)
             if shard.digest is None:  # of an earlier version
                 digest = of_file(self.folder / f"{shard.name}.jsonl")
                 shard = dataclasses.replace(shard, digest=digest)
@@ -265,6 +192,50 @@ class RecordWriter:
                     raise UserError(f"no record was written to {self.folder}", expected="at least one")
                 self._write_index(complete=True)
 
+    @property
+    def entries(self) -> list[Entry]:
+        return [line.entry for line in self.lines]
+
+    def current(self) -> "list[Line]":
+        """The lines of all finished shards, also of those that were added since."""
+        return [line for shard in self._shards for line in read_list(self.folder, shard)]
+
+    def rewrite(self, changes: Mapping[str, Callable[[Record], Record | None]]) -> None:
+        """Writes those shards anew in which records of finished shards change, by id; None is in place of no record.
+
+        The others keep their places, but for those after a record that is gone.
+        """
+        shards, old = [], []
+        for shard in self._shards:
+            lines = read_list(self.folder, shard)
+            if not any(line.entry.id in changes for line in lines):
+                shards.append(shard)
+                continue
+            stem, _, number = shard.name.removeprefix("records-").partition("-")
+            name = f"records-{stem}-{int(number or 0) + 1}"
+            written = write_shard(self.folder, name, self._changed(shard, lines, changes), self.meta)
+            old.append(shard.name)
+            shards += [written] if written.records else []
+            old += [] if written.records else [name]
+        self._shards = shards
+        self._write_index(complete=False)
+        for name in old:
+            for suffix in ("jsonl", "array_record"):
+                (self.folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        self.lines = self.current()
+
+    def _changed(
+        self,
+        shard: Shard,
+        lines: "list[Line]",
+        changes: Mapping[str, Callable[[Record], Record | None]],
+    ) -> Iterator[Record]:
+        source = _open(self.folder, [shard])
+        for number, line in enumerate(lines):
+            record = dataclasses.replace(_read(source, number, self.folder), stamp=line.stamp)
+            if (record := changes.get(line.entry.id, lambda record: record)(record)) is not None:
+                yield record
+
     def add(self, record: Record) -> None:
         """Stores a record, its numbers as `meta.dtype`. It is safe on the disk when its shard is full."""
         self._waiting.append(_cast(record, self.meta))
@@ -286,7 +257,7 @@ class RecordWriter:
         """Stores the embeddings, without padding, of texts that belong to no video."""
         names = {f"prompt.{i}": text for i, text in enumerate(prompts)}
         tensors = {name: prompts[text].astype(DTYPES[self.meta.dtype]) for name, text in names.items()}
-        data = _to_safetensors(tensors, names)
+        data = to_safetensors(tensors, names)
         self._prompts = hashlib.sha256(data).hexdigest()
         self._write_index(complete=False)  # until the end: a reader must not find one without the other
         with replacing(self.folder / PROMPTS, fix=CONTINUES) as temporary:
@@ -324,7 +295,8 @@ class RecordWriter:
             self._write_index(complete=False)
 
     def _next_name(self) -> str:
-        return f"records-{len(self._shards):05d}"
+        numbers = [int(shard.name.split("-")[1]) for shard in self._shards]
+        return f"records-{max(numbers, default=-1) + 1:05d}"
 
     def _write_index(self, complete: bool) -> None:
         index = _Index(FORMAT, complete, self.meta, tuple(self._shards), self.skipped, self._prompts)
@@ -351,7 +323,7 @@ class RecordReader:
         self.meta, self._shards, self._prompts = index.meta, index.shards, index.prompts
         for shard in self._shards:
             _check_size(self.folder, shard)
-        self._source = ArrayRecordDataSource([_Shard.of(self.folder, shard) for shard in self._shards])
+        self._source = _open(self.folder, self._shards)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -360,14 +332,7 @@ class RecordReader:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
-            record = from_bytes(self._source[index])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"record {index} of {self.folder} is damaged",
-                found=str(error)[:200],
-                fix=_anew(self.folder),
-            ) from error
+        record = _read(self._source, index, self.folder)
         if record.entry != self.entries[index]:
             raise UserError(
                 f"record {index} of {self.folder} is not the one that its list names",
@@ -396,8 +361,8 @@ class RecordReader:
         return [line.facts for line in self._list]
 
     @functools.cached_property
-    def _list(self) -> list["_Line"]:
-        return [line for shard in self._shards for line in _read_list(self.folder, shard)]
+    def _list(self) -> "list[Line]":
+        return [line for shard in self._shards for line in read_list(self.folder, shard)]
 
     def captions(self) -> list[str]:
         return [entry.caption for entry in self.entries]
@@ -412,7 +377,7 @@ class RecordReader:
             found = hashlib.sha256(data).hexdigest()
             if self._prompts not in (None, found):
                 raise ValueError(f"sha256 {found}, where {self._prompts} was written")
-            tensors, names = _from_safetensors(data)
+            tensors, names = from_safetensors(data)
         except ValueError as error:
             raise UserError(f"cannot read {path}", found=error, fix=fix) from error
         return {names[name]: tensor for name, tensor in tensors.items()}
@@ -436,23 +401,36 @@ class _Shard(NamedTuple):
     take: int
     examples_in_shard: int
 
-    @classmethod
-    def of(cls, folder: Path, shard: Shard) -> "_Shard":
-        return cls(str(folder / f"{shard.name}.array_record"), 0, shard.records, shard.records)
+
+def _open(folder: Path, shards: Iterable[Shard]) -> ArrayRecordDataSource:
+    return ArrayRecordDataSource(
+        [_Shard(str(folder / f"{s.name}.array_record"), 0, s.records, s.records) for s in shards]
+    )
 
 
-class _Line(NamedTuple):
+def _read(source: ArrayRecordDataSource, number: int, folder: Path) -> Record:
+    try:
+        return from_bytes(source[number])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"record {number} of {folder} is damaged", found=str(error)[:200], fix=_anew(folder)
+        ) from error
+
+
+class Line(NamedTuple):
     """A record's line in the list beside its shard."""
 
     entry: Entry
     checksum: str
     facts: Facts | None
+    stamp: Stamp | None
 
     @classmethod
-    def of(cls, text: str) -> "_Line":
+    def of(cls, text: str) -> "Line":
         values = json.loads(text)
-        checksum, facts = values.pop("checksum"), _facts_from_json(values.pop("facts", None))
-        return cls(Entry(**values), checksum, facts)
+        checksum, facts = values.pop("checksum"), facts_from_json(values.pop("facts", None))
+        stamp = values.pop("stamp", None)
+        return cls(Entry(**values), checksum, facts, stamp and Stamp(**stamp))
 
 
 def _read_index(folder: Path) -> _Index:
@@ -501,7 +479,13 @@ def _anew(folder: Path) -> str:
     return f"copy the file once more from where it is whole, or delete {folder} and make its records again"
 
 
-def _read_list(folder: Path, shard: Shard) -> list[_Line]:
+def read_shard(folder: Path, shard: Shard, number: int) -> Record:
+    """A record of a shard, with the stamp of its file."""
+    record = _read(_open(folder, [shard]), number, folder)
+    return dataclasses.replace(record, stamp=read_list(folder, shard)[number].stamp)
+
+
+def read_list(folder: Path, shard: Shard) -> list[Line]:
     """The lines of the list beside a shard."""
     path = folder / f"{shard.name}.jsonl"
     with reading(path, _anew(folder)):
@@ -514,7 +498,7 @@ def _read_list(folder: Path, shard: Shard) -> list[_Line]:
             fix=_anew(folder),
         )
     try:
-        lines = [_Line.of(line) for line in data.decode().strip().split("\n")]
+        lines = [Line.of(line) for line in data.decode().strip().split("\n")]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read {path}", found=str(error)[:200], fix=_anew(folder)) from error
     if len(lines) != shard.records:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Float32
 
-from ditmem_jax.data.records import Entry, Record, RecordReader, checksum
+from ditmem_jax.data.record import Entry, Record, checksum
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError, nearest
 
 

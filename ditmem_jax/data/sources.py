@@ -1,246 +1,110 @@
 """The videos of a user: a table that says what they show, and the places where their files lie.
 
-A table is a CSV, a parquet file or JSON lines. A place is a folder, a zip file, a tar file, or a folder of input
-records; without a table each video takes its caption from a text file beside it (`a.mp4`, `a.txt`). Nothing is
-unpacked: a video of an archive is read from it when its turn comes, and no more of it than is needed.
-
-Input records are ArrayRecord shards `videos-00000.array_record`, .... Each record is the bytes of a safetensors file
-with the video file as the uint8 tensor `video`, and as metadata the texts id, caption, source and extra (a JSON object).
-In place of the file there may be its frames, as the uint8 tensor `frames` [T, H, W, 3] and the text `fps`.
+A table is CSV, TSV, JSON (lines or an array) or parquet (see `data.tables`), which may hold the files themselves. A
+place is a folder, a zip or tar file (also compressed, and as webdataset writes them), or a folder of input records
+(see `data.places`); without a table each video takes its caption from a file beside it (`a.mp4` with `a.txt`,
+`a.caption` or `a.json`).
 """
 
-import abc
 import collections
-import csv
 import dataclasses
 import functools
 import glob
-import io
 import itertools
-import json
-import os
-import tarfile
-import zipfile
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
-import safetensors.numpy
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
-
-from ditmem_jax.data.records import Entry
-from ditmem_jax.data.video import Clip, Video, VideoBytes, VideoFile, VideoStream, read_clip
+from ditmem_jax.data import tables
+from ditmem_jax.data.decode import SUFFIXES
+from ditmem_jax.data.places import (
+    INPUT_RECORDS,
+    InFolder,
+    InParquet,
+    Place,
+    list_archive,
+    list_folder,
+    list_input_records,
+)
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.video import Clip, Part, read_clip
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.wan.tokenizer import clean
-from ditmem_jax.storage.files import parse_json, read_json, reading, replacing
+from ditmem_jax.storage.files import parse_json
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 LONGEST = 1 << 20  # bytes of a caption
-PACKED = 50  # bytes that one byte of a zip file may stand for, for all of them to be read
-INPUT_RECORDS = "videos-*.array_record"
+# Names of columns that are in use, the first that is there counts.
+VIDEO = (
+    "video", "video_path", "file_name", "filename", "file_path", "filepath", "file", "path", "clip_path", "clip", "mp4",
+    "media_path", "media", "video_file", "video_name",
+)  # fmt: skip
+CAPTION = ("caption", "text", "prompt", "description", "captions", "sentence", "long_caption", "txt")
+BESIDE = (".txt", ".caption", ".json")  # files of captions
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def read_table(path: str | Path) -> list[tuple[Entry, str]]:
-    """The rows of a table with columns `video` or `video_path`, and `caption`, and the video of each.
+def read_table(
+    path: str | Path, video: str | None = None, caption: str | None = None
+) -> list[tuple[Entry, "str | Place | UserError"]]:
+    """The rows of a table of videos and captions, and the video of each; rows that cannot be read come last.
 
     A column `source` says what each video was cut from, else it stands for itself; other columns become `extra`. The
     id of a row is its video, with #2, #3, ... for further rows of the same video.
 
+    Args:
+        video: the column of the videos' paths or files, by default the first of `VIDEO` that is there.
+        caption: the column of captions, by default the first of `CAPTION`.
     Raises:
         UserError: if the file is no such table.
     """
-    readers = {".csv": _csv_rows, ".parquet": _parquet_rows, ".jsonl": _json_rows}
-    suffix = Path(path).suffix.lower()
-    if suffix not in readers:
-        raise UserError(
-            f"{path} is no table that we read", expected=f"a file {', '.join(readers)}", found=suffix
-        )
-    columns, rows = readers[suffix](Path(path))
-    video = next((name for name in ("video", "video_path") if name in columns), None)
-    if video is None or "caption" not in columns:
-        raise UserError(
-            f"{path} lacks the column {'caption' if video else 'video'}",
-            expected="columns video (or video_path) and caption",
-            found=", ".join(columns) or "an empty file",
-        )
-    if not rows:
+    table = tables.read(path)
+    names = [
+        _column(table, "video", VIDEO, video),
+        _column(table, "caption", CAPTION, caption),
+        "source",
+    ]
+    if not table.rows:
         raise UserError(f"{path} has no rows", expected="a row for each video")
     counts = collections.Counter()
-    entries = []
-    for row in rows:
-        known = (video, "caption", "source")
-        extra = {name: _text(value) for name, value in row.items() if name not in known}
-        name, caption, source = (_text(row.get(column)).strip() for column in known)
+    entries: list[tuple[Entry, str | Place | UserError]] = []
+    for number, row in table.rows:
+        extra = {
+            name: tables.text(value)
+            for name, value in row.items()
+            if name not in names + list(table.embedded)
+        }
+        place: str | Place
+        if names[0] in table.embedded:
+            held = row[names[0]] or {}
+            name = next((value for value in held.values() if isinstance(value, str) and value), None)
+            name = name or f"{table.path.stem}-{number}"
+            place = InParquet(str(table.path.absolute()), name, names[0], number)
+        else:
+            place = name = tables.text(row.get(names[0])).strip()
+        about, source = (tables.text(row.get(column)).strip() for column in names[1:])
         counts[name] += 1
         id = name if counts[name] == 1 else f"{name}#{counts[name]}"
-        entries.append((Entry(id, caption, source or name, extra=extra), name))
-    return entries
+        entries.append((Entry(id, about, source or name, extra=extra), place))
+    return entries + [(Entry(f"row {number}", "", ""), problem) for number, problem in table.problems]
 
 
-def _csv_rows(path: Path) -> tuple[list[str], list[dict]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="", strict=True)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}", expected="a CSV file in UTF-8", found=error) from error
-    for number, row in enumerate(rows, start=1):
-        if None in row:
-            raise UserError(
-                f"row {number} of {path} has more values than there are columns",
-                found=", ".join(row[None]),
-                fix='put captions with commas into "quotation marks"',
-            )
-    return columns, rows
-
-
-def _parquet_rows(path: Path) -> tuple[list[str], list[dict]]:
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {path}", expected="a parquet file", found=error) from error
-    columns = {field.name: _values(path, field, table[field.name]) for field in table.schema}
-    return list(columns), [
-        dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-    ]
-
-
-def _values(path: Path, field: pyarrow.Field, column: pyarrow.ChunkedArray) -> list[Any]:
-    """The values of a column as Python's, which has no such large dates or such time zones as Arrow may hold."""
-    try:
-        return column.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError, LookupError, TypeError, ImportError) as error:
+def _column(table: tables.Rows, kind: str, known: Sequence[str], named: str | None) -> str:
+    found = next((name for name in ([named] if named else known) if name in table.columns), None)
+    if found is None:
         raise UserError(
-            f"the column {field.name} of {path} cannot be read",
-            expected="numbers or text",
-            found=f"{field.type}: {error}",
-            fix="leave that column out",
-        ) from error
+            f"{table.path} lacks the column {named or kind}",
+            expected=f"a column {named}" if named else f"one of the columns {', '.join(known)}",
+            found=", ".join(table.columns) or "an empty file",
+            fix=f"--{kind}_column=NAME",
+        )
+    return found
 
 
-def _json_rows(path: Path) -> tuple[list[str], list[dict]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}", expected="JSON lines in UTF-8", found=error) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = parse_json(line or "{}", f"line {number} of {path}")
-        if not isinstance(row, dict):
-            raise UserError(f"line {number} of {path} is no JSON object", found=line[:80])
-        rows += [row] if row else []
-    return list(dict.fromkeys(name for row in rows for name in row)), rows
-
-
-def _text(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-# --- places -----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Place(abc.ABC):
-    """Where a video lies: by the name `name` in `path`. Small, for other processes to open it.
-
-    Raises:
-        UserError: from `read` and `open`, if it cannot be read.
-    """
-
-    path: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.path}/{self.name}"
-
-    @abc.abstractmethod
-    def read(self, most: int = -1) -> bytes:
-        """All bytes, or the first ones."""
-
-    @abc.abstractmethod
-    def open(self) -> VideoFile | Video: ...
-
-    def check(self) -> None:  # noqa: B027  # most places have nothing to compare with
-        """Compares the whole video with the checksum of its archive, where that has one."""
-
-
-class InFolder(Place):
-    def read(self, most: int = -1) -> bytes:
-        with reading(self.open()), open(self.open(), "rb") as file:
-            return file.read(most)
-
-    def open(self) -> Path:
-        return Path(self.path, self.name)
-
-
-class InZip(Place):
-    def read(self, most: int = -1) -> bytes:
-        return self.open().read(most)
-
-    def open(self) -> VideoStream:
-        try:
-            archive = _open_zip(self.path)
-            file: Any = archive.open(self.name)  # of a class that its stub hides
-            return VideoStream(file, archive.getinfo(self.name).file_size, str(self))
-        except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: for want of a password
-            raise UserError(f"cannot read {self}", found=error) from error
-
-    def check(self) -> None:
-        """Read the file through, which checks its sum; not one that claims to be far larger than packed: no video is."""
-        info, stream = _open_zip(self.path).getinfo(self.name), self.open()
-        while info.file_size <= PACKED * info.compress_size and stream.read(1 << 20):
-            pass
-
-
-@dataclasses.dataclass(frozen=True)
-class InTar(Place):
-    start: int
-    size: int
-
-    def read(self, most: int = -1) -> bytes:
-        return self.open().read(most)
-
-    def open(self) -> VideoStream:
-        with reading(Path(self.path)):
-            return VideoStream(_Window(self.path, self.start), self.size, str(self))
-
-
-class _Window(io.FileIO):
-    """A file from the byte `start` on."""
-
-    def __init__(self, path: str, start: int):
-        super().__init__(path)
-        self._start = start
-
-    def tell(self) -> int:
-        return super().tell() - self._start
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return super().seek(self._start + offset, whence) - self._start
-
-
-@dataclasses.dataclass(frozen=True)
-class InRecords(Place):
-    index: int
-
-    def read(self, most: int = -1) -> bytes:
-        _, video = _read_input_record(self.path, self.index)
-        if isinstance(video, Video):
-            raise UserError(f"{self} holds decoded frames", expected="a video file")
-        return video if most < 0 else video[:most]
-
-    def open(self) -> VideoFile | Video:
-        _, video = _read_input_record(self.path, self.index)
-        return video if isinstance(video, Video) else VideoBytes(video, str(self))
+# --- videos -----------------------------------------------------------------------------------------------------
 
 
 Row = tuple[Entry, Place | UserError]
@@ -250,6 +114,8 @@ Row = tuple[Entry, Place | UserError]
 class Videos:
     """The videos of folders, zip files, tar files and folders of input records.
 
+    Attributes:
+        left_out: after `rows` without a table, the files that are neither videos nor captions of one.
     Raises:
         UserError: for a place that is missing, of another kind or damaged.
     """
@@ -261,37 +127,33 @@ class Videos:
         self._records: list[tuple[Entry, Place]] = []
         for path in self.places:
             if path.is_dir() and any(path.glob(INPUT_RECORDS)):
-                self._records += _list_input_records(path)
+                self._records += list_input_records(path)
             elif path.is_dir():
                 self._folders.append(path)
-            elif zipfile.is_zipfile(path):
-                self._archives.append(_list_zip(path))
             else:
-                self._archives.append(_list_tar(path))
+                self._archives.append(list_archive(path))
+        self.left_out: list[str] = []
         self._by_last_part: dict[str, list[Place]] = collections.defaultdict(list)
         for place in [*itertools.chain(*self._archives), *(place for _, place in self._records)]:
-            self._by_last_part[PurePosixPath(place.name).name].append(place)
+            self._by_last_part[_composed(PurePosixPath(place.name).name)].append(place)
 
     def find(self, video: str) -> Place:
         """The place of the video that a table calls `video`: its path below a folder or in an archive.
 
-        In archives the path may lack parts in front, so that a table need not know how they were packed.
+        The path may be absolute, or begin with the name of the folder, and may have the separators of Windows. Accents
+        may be one letter or two. In archives the path may lack parts in front, so that a table need not know how they
+        were packed.
 
         Raises:
             UserError: if there is no such video, or more than one, or the path leaves the folder.
         """
-        name = PurePosixPath(video)
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"the path {video} leaves the folder of the videos")
-        try:
-            found: list[Place] = [
-                InFolder(str(path), str(name)) for path in self._folders if (path / name).is_file()
-            ]
-        except OSError as error:
-            raise UserError(f"no video can be called {video[:80]!r}", found=error.strerror) from error
-        members = self._by_last_part.get(name.name, [])
-        exact = [place for place in members if place.name == str(name)]
-        found += exact or [place for place in members if place.name.endswith(f"/{name}")]
+        names = self._spellings(video)
+        if not names:
+            raise UserError(
+                f"the path {video} leaves the folder of the videos",
+                expected=f"a path in {', '.join(map(str, self.places))}",
+            )
+        found = next(filter(None, map(self._named, names)), [])
         if len(found) != 1:
             raise UserError(
                 f"{len(found) or 'no'} videos are called {video}",
@@ -300,35 +162,93 @@ class Videos:
             )
         return found[0]
 
-    def rows(self, table: Iterable[tuple[Entry, str]] | None = None) -> list[Row]:
-        """The videos of a table (see `read_table`); without a table all that there are, captioned by text files beside them.
+    def _spellings(self, video: str) -> list[str]:
+        """What `video` may be called below the folders, the likeliest first; nothing that leaves them."""
+        names = []
+        for text in dict.fromkeys([video, video.replace("\\", "/")]):
+            path = PurePosixPath(text)
+            absolute = path.is_absolute() or re.match(r"[A-Za-z]:[/\\]", text)
+            if ".." in path.parts:
+                return []
+            names += [] if absolute else [str(path)]
+            for folder in self._folders:
+                for root in dict.fromkeys([folder, folder.resolve()]):
+                    names += [str(path.relative_to(root))] if path.is_relative_to(root) else []
+                # as if seen from a folder above, on this machine or another
+                after = [i + 1 for i, part in enumerate(path.parts[:-1]) if part == folder.name]
+                names += [str(PurePosixPath(*path.parts[start:])) for start in after]
+        return list(dict.fromkeys(names))
+
+    def _named(self, name: str) -> list[Place]:
+        """Every place of this very name; in archives, where there is none, those whose name ends so."""
+        try:
+            found: list[Place] = [
+                InFolder(str(path), name) for path in self._folders if (path / name).is_file()
+            ]
+        except (OSError, ValueError) as error:
+            raise UserError(f"no video can be called {name[:80]!r}", found=error) from error
+        composed = _composed(name)
+        if not found and not name.isascii():
+            found = [
+                InFolder(str(path), other)
+                for path in self._folders
+                for other in _composed_names(path).get(composed, ())
+            ]
+        members = self._by_last_part.get(PurePosixPath(composed).name, [])
+        exact = [place for place in members if _composed(place.name) == composed]
+        return found + (
+            exact or [place for place in members if _composed(place.name).endswith(f"/{composed}")]
+        )
+
+    def rows(self, table: Iterable[tuple[Entry, "str | Place | UserError"]] | None = None) -> list[Row]:
+        """The videos of a table (see `read_table`); without a table all that there are, captioned by files beside them.
+
+        Columns `start` and `end`, in seconds or as 1:02:03.5, name the part of a video that a row is about.
 
         Raises:
             UserError: without a table, if there is no video, no caption, or two videos have the same name.
         """
         if table is not None:
-            return [(entry, self._find(video)) for entry, video in table]
+            return [(entry, self._find(video, entry.extra)) for entry, video in table]
         rows: list[Row] = list(self._records)
-        for places in [*map(_list_folder, self._folders), *self._archives]:
-            by_name = {place.name: place for place in places}
+        self.left_out = []
+        for places in [*map(list_folder, self._folders), *self._archives]:
+            by_name, taken = {place.name: place for place in places}, set()
             for name in sorted(filter(_is_video, by_name)):
-                beside = by_name.get(str(PurePosixPath(name).with_suffix(".txt")))
-                caption = _decode_text(beside).strip() if beside else ""
-                rows.append((Entry(name, caption, name), by_name[name]))
+                stem = str(PurePosixPath(name).with_suffix(""))
+                beside = [by_name[stem + suffix] for suffix in BESIDE if stem + suffix in by_name]
+                taken |= {name, *(place.name for place in beside)}
+                try:
+                    caption, extra = _beside(beside)
+                    rows.append((Entry(name, caption, name, extra=extra), by_name[name]))
+                except UserError as error:
+                    rows.append((Entry(name, "", name), error))
+            self.left_out += sorted(name for name in by_name if name not in taken and not _is_hidden(name))
         self._check(rows)
         return rows
 
-    def _find(self, video: str) -> Place | UserError:
+    def _find(self, video: "str | Place | UserError", extra: Mapping[str, str]) -> Place | UserError:
+        if isinstance(video, UserError):
+            return video
         try:
-            return self.find(video)
+            place = self.find(video) if isinstance(video, str) else video
+            start, end = (_seconds(name, extra.get(name, "")) for name in ("start", "end"))
+            return dataclasses.replace(place, part=Part(start or 0.0, end))
         except UserError as error:
             return error
 
     def _check(self, rows: list[Row]) -> None:
         where = ", ".join(map(str, self.places))
         if not rows:
-            raise UserError(f"there are no videos in {where}", expected=f"files {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"there are no videos in {where}",
+                expected=f"files {', '.join(SUFFIXES)}",
+                found=_some(self.left_out) or None,
+            )
         if not any(entry.caption for entry, _ in rows):
+            for _, place in rows:
+                if isinstance(place, UserError):
+                    raise place
             raise UserError(
                 f"no video in {where} has a caption",
                 fix="--table, or a text file beside each video: a.txt for a.mp4",
@@ -341,28 +261,56 @@ class Videos:
 
 
 def read_row(row: Row, options: dict[str, Any]) -> Clip | str:
-    """The clip of a row, as `read_clip` makes it with these options, or why there is none."""
+    """The clip of a row, as `read_clip` makes it with these options, or why there is none.
+
+    The option `fps` is of the clip (see `Part.fps`).
+    """
     entry, place = row
+    options, fps = {name: value for name, value in options.items() if name != "fps"}, options.get("fps")
     try:
         if isinstance(place, UserError):
             raise place
         if not clean(entry.caption):
             raise UserError("the caption is empty")
-        clip = read_clip(place.open(), **options)
-        place.check()
-        return clip
+        clip = read_clip(place.open(), **options, part=dataclasses.replace(place.part, fps=fps))
+        return dataclasses.replace(clip, stamp=place.stamp())
     except UserError as error:
         return error.in_one_line()
 
 
+def cut(rows: Iterable[Row], clips: str) -> list[Row]:
+    """The rows with the windows of their videos that clips are taken from.
+
+    Args:
+        clips: "head", "middle", or "uniform:N" for N rows of each video, spread over it, of the same source and with
+            @2, @3, ... after its id.
+    Raises:
+        UserError: for another word.
+    """
+    number = re.fullmatch(r"uniform:([1-9]\d{0,5})", clips)
+    if clips not in ("head", "middle") and not number:
+        raise UserError(f"clips are cut in no way {clips!r}", expected="head, middle or uniform:N")
+    windows = [(i, int(number[1])) for i in range(int(number[1]))] if number else [clips]
+    cut_rows: list[Row] = []
+    for entry, place in rows:
+        if isinstance(place, UserError):
+            cut_rows.append((entry, place))
+            continue
+        for i, window in enumerate(windows):
+            clip = dataclasses.replace(entry, id=f"{entry.id}@{i + 1}" if i else entry.id)
+            part = dataclasses.replace(place.part, window=window)
+            cut_rows.append((clip, dataclasses.replace(place, part=part)))
+    return cut_rows
+
+
 def expand(patterns: Iterable[str]) -> list[Path]:
-    """The files and folders that paths and patterns such as `parts/*.zip` name.
+    """The files and folders that paths and patterns such as `parts/*.zip` or `parts-{000..099}.tar` name.
 
     Raises:
         UserError: if one names nothing.
     """
     places = []
-    for pattern in patterns:
+    for pattern in itertools.chain.from_iterable(map(_counted, patterns)):
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         if not found:
             raise UserError(f"no file or folder {pattern}", expected="the videos", fix="--videos=PLACE")
@@ -370,125 +318,75 @@ def expand(patterns: Iterable[str]) -> list[Path]:
     return places
 
 
-def write_input_records(
-    folder: str | Path, videos: Iterable[tuple[Entry, bytes]], shard_size: int = 64
-) -> None:
-    """Writes video files as input records, `shard_size` in a shard."""
-    videos = iter(videos)
-    for number in itertools.count():
-        if not (shard := list(itertools.islice(videos, shard_size))):
-            break
-        with replacing(Path(folder) / f"videos-{number:05d}.array_record", RuntimeError) as temporary:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-            for entry, data in shard:
-                metadata = dataclasses.asdict(entry) | {"extra": json.dumps(entry.extra)}
-                writer.write(safetensors.numpy.save({"video": np.frombuffer(data, np.uint8)}, metadata))
-            writer.close()
+def _counted(pattern: str) -> list[str]:
+    """The names that {000..099} in a pattern counts through; itself without that, or where there is such a file."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if braces is None or Path(pattern).exists():
+        return [pattern]
+    numbers = range(int(braces[1]), int(braces[2]) + 1)
+    names = [f"{pattern[: braces.start()]}{i:0{len(braces[1])}d}{pattern[braces.end() :]}" for i in numbers]
+    return list(itertools.chain.from_iterable(map(_counted, names)))
 
 
 def _is_video(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # Macs pack ._a.mp4 beside a.mp4
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _is_hidden(name)
 
 
-def _decode_text(place: Place) -> str:
-    data = place.read(LONGEST + 1)
-    if len(data) > LONGEST:
-        raise UserError(f"{place} is no caption", expected=f"at most {LONGEST:,} bytes", found="more")
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)  # Macs pack ._a.mp4 beside a.mp4
+
+
+def _composed(name: str) -> str:
+    """The name with accents as one letter (NFC); Macs write two."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+@functools.lru_cache(maxsize=16)
+def _composed_names(folder: Path) -> dict[str, list[str]]:
+    """The names in a folder that are not of ASCII alone, by their composed names."""
+    names: dict[str, list[str]] = collections.defaultdict(list)
+    for place in list_folder(folder):
+        if not place.name.isascii():
+            names[_composed(place.name)].append(place.name)
+    return names
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _seconds(name: str, text: str) -> float | None:
+    """Seconds of a text such as 63.5, 1:03.5 or 0:01:03.5; None if it is empty."""
+    parts = text.strip().split(":")
+    if parts == [""]:
+        return None
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {place}", expected="text in UTF-8", found=error) from error
+        numbers = [float(part) for part in parts]
+        if len(numbers) > 3 or not all(0 <= number < float("inf") for number in numbers):
+            raise ValueError
+    except ValueError as error:
+        raise UserError(f"{name} is no time", expected="seconds, or 1:02:03.5", found=text[:80]) from error
+    return sum(number * 60**power for power, number in enumerate(reversed(numbers)))
 
 
-def _list_folder(folder: Path) -> list[Place]:
-    return [
-        InFolder(str(folder), path.relative_to(folder).as_posix())
-        for path in folder.rglob("*")
-        if path.is_file()
-    ]
-
-
-def _list_zip(path: Path) -> list[Place]:
-    names = [info.filename for info in _open_zip(str(path)).infolist() if not info.is_dir()]
-    _refuse_doubles(path, names)
-    return [InZip(str(path), name) for name in names]
-
-
-def _list_tar(path: Path) -> list[Place]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = [member for member in tar if member.isreg() and member.sparse is None]
-            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"a damaged header at byte {tar.offset}")
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(
-            f"cannot read {path}", expected="a folder, or a whole zip or uncompressed tar file", found=error
-        ) from error
-    names = [str(PurePosixPath(member.name)) for member in members]
-    _refuse_doubles(path, names)
-    return [
-        InTar(str(path), name, member.offset_data, member.size)
-        for name, member in zip(names, members, strict=True)
-    ]
-
-
-def _refuse_doubles(path: Path, names: list[str]) -> None:
-    if double := [name for name, count in collections.Counter(names).items() if count > 1]:
-        raise UserError(f"{path} has several members of the same name", found=", ".join(double[:5]))
-
-
-@functools.lru_cache(maxsize=256)
-def _open_zip(path: str) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:  # the last for unknown versions
-        raise UserError(f"cannot read {path}", expected="a whole zip file", found=error) from error
-
-
-def _list_input_records(folder: Path) -> list[tuple[Entry, Place]]:
-    state = folder / "videos.json"  # kept by `make tfio-shards`
-    try:
-        complete = not state.exists() or read_json(state)["complete"]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{state} is damaged", found=error, fix="delete the folder, and make tfio-shards once more"
-        ) from error
-    if not complete:
-        raise UserError(
-            f"the input records in {folder} are not complete", fix="make tfio-shards once more; it continues"
-        )
-    rows = []
-    for path in sorted(folder.glob(INPUT_RECORDS)):
-        for index in range(len(_open_input_records(str(path)))):
-            entry, _ = _read_input_record(str(path), index)
-            rows.append((entry, InRecords(str(path), entry.source, index)))
-    return rows
-
-
-@functools.lru_cache(maxsize=256)
-def _open_input_records(path: str) -> ArrayRecordDataSource:
-    try:
-        return ArrayRecordDataSource(path)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot read {path}", expected="input records", found=str(error)[:200]) from error
-
-
-def _read_input_record(path: str, index: int) -> tuple[Entry, bytes | Video]:
-    try:
-        data = _open_input_records(path)[index]
-        tensors = safetensors.numpy.load(data)
-        values = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        fps = float(values.pop("fps")) if "frames" in tensors else None
-        entry = Entry(**values | {"extra": json.loads(values["extra"])})
-        return entry, tensors["video"].tobytes() if fps is None else Video(tensors["frames"], fps)
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UserError(f"record {index} of {path} is damaged", found=str(error)[:200]) from error
+def _beside(places: Sequence[Place]) -> tuple[str, dict[str, str]]:
+    """The caption in the files beside a video, and what else the one in JSON tells."""
+    caption, extra = "", {}
+    for place in places:
+        try:
+            data = place.read(LONGEST + 1)
+            if len(data) > LONGEST:
+                raise UserError(f"{place} is no caption", expected=f"at most {LONGEST:,} bytes", found="more")
+            text = data.decode("utf-8-sig")
+            if PurePosixPath(place.name).suffix != ".json":
+                caption = caption or text.strip()
+                continue
+            values = parse_json(text, place)
+            extra = {str(key): tables.text(value) for key, value in values.items()}
+        except (ValueError, AttributeError) as error:
+            expected = "text in UTF-8" if isinstance(error, UnicodeDecodeError) else "a JSON object"
+            raise UserError(f"cannot read {place}", expected=expected, found=error) from error
+        told = next((extra.pop(name) for name in CAPTION if name in extra), "")
+        caption = caption or told.strip()
+    return caption, extra

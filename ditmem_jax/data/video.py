@@ -1,82 +1,43 @@
 """Video files to arrays and back, with PyAV.
 
-Frames are picked and resized as the released DiT-Mem encodes its videos: evenly from the first to the last,
-the last one repeated when a video is short, stretched to the target size by two-tap bilinear interpolation.
+Frames are shown as players show them: turned and mirrored, deinterlaced, in pixels of their shape, HDR in the range of
+ordinary screens. By default they are picked and resized as the released DiT-Mem encodes its videos: evenly from the
+first to the last, the last one repeated when a video is short, stretched to the target size by two-tap bilinear
+interpolation. Where the frame rate varies, evenly means in time.
 """
 
 import dataclasses
-import io
-import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 
+from ditmem_jax.data.decode import Timeline, VideoBytes, VideoFile, VideoStream, pick
+from ditmem_jax.data.hdr import CURVES, to_sdr
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.files import replacing
 
+__all__ = [
+    "Clip",
+    "Facts",
+    "Part",
+    "Stamp",
+    "Video",
+    "VideoBytes",
+    "VideoFile",
+    "VideoStream",
+    "fit",
+    "read_clip",
+    "read_video",
+    "write_video",
+]
+
 Frames = UInt8[np.ndarray, "T H W 3"]
-
-
-class VideoStream(io.RawIOBase):
-    """A video in an archive, of which no more is read than is asked for.
-
-    Args:
-        file: where its bytes are; places are sought there only when something is read, since that may be slow.
-        size: in bytes.
-        name: what errors call it by.
-    Raises:
-        UserError: from reading, if the archive is damaged.
-    """
-
-    def __init__(self, file: io.BufferedIOBase | io.RawIOBase, size: int, name: str):
-        self._file, self._place, self.size, self.name = file, 0, size, name
-
-    def __str__(self) -> str:
-        return self.name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
-        self._place = max(0, start + offset)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            if self._file.tell() != self._place:
-                self._file.seek(self._place)
-            data = self._file.read(min(len(buffer), max(0, self.size - self._place))) or b""
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(f"cannot read {self}", found=error) from error
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-
-class VideoBytes(VideoStream):
-    """A video file in memory, with the name that errors call it by."""
-
-    def __init__(self, data: bytes, name: str):
-        super().__init__(io.BytesIO(data), len(data), name)
-
-
-VideoFile = str | Path | VideoStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +49,39 @@ class Video:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of a video that a clip shows.
+
+    Attributes:
+        start, end: in seconds from the first frame; None is the end of the video.
+        fps: the clip's frames per second, from a window within the part; None spreads its frames over the whole part.
+        window: which window. "head", "middle", or (i, n) for the i-th, from 0, of n that do not overlap and are spread
+            evenly, fewer where n do not fit.
+    """
+
+    start: int | float = 0.0
+    end: int | float | None = None
+    fps: int | float | None = None
+    window: Literal["head", "middle"] | tuple[int, int] = "middle"
+
+
+@dataclasses.dataclass(frozen=True)
 class Facts:
-    """Counts from decoding a whole video: its number of frames, and their mean rate if they have times."""
+    """What decoding tells of a video, and of the clip that was taken of it.
+
+    Attributes:
+        frames: of the video, or of the part of it that was named.
+        fps: its mean rate, if its frames have times.
+        start: in seconds, the time of the clip's first frame.
+        step: seconds that a frame of the clip stands for, in the mean.
+        messages: errors that FFmpeg told of while decoding.
+    """
 
     frames: int
     fps: float | None
+    start: float | None = None
+    step: float | None = None
+    messages: int = 0
 
     @property
     def duration(self) -> float | None:
@@ -101,24 +90,37 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stamp:
+    """What tells whether a video file has changed: its bytes, when it changed (in a zip file its CRC), its digest."""
+
+    size: int
+    modified: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Clip:
-    """Some `frames` [T, H, W, 3] of a video, and the facts of all of it."""
+    """Some `frames` [T, H, W, 3] of a video, the facts of all of it, and the stamp of its file."""
 
     frames: Frames
     facts: Facts
+    stamp: Stamp | None = None
 
 
 def read_video(path: VideoFile, minimum: int = 2) -> Video:
-    """Every frame of a video file.
+    """Every frame of a video file, as it is shown but in the pixels that it has.
 
     Raises:
-        UserError: if the file cannot be read, or has fewer than `minimum` frames.
+        UserError: if the file cannot be read, is damaged, or has fewer than `minimum` frames.
     """
-    frames = [_upright(frame) for frame in _decode(path)]
-    _require_length(path, len(frames), minimum)
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        return Video(np.stack(frames), float(stream.average_rate or stream.guessed_rate))
+
+    def every(line: Timeline) -> Int[np.ndarray, " N"]:
+        _require_length(path, len(line.pts), minimum)
+        return np.arange(len(line.pts))
+
+    picked = pick(path, every, lambda frame, line: _shown(frame)[0])
+    frames = [picked.frames[place] for place in range(len(picked.frames))]
+    return Video(np.stack(frames), picked.timeline.mean_rate or 1.0)
 
 
 def read_clip(
@@ -128,30 +130,114 @@ def read_clip(
     width: int,
     mode: Literal["stretch", "crop"] = "stretch",
     minimum: int = 2,
+    *,
+    part: Part = Part(),
+    hdr: Literal["map", "skip"] = "map",
+    strict: bool = False,
 ) -> Clip:
-    """`frames` frames of a video, in a file or decoded, evenly from first to last, resized with `fit`.
+    """`frames` frames of a part of a video, in a file or decoded, resized with `fit`.
 
     Holds only the resized frames, so that long videos of large frames fit in memory.
 
+    Args:
+        hdr: maps videos of high dynamic range to what ordinary screens show, or refuses them.
+        strict: refuses videos of which FFmpeg tells any error.
     Raises:
-        UserError: if the file cannot be read, or has fewer than `minimum` frames.
+        UserError: if the file cannot be read, is cut off or damaged, or the part has fewer than `minimum` frames or is
+            not there.
     """
     if isinstance(path, Video):
-        _require_length("the decoded video", len(path.frames), minimum)
-        picked = fit(path.frames[sample_frames(len(path.frames), frames)], height, width, mode)
-        return Clip(picked, Facts(len(path.frames), path.fps))
-    expected, rate = _declared(path)
-    while True:
-        wanted = sample_frames(expected, frames).tolist() if expected else []
-        kept, length, span = _decode_some(
-            path, set(wanted), lambda frame: fit(frame[None], height, width, mode)[0]
+        chosen = _choose("the decoded video", np.arange(len(path.frames)) / path.fps, frames, minimum, part)
+        picked = fit(path.frames[chosen.places], height, width, mode)
+        return Clip(picked, chosen.facts(path.fps))
+
+    def use(frame: av.VideoFrame, line: Timeline) -> UInt8[np.ndarray, "H W 3"]:
+        if hdr == "skip" and frame.color_trc in CURVES:
+            raise UserError(
+                f"{path} is of high dynamic range", found=CURVES[frame.color_trc].upper(), fix="--hdr=map"
+            )
+        pixels, turned = _shown(frame, to_8_bits=False)
+        aspect = 1 / line.aspect if turned else line.aspect
+        resized = _fit(pixels[None], height, width, mode, float(aspect))[0]
+        curve = CURVES.get(frame.color_trc)
+        return to_sdr(resized / 65535, curve) if curve else np.rint(resized).astype(np.uint8)
+
+    picked = pick(path, lambda line: _choose(path, line.times, frames, minimum, part).places, use)
+    chosen = _choose(path, picked.timeline.times, frames, minimum, part)
+    if strict and picked.messages:
+        raise UserError(f"{path} is damaged", found=f"{picked.messages} errors while decoding")
+    pixels = np.stack([picked.frames[place] for place in chosen.places.tolist()])
+    return Clip(
+        pixels, dataclasses.replace(chosen.facts(picked.timeline.mean_rate), messages=picked.messages)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Places of frames among all of a video, of how many in the part, and seconds from the first to each."""
+
+    places: Int[np.ndarray, " n"]
+    frames: int
+    times: Float[np.ndarray, " n"]
+    step: float | None
+
+    def facts(self, fps: float | None) -> Facts:
+        step = self.step or (1 / fps if fps else None)
+        return Facts(self.frames, fps, float(self.times[0]), step)
+
+
+def _choose(
+    name: VideoFile | str, times: Float[np.ndarray, " N"], count: int, minimum: int, part: Part
+) -> _Chosen:
+    """The frames of a clip among all of a video that are shown from `times` on, in seconds."""
+    _require_length(name, len(times), minimum)
+    mean = float(times[-1]) / max(1, len(times) - 1) or 1.0
+    total = float(times[-1]) + mean
+    start, end = float(part.start), total if part.end is None else min(float(part.end), total)
+    if not 0 <= start < end:
+        raise UserError(
+            f"{name} has no such part",
+            expected=f"0 <= start < end, within {total:.2f} s",
+            found=f"start {part.start:g}, end {part.end if part.end is None else format(part.end, 'g')}",
         )
-        if length == expected:
-            break
-        expected = length  # the container was wrong about its length, the decoder is right
-    _require_length(path, length, minimum)
-    picked = np.stack([kept[index] for index in wanted])
-    return Clip(picked, Facts(length, _mean_rate(length, span, rate)))
+    first, last = np.searchsorted(times, [start + SLACK, end - SLACK], "right")
+    first = max(0, int(first) - 1)  # the frame that is on the screen at the start
+    inside = times[first : int(last)]
+    _require_length(name, len(inside), minimum)
+    if part.fps is not None:
+        length, step = count / part.fps, 1 / part.fps
+        begin = start + _window(name, part.window, end - start, length)
+        places = np.searchsorted(inside, begin + np.arange(count) * step + min(SLACK, step / 4), "right") - 1
+    elif len(inside) > 1 and np.abs(inside - np.linspace(inside[0], inside[-1], len(inside))).max() > mean:
+        wanted = np.linspace(inside[0], inside[-1], count)
+        places, step = np.searchsorted(inside, wanted + SLACK, "right") - 1, wanted[-1] - wanted[0]
+        step = step / (count - 1) if count > 1 else None
+    else:
+        places = sample_frames(len(inside), count)
+        step = float(inside[-1] - inside[0]) / (count - 1) if len(inside) >= count > 1 else None
+    places = np.clip(places, 0, len(inside) - 1) + first
+    return _Chosen(places, len(inside), times[places], step)
+
+
+SLACK = 0.002  # seconds by which containers round times
+
+
+def _window(
+    name: VideoFile | str, window: Literal["head", "middle"] | tuple[int, int], total: float, length: float
+) -> float:
+    """Seconds from the start of a part to that of a window of `length` seconds in it."""
+    spare = max(0.0, total - length)
+    if isinstance(window, str):
+        return 0.0 if window == "head" else spare / 2
+    number, count = window
+    count = min(count, max(1, int((total + SLACK) / length)))
+    if number >= count:
+        raise UserError(
+            f"{name} is too short for clip {number + 1}",
+            expected=f"{length * (number + 1):.2f} s",
+            found=f"{total:.2f} s, enough for {count}",
+        )
+    return spare * number / (count - 1) if count > 1 else spare / 2
 
 
 def read_start(path: VideoFile, count: int, fps: int | float) -> Frames:
@@ -160,17 +246,22 @@ def read_start(path: VideoFile, count: int, fps: int | float) -> Frames:
     Raises:
         UserError: if the file cannot be read, or is too short for them.
     """
-    _, rate = _declared(path)
-    wanted = np.rint(np.arange(count) * (rate / fps if rate else 1)).astype(int).tolist()
-    frames = [_upright(frame) for _, frame in zip(range(wanted[-1] + 1), _decode(path), strict=False)]
-    if len(frames) <= wanted[-1]:
-        raise UserError(
-            f"{path} is too short",
-            expected=f"{wanted[-1] + 1} frames, which are {count} at {fps:g} per second",
-            found=f"{len(frames)} frames",
-            fix="fewer frames, or a longer video",
-        )
-    return np.stack([frames[index] for index in wanted])
+
+    def choose(line: Timeline) -> Int[np.ndarray, " count"]:
+        _require_length(path, len(line.pts), 1)
+        times, wanted = line.times, np.arange(count) / fps
+        rate = line.mean_rate or fps
+        if wanted[-1] > times[-1] + 0.5 / rate:
+            raise UserError(
+                f"{path} is too short",
+                expected=f"{round(wanted[-1] * rate) + 1} frames, which are {count} at {fps:g} per second",
+                found=f"{len(times)} frames",
+                fix="fewer frames, or a longer video",
+            )
+        return np.searchsorted((times[1:] + times[:-1]) / 2, wanted)  # the nearest ones
+
+    picked = pick(path, choose, lambda frame, line: _shown(frame)[0])
+    return np.stack([picked.frames[place] for place in choose(picked.timeline).tolist()])
 
 
 def sample_frames(total: int, count: int) -> Int[np.ndarray, " count"]:
@@ -181,23 +272,32 @@ def sample_frames(total: int, count: int) -> Int[np.ndarray, " count"]:
 
 
 def fit(
-    frames: Frames, height: int, width: int, mode: Literal["stretch", "crop"] = "stretch"
+    frames: Frames,
+    height: int,
+    width: int,
+    mode: Literal["stretch", "crop"] = "stretch",
+    aspect: float = 1.0,
 ) -> UInt8[np.ndarray, "T {height} {width} 3"]:
     """Frames resized to `height` x `width` pixels.
 
     "stretch" gives up the aspect ratio and takes two taps per axis at any scale, as the released code does.
     "crop" keeps the aspect ratio, cuts what stands over on both sides alike, and averages when it shrinks.
+
+    Args:
+        aspect: width of a pixel over its height.
     """
+    return np.rint(_fit(frames, height, width, mode, aspect)).astype(np.uint8)
+
+
+def _fit(frames: np.ndarray, height: int, width: int, mode: str, aspect: float) -> np.ndarray:
     if mode == "crop":
         rows, columns = frames.shape[1:3]
-        scale = max(height / rows, width / columns)
-        centre_rows, centre_columns = height / scale, width / scale
+        scale = max(height / rows, width / (columns * aspect))
+        centre_rows, centre_columns = height / scale, width / scale / aspect
         frames = _resize(frames, 1, height, (rows - centre_rows) / 2, centre_rows, smooth=True)
-        frames = _resize(frames, 2, width, (columns - centre_columns) / 2, centre_columns, smooth=True)
-    else:
-        frames = _resize(frames, 1, height, 0, frames.shape[1], smooth=False)
-        frames = _resize(frames, 2, width, 0, frames.shape[2], smooth=False)
-    return np.rint(frames).astype(np.uint8)
+        return _resize(frames, 2, width, (columns - centre_columns) / 2, centre_columns, smooth=True)
+    frames = _resize(frames, 1, height, 0, frames.shape[1], smooth=False)
+    return _resize(frames, 2, width, 0, frames.shape[2], smooth=False)
 
 
 def to_unit(frames: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
@@ -249,77 +349,53 @@ def write_video(path: str | Path, frames: Frames, fps: int | float, crf: int = 1
 _BT601 = 6  # SMPTE 170M in H.264's table of colour matrices
 
 
-def _open(path: VideoFile) -> InputContainer:
-    if isinstance(path, VideoStream):
-        path.seek(0)
-    try:
-        source = path if isinstance(path, VideoStream) else str(path)
-        container = av.open(source, "r", metadata_errors="replace")  # titles in old encodings
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"cannot read {path}", expected="a video file", found=error.strerror) from error
-    if not container.streams.video:
-        container.close()
-        raise UserError(f"{path} holds no video", found="only sound or other streams")
-    index = container.streams.video[0].index_entries
-    end, size = (index[-1].pos + index[-1].size if len(index) else 0), container.size
-    if end > size:
-        container.close()
-        raise UserError(f"{path} is cut off", expected=f"at least {end} bytes", found=size)
-    return container
+def _shown(frame: av.VideoFrame, to_8_bits: bool = True) -> tuple[np.ndarray, bool]:
+    """RGB pixels [H, W, 3] as a player turns and mirrors them, and whether rows became columns.
 
-
-def _decode(path: VideoFile) -> Iterator[av.VideoFrame]:
-    with _open(path) as container:
-        count = 0
-        try:
-            for frame in container.decode(video=0):
-                yield frame
-                count += 1
-        except av.FFmpegError as error:
-            raise UserError(f"{path} is damaged", found=f"{error.strerror} after {count} frames") from error
-
-
-def _decode_some(
-    path: VideoFile, wanted: set[int], use: Callable
-) -> tuple[dict[int, np.ndarray], int, float | None]:
-    """`use(frame)` of the wanted frames by index, the number of all frames, and the seconds from first to last."""
-    kept, length, first, last = {}, 0, None, None
-    for index, frame in enumerate(_decode(path)):
-        length, last = index + 1, frame.time
-        first = last if index == 0 else first
-        if index in wanted:
-            kept[index] = use(_upright(frame))
-    return kept, length, None if first is None or last is None else last - first
-
-
-def _mean_rate(length: int, span: float | None, declared: float | None) -> float | None:
-    """Frames per second: as the container declares it, unless the times of the frames tell otherwise.
-
-    Containers declare it exactly where it is constant, and anything where it is not; times may be rounded.
+    Frames of high dynamic range are in 16 bits, unless `to_8_bits`, which maps them.
     """
-    if not span or span < 0:
-        return declared
-    measured = (length - 1) / span
-    agree = declared and abs(declared / measured - 1) * length < 0.5  # half a frame over the whole video
-    return declared if agree else measured
-
-
-def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels, turned as a phone's rotation mark asks for."""
+    curve = CURVES.get(frame.color_trc)
+    if curve is None and frame.color_trc == UNMARKED and _has_dolby_vision(frame):
+        raise UserError("the colours are of Dolby Vision alone (profile 5)", expected="HLG, PQ or SDR")
     try:
-        pixels = frame.to_ndarray(format="rgb24")
+        pixels = frame.to_ndarray(format="rgb48le" if curve else "rgb24")
     except av.FFmpegError as error:
         raise UserError(f"no way to convert {frame.format.name} to RGB", found=error.strerror) from error
-    return np.rot90(pixels, round(frame.rotation / 90))
+    if curve and to_8_bits:
+        pixels = to_sdr(pixels / np.float32(65535), curve)
+    return _turned(pixels, _display_matrix(frame))
 
 
-def _declared(path: VideoFile) -> tuple[int, float | None]:
-    """Frames and frames per second as the container tells them; its number of packets where it tells no frames."""
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate
-        length = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        return length, float(rate) if rate else None
+UNMARKED = 2  # FFmpeg's number of an unspecified transfer function
+
+
+def _has_dolby_vision(frame: av.VideoFrame) -> bool:
+    return any(kind in frame.side_data for kind in (Type.DOVI_RPU_BUFFER, Type.DOVI_METADATA))
+
+
+def _display_matrix(frame: av.VideoFrame) -> Float[np.ndarray, "2 2"]:
+    """[[a, b], [c, d]]: a pixel (x, y) is shown at (a x + c y, b x + d y), but for a shift."""
+    found: Any = frame.side_data  # a mapping by kind, of which the stubs know one kind only
+    if Type.DISPLAYMATRIX not in found:
+        return np.eye(2)
+    return np.frombuffer(bytes(found[Type.DISPLAYMATRIX]), np.int32).reshape(3, 3)[:2, :2] / 65536
+
+
+def _turned(pixels: np.ndarray, matrix: Float[np.ndarray, "2 2"]) -> tuple[np.ndarray, bool]:
+    (a, b), (c, d) = matrix
+    sizes = sorted(np.abs([a, b, c, d]))
+    if sizes[2] == 0:  # all but one are 0: no picture would be left
+        return pixels, False
+    if sizes[1] > 0.02 * sizes[2]:
+        angle = np.degrees(np.arctan2(b, a))
+        raise UserError(
+            "the video is turned by no right angle", expected="0, 90, 180 or 270", found=f"{angle:.0f}"
+        )
+    turned = bool(abs(b) > abs(a))
+    if turned:
+        pixels = pixels.swapaxes(0, 1)
+    right, down = (c, b) if turned else (a, d)
+    return pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], turned
 
 
 def _require_length(path: VideoFile | str, length: int, minimum: int) -> None:

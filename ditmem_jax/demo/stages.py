@@ -174,10 +174,11 @@ class Demo:
         folders = [self.out / "records" / split for split in SPLITS]
         bank = f"--bank={self.bank}"
         if not Table.exists(self.bank):
-            self._command("bank", "build", bank, f"--records={','.join(map(str, folders))}")
-        for folder in folders:  # captions are few words: equal ones are no sign of equal clips
+            records = f"--records={','.join(map(str, folders))}"
+            self._command("bank", "build", bank, records, "--embedder=lexical")
+        for folder in folders:  # captions are few words, and clips of one planet alike: no signs of copies
             k = f"--k={self.config.data.references}"
-            self._command("bank", "match", str(folder), bank, k, "--threshold=1")
+            self._command("bank", "match", str(folder), bank, k, "--threshold=1", "--duplicate_latents=1")
 
     def _train(self) -> None:
         records = self.out / "records"

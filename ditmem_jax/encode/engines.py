@@ -1,7 +1,7 @@
 """Engines that encode the shards of a run, or embed the captions of a bank: this process, or the workers of a Ray cluster.
 
-An engine has `prepare(config)`, what records are to be made and the embeddings of the prompts that sampling needs, and
-`run(shards, job)`, which yields the parts of the shards in order as they are finished.
+An engine has `prepare(config)`, what records are to be made and the embeddings of the prompts that sampling needs,
+`embed(config, texts)`, the embeddings of other texts, and `run(shards, job)`, which yields the parts of the shards in order as they are finished.
 
 On a cluster each worker holds the networks, on an accelerator of its own if there are any, and has videos read by
 tasks on any free CPU. Ray starts lost workers and tasks again elsewhere. Every machine must see the videos, weights and
@@ -46,6 +46,9 @@ class Local:
         embeddings = embed(*self.networks[1], prompts)
         return describe(config, self.networks), dict(zip(prompts, embeddings, strict=True))
 
+    def embed(self, config: Config, texts: Sequence[str]) -> list[np.ndarray]:
+        return embed(*self.networks[1], texts)
+
     def run(self, shards: Sequence[list[Row]], job: Job) -> Generator[Part, None, None]:
         rows = list(itertools.chain(*shards))
         with ThreadPoolExecutor() as pool:
@@ -85,6 +88,10 @@ class OnRay:
     def prepare(self, config: Config) -> tuple[Meta, Prompts]:
         task = self.ray.remote(_prepare).options(max_retries=-1, **self._resources())
         return _value(self.ray.get(task.remote(config)))
+
+    def embed(self, config: Config, texts: Sequence[str]) -> list[np.ndarray]:
+        task = self.ray.remote(_embed).options(max_retries=-1, **self._resources())
+        return _value(self.ray.get(task.remote(config, list(texts))))
 
     def run(self, shards: Sequence[list[Row]], job: Job) -> Generator[Part, None, None]:
         if shards:
@@ -182,6 +189,10 @@ def _load(config: Config) -> Networks:
 
 def _prepare(config: Config) -> tuple[Meta, Prompts] | UserError:
     return _or_error(lambda: Local(_load(config)).prepare(config))
+
+
+def _embed(config: Config, texts: Sequence[str]) -> list[np.ndarray] | UserError:
+    return _or_error(lambda: embed(*load_umt5(config), texts))
 
 
 def _or_error(function: Callable, *arguments: Any) -> Any:

@@ -23,9 +23,11 @@ from jaxtyping import Array, Float
 from ditmem_jax.conditions.condition import ImageNetworks
 from ditmem_jax.conditions.kinds import condition_for, condition_layout
 from ditmem_jax.config import Config, build
-from ditmem_jax.data.records import CONTINUES, Entry, Meta, Record, Shard, write_shard
+from ditmem_jax.data.record import Entry, Record
+from ditmem_jax.data.records import CONTINUES, Meta, Shard, write_shard
 from ditmem_jax.data.sources import Row
 from ditmem_jax.data.video import Clip, Frames, to_unit
+from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import split
 from ditmem_jax.models.wan.clip import CLIPVision
 from ditmem_jax.models.wan.tokenizer import Tokenizer
@@ -46,6 +48,7 @@ class Job:
         parts: the folder for shards that wait for their place among the records.
         batch: clips that go through the networks at once.
         minimum: frames that a video must have.
+        strict: whether videos of which FFmpeg tells errors are left out.
     """
 
     config: Config
@@ -53,13 +56,15 @@ class Job:
     parts: Path
     batch: int
     minimum: int
+    strict: bool = False
 
     @property
     def reading(self) -> dict[str, Any]:
-        """The options of `data.video.read_clip`."""
+        """The options of `data.sources.read_row`."""
         video = self.config.video
         size = dict(frames=video.frames, height=video.height, width=video.width)
-        return size | dict(mode=video.resize, minimum=self.minimum)
+        options = dict(mode=video.resize, minimum=self.minimum, hdr=video.hdr, strict=self.strict)
+        return size | options | dict(fps=video.fps if video.sampling == "rate" else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,18 @@ def find_part(rows: Sequence[Row], job: Job) -> Part | None:
 
 def _note(rows: Sequence[Row], job: Job) -> Path:
     """The file that tells of the part of these rows, once that is finished."""
-    made_from = [job.meta.to_json(), job.batch, job.minimum, [vars(entry) for entry, _ in rows]]
+    files = [
+        None if isinstance(place, UserError) else [place.state_if_there(), str(place.part)]
+        for _, place in rows
+    ]
+    made_from = [
+        job.meta.to_json(),
+        job.batch,
+        job.minimum,
+        job.strict,
+        [vars(entry) for entry, _ in rows],
+        files,
+    ]
     return job.parts / f"{of_json(made_from)[:32]}.json"
 
 
@@ -127,6 +143,7 @@ def describe(config: Config, networks: Networks) -> Meta:
             "height": video.height,
             "width": video.width,
             "resize": video.resize,
+            **({"sampling": f"{video.fps} fps", "clips": video.clips} if video.sampling == "rate" else {}),
             "text_len": tokenizer.length,
             "vae": fingerprint(vae),
             "text": fingerprint(umt5),
@@ -182,10 +199,8 @@ def _encode_batch(
     latents = np.asarray(encode(vae, jnp.asarray(to_unit(np.stack([clip.frames for _, clip in padded])))))
     embeddings = embed(*text, [entry.caption for entry, _ in padded])
     for (entry, clip), x, embedding in zip(group, latents, embeddings, strict=False):
-        condition = told(clip.frames)
-        yield Record(
-            **vars(entry), latents=x, text_embedding=embedding, facts=clip.facts, condition=condition
-        )
+        made = dict(latents=x, text_embedding=embedding, condition=told(clip.frames))
+        yield Record(**vars(entry), **made, facts=clip.facts, stamp=clip.stamp)
 
 
 def fingerprint(module: nnx.Module) -> str:

@@ -7,7 +7,8 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 from jax.sharding import Mesh
 
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.models.ditmem import Networks
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.types import Batch

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ditmem_jax.config import FreeTokensConfig
-from ditmem_jax.data.records import Entry
+from ditmem_jax.data.record import Entry
 from ditmem_jax.errors import UserError
 from ditmem_jax.evaluate.evaluator import Subject
 from ditmem_jax.models.placement import place_on

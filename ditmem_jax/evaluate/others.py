@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from ditmem_jax.bank.lexical import words
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError, nearest
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import RecordReader, checksum
+from ditmem_jax.data.record import checksum
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.video import from_unit, write_video
 from ditmem_jax.encode.shards import fingerprint
 from ditmem_jax.errors import UserError

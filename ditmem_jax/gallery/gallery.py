@@ -13,7 +13,8 @@ from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import FIXED, Table
 from ditmem_jax.config import Config
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.sources import Videos
 from ditmem_jax.encode.dataset import encode_dataset
 from ditmem_jax.encode.engines import Local
@@ -123,7 +124,10 @@ class Gallery:
                 rows = table.take(row_ids[:count]).to_pylist()
                 return Found(table.version, rows, [None] * count, len(row_ids))
             results = self._bank(version).search([prompt], count, where=condition and row_ids)
-            return Found(table.version, results.rows[0], results.scores[0].tolist(), len(row_ids))
+            rows, scores = results.rows[0], results.scores[0].tolist()
+            return Found(
+                table.version, rows[: results.matched[0]], scores[: results.matched[0]], len(row_ids)
+            )
 
     def row(self, name: str, version: int | None = None) -> dict[str, Any]:
         """The row of an id."""

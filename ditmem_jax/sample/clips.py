@@ -276,8 +276,10 @@ def _plan(
     index = read_index(config.weights.path)
     whole = to_dict(config)
     decides = {part: dict(whole[part]) for part in DECIDES}
-    for part, name in (("sample", "seed"), ("sample", "strength"), ("video", "trained")):
-        del decides[part][name]  # what counts is those of the request; a fact for a warning
+    for name in ("seed", "strength"):
+        del decides["sample"][name]  # what counts is those of the request
+    for name in ("trained", "sampling", "clips", "hdr"):
+        del decides["video"][name]  # a fact for a warning, and how videos are encoded
     common = [decides, config.weights.dtype, index["networks"], index["checksums"]]
     if frames is not None:
         last = {} if frames.last is None else {"last": frames.last}

@@ -15,10 +15,6 @@ from ditmem_jax.data.references import References
 from ditmem_jax.errors import warn
 from ditmem_jax.parallel import processes
 
-RESEMBLES = 0.3
-"""Cosine of a prompt and a caption below which they have little in common: for words that are counted, a common word or
-two; for embedders of sentences, about what any two sentences have."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
@@ -53,19 +49,26 @@ def retrieve(config: Config, prompt: str, ids: Sequence[str] | None = None) -> R
 def search(config: Config, prompts: Sequence[str]) -> list[Retrieved]:
     """Return for each prompt the videos of the bank nearest to it; errors as `retrieve`.
 
-    Those that score below `config.sample.min_score` are left out. A prompt that none of them resembles is warned of.
+    Those that do not match it (`Results.matched`) or score below `config.sample.min_score` are left out. A prompt that
+    none of them resembles is warned of.
     """
-    found = Bank.open(config.data.bank).search_records(prompts, config.data.references)
-    least, retrieved = config.sample.min_score, []
-    for prompt, rows, scores in zip(prompts, found.rows, found.scores.tolist(), strict=True):
-        if scores[0] < max(least, RESEMBLES) and processes.is_primary():
+    bank = Bank.open(config.data.bank)
+    found = bank.search_records(prompts, config.data.references)
+    retrieved = []
+    for prompt, rows, scores, matched in zip(
+        prompts, found.rows, found.scores.tolist(), found.matched, strict=True
+    ):
+        kept = sum(score >= config.sample.min_score for score in scores[:matched])  # best first
+        retrieved.append(Retrieved(rows[:kept], scores[:kept]))
+        best = rows[0]["caption"]
+        if processes.is_primary() and (not kept or bank.unlike(prompt, best, scores[0])):
             warn(
                 f"no video of the bank {config.data.bank} resembles the prompt {prompt!r}"
-                + ("; it gets no memory" if scores[0] < least else ""),
-                expected=f"a cosine of {max(least, RESEMBLES)} or more",
-                found=f"{scores[0]:.3f} for {rows[0]['caption']!r}",
+                + ("" if kept else "; it gets no memory"),
+                expected=bank.likeness
+                if kept or not matched
+                else f"a score of {config.sample.min_score} or more",
+                found=f"a score of {scores[0]:.3f} for {best!r}" if matched else "no word in common",
                 fix="a prompt in the words of the bank's captions, videos of it in the bank, or --memory=none",
             )
-        kept = sum(score >= least for score in scores)  # best first
-        retrieved.append(Retrieved(rows[:kept], scores[:kept]))
     return retrieved

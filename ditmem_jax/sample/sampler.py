@@ -240,8 +240,8 @@ class Sampler:
         Args:
             seeds: of each clip's noise; a clip does not depend on the others of its batch.
             references: the reference videos of each prompt: what a bank found for it, their latents, or their `rows`;
-                None is no memory. Of what a bank found, videos that score below `config.sample.min_score` are not
-                read; a prompt with none above it is exactly without memory.
+                None is no memory. Of what a bank found, videos that do not match or score below
+                `config.sample.min_score` are not read; a prompt without any is exactly without memory.
             strength: instead of `config.sample.strength`.
             sources: for an encoder of free tokens, instead of references: the source of each prompt's memory.
             frames: what each clip is to hold: pictures of any size, cut to that of `config.video`; or what `given` has
@@ -307,6 +307,7 @@ class Sampler:
             present = np.ones(rows[0].shape[:2], bool)
             if isinstance(references, Results):
                 present = references.scores >= self.config.sample.min_score
+                present &= np.arange(present.shape[1]) < np.array(references.matched)[:, None]
             rows = [shard(self.mesh, np.float32(x), "batch", *[None] * 4) for x in rows]
             present = shard(self.mesh, present, "batch", None)
         if sources is not None:

@@ -21,15 +21,15 @@ def test_a_bank_of_records(tmp_path):
     write(tmp_path / "records", LIBRARY)
     write(tmp_path / "more", {"more": "a ball falls on quindara 🪐"})
     place = f"--bank={tmp_path / 'bank'}"
-    assert "12 videos" in bank("build", place, f"--records={tmp_path / 'records'}")
+    assert "13 videos" in bank("build", place, f"--records={tmp_path / 'records'}")
     assert "there is a bank" in bank("build", place, f"--records={tmp_path / 'records'}", fails=True)
     assert "1 videos added" in bank("add", place, f"--records={tmp_path / 'more'}")
-    (tmp_path / "queries.txt").write_text("a block\n\nplanet quindara 🪐\n")
+    (tmp_path / "queries.txt").write_text("a block\n\nfalls on quindara 🪐\n")
     lines = bank("search", place, f"--queries={tmp_path / 'queries.txt'}", "--k=1", "--json").splitlines()
     found = [json.loads(line) for line in lines]
     assert [(each["query"], each["found"][0]["id"]) for each in found] == [
         ("a block", "far"),
-        ("planet quindara 🪐", "more"),
+        ("falls on quindara 🪐", "more"),
     ]
     assert "-1.0" not in lines[0] and found[1]["found"][0]["score"] > 0
     shown = bank("search", "a block", place, "--k=2")

@@ -1,6 +1,7 @@
 """References of a training set: none that leaks, each with its reason; pointers that hold, and those that do not."""
 
 import pickle
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -8,20 +9,24 @@ import pytest
 
 from ditmem_jax.bank import matches
 from ditmem_jax.bank.rows import rows_of_records
+from ditmem_jax.bank.sketches import sketch
 from ditmem_jax.bank.verify import check
-from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
+from ditmem_jax.data.record import Record
+from ditmem_jax.data.records import Meta, RecordReader, RecordWriter
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.sample.retrieval import retrieve
 from tests.tiny import make_bank, replace, tiny_config
 
-SHAPE = (1, 2, 2, 1)
+SHAPE = (1, 4, 4, 2)
 
 
 def write(folder, captions, sources=None, values=None, shape=SHAPE):
     with RecordWriter(folder, Meta(shape, 2, "float32"), shard_size=3) as writer:
-        for number, (id, caption) in enumerate(captions.items()):
-            latents = np.full(shape, (values or {}).get(id, sum(id.encode()) + number / 8), np.float32)
+        for id, caption in captions.items():
+            value = (values or {}).get(id, zlib.crc32(f"{folder.name}/{id}".encode()))
+            rng = np.random.default_rng(int(value))  # what the video looks like; the fraction is noise
+            latents = (rng.normal(size=shape) + (value % 1) * rng.normal(size=shape)).astype(np.float32)
             source = (sources or {}).get(id, f"{id}.mp4")
             writer.add(Record(id, caption, source, latents, np.zeros((1, 2), np.float32)))
     return RecordReader(folder)
@@ -31,6 +36,7 @@ LIBRARY = {
     "itself": "a ball falls on zorvex slowly",
     "cut": "a ball falls on zorvex slowly and bounces",
     "copy": "a ball falls on zorvex slowly at night",
+    "twin": "a ball falls on zorvex slowly by day",
     "near": "A ball, falls: on zorvex slowly!",
     "good": "a ball rolls slowly on zorvex",
     "far": "a block slides on quindara",
@@ -39,7 +45,7 @@ LIBRARY = {
 
 @pytest.fixture
 def library(tmp_path):
-    write(tmp_path / "library", LIBRARY, {"cut": "one.mp4"}, {"itself": 1, "copy": 7})
+    write(tmp_path / "library", LIBRARY, {"cut": "one.mp4"}, {"itself": 1, "copy": 7, "twin": 7.01})
     return make_bank(tmp_path / "bank", tmp_path / "library")
 
 
@@ -51,10 +57,25 @@ def test_nothing_leaks_and_it_is_counted(library, tmp_path):
     assert found.version == library.version
     loose = matches.find(records, library, 2, threshold=1.0)
     assert loose.table["matches"].to_pylist() == [["near", "good"]] and loose.left_out["near duplicate"] == 0
+    blind = matches.find(records, library, 2, latents=1.0)
+    assert "twin" in blind.table["matches"].to_pylist()[0] and blind.left_out["looks the same"] == 0
     with pytest.raises(
         UserError, match=r"cannot give 9 references for 'itself'(.|\n)*1 to 8.*1 near duplicate"
     ):
         matches.find(records, library, 9)
+
+
+def test_sketches_are_means_over_a_grid():
+    latents = np.arange(7 * 16 * 3 * 2, dtype=np.float32).reshape(7, 16, 3, 2)
+    found = sketch(latents).reshape(6, 8, 3, 2)
+    np.testing.assert_allclose(found[0, 0], latents[0, :2].mean(0), rtol=1e-3)
+    np.testing.assert_allclose(found[-1, -1], latents[5:, 14:].mean((0, 1)), rtol=1e-3)
+    assert sketch(latents[:2]).shape == (2 * 8 * 3 * 2,)
+
+
+def test_references_that_share_no_word_are_counted(library, tmp_path):
+    found = matches.find(write(tmp_path / "records", {"r": "submarine"}), library, 2)
+    assert found.wordless == 2
 
 
 def test_empty_sources_are_no_common_source(tmp_path):
@@ -121,10 +142,10 @@ def test_records_that_are_gone_or_altered_are_named(library, tmp_path, altered):
     elif altered == "fewer":
         write(folder, {"itself": "a ball"}, values={"itself": 1})
     else:
-        reader = write(folder, LIBRARY, values={"good": -3})
+        reader = write(folder, LIBRARY, values={"good": 3})
         if altered == "list":  # it tells of what was there
             path = folder / "records-00001.jsonl"
-            path.write_text(path.read_text().replace(reader.checksums[4], rows[0]["checksum"]))
+            path.write_text(path.read_text().replace(reader.checksums[5], rows[0]["checksum"]))
     if altered == "list":
         for deep in (False, True):
             assert any("was altered" in line for line in check(library.table, deep=deep))

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import datetime
+import decimal
 import json
 
 import pyarrow as pa
@@ -9,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ditmem_jax.bank.rows import read_rows, rows_of_records
-from ditmem_jax.data.records import Entry, RecordReader, RecordWriter
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader, RecordWriter
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 from tests.bank.test_table import HARD
@@ -92,9 +95,9 @@ def test_ids_that_look_like_numbers_stay_texts(tmp_path):
         ("t.csv", "name\nx\n", "lacks the column id"),
         ("t.csv", "", "lacks the column id"),
         ("t.csv", "id,caption\na,b,c\n", "more values"),
-        ("t.jsonl", '{"id": "a"}\n{', "line 2 of .* is damaged"),
+        ("t.jsonl", '{"id": "a"\n', "line 1 of .* is damaged"),
         ("t.jsonl", '{"id": "a", "list": [1]}', "column list"),
-        ("t.jsonl", "[1]", "cannot read"),
+        ("t.jsonl", "[1]", "row 1 of .* is no JSON object"),
         ("t.csv", "id,a.b,a_b\n1,2,3\n", "2 columns would be called a_b"),
         ("t.csv", "id,fps\n1,fast\n", "does not fit the column fps"),
         ("t.jsonl", '{"id": "a", "duration": [1]}', "does not fit the column duration"),
@@ -107,3 +110,32 @@ def test_tables_that_cannot_be(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_rows(tmp_path / name)
+
+
+def test_bad_rows_are_left_out_by_number(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("id,caption,score\na,x,0.2\nb,y,0.3,z\nc,z,nan\n")
+    rows = read_rows(tmp_path / "t.csv")
+    assert rows["id"].to_pylist() == ["a", "c"] and rows["score"].to_pylist() == [0.2, None]
+    assert "left out: row 2 of" in capsys.readouterr().err
+    with pytest.raises(UserError, match="row 2 of"):
+        read_rows(tmp_path / "t.csv", strict=True)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_what_is_absent_and_dates_and_decimals(tmp_path, kind):
+    values = {"id": ["a", "b"], "score": [0.5, float("nan")], "name": ["nan", "x"], "day": ["2024-01-31", ""]}
+    if kind == "parquet":
+        days = pa.array([datetime.date(2024, 1, 31), None])
+        prices = pa.array([decimal.Decimal("1.10"), None])
+        pq.write_table(pa.table(values | {"day": days, "price": prices}), tmp_path / "t.parquet")
+    elif kind == "csv":
+        (tmp_path / "t.csv").write_text("id,score,name,day,price\na,0.5,nan,2024-01-31,1.10\nb,NaN,x,,N/A\n")
+    else:
+        lines = (
+            '{"id": "a", "score": 0.5, "name": "nan", "day": "2024-01-31", "price": 1.10}\n'
+            '{"id": "b", "score": NaN, "name": "x", "day": ""}'
+        )
+        (tmp_path / "t.jsonl").write_text(lines)
+    rows = read_rows(tmp_path / f"t.{kind}")
+    assert rows["score"].to_pylist() == [0.5, None] and rows["name"].to_pylist() == ["nan", "x"]
+    assert rows["day"][0].as_py() == "2024-01-31" and rows["price"].to_pylist() == [1.1, None]

@@ -162,3 +162,28 @@ def test_many_videos_are_searched_by_faiss_and_said(tmp_path, capsys):
         "new" in bank.search(vectors[:1], 3).ids[0]
         and found.ids[0][0] not in bank.search(asked[:1], 5).ids[0]
     )
+
+
+def test_a_video_that_shares_no_word_is_no_match(tmp_path):
+    bank = text_bank(tmp_path)
+    found = bank.search(["zorvex", "submarine"], 4)
+    assert (
+        found.matched == [2, 0]
+        and set(found.ids[0][:2]) == {"c", "d"}
+        and found.ids[1] == ["a", "b", "c", "d"]
+    )
+    assert (found.scores[0, 2:] == 0).all() and (found.scores[1] == 0).all()
+    assert bank.search(["a zorvex submarine"], 4).matched == [4]  # however little an "a" weighs
+    assert bank.unlike("a submarine dives in the sea", CAPTIONS["a"], 0.1)
+    assert not bank.unlike("a ball falls", CAPTIONS["a"], 0.1)
+    bank.add(rows("e").set_column(1, "caption", [["a submarine"]]))
+    assert bank.search(["submarine"], 1).ids == [["e"]]
+    bank.remove(["e"])
+    assert bank.search(["submarine"], 1).matched == [0]
+    assert bank.search(["zorvex"], 1, where="id < 'd'").ids == [["c"]]
+
+
+def test_vectors_unlike_all_of_a_bank_are_told(tmp_path):
+    vectors = random(50) + np.float32([3, *[0] * 15])
+    bank = vector_bank(tmp_path, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    assert bank.unlike("", "", 0.1) and not bank.unlike("", "", 0.95)

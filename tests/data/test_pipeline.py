@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ditmem_jax.data.pipeline import training_data
-from ditmem_jax.data.records import Meta, Record, RecordReader, RecordWriter
+from ditmem_jax.data.record import Record
+from ditmem_jax.data.records import Meta, RecordReader, RecordWriter
 from ditmem_jax.errors import UserError
 
 META = Meta(latents=(2, 2, 2, 3), text_dim=4, dtype="float32")

@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 
 from ditmem_jax.data import records
-from ditmem_jax.data.records import (
-    FORMAT,
-    Meta,
-    Record,
-    RecordReader,
-    RecordWriter,
-    checksum,
-    from_bytes,
-    to_bytes,
-)
+from ditmem_jax.data.record import Record, checksum, from_bytes, to_bytes
+from ditmem_jax.data.records import FORMAT, Meta, RecordReader, RecordWriter
 from ditmem_jax.data.video import Facts
 from ditmem_jax.errors import UserError
 from ditmem_jax.storage.digests import sealed
@@ -279,6 +271,14 @@ def test_damaged_folders_are_named(tmp_path):
 
     with pytest.raises(UserError, match="no folder of records"):
         RecordReader(tmp_path / "nowhere")
+
+
+def test_metadata_are_in_one_order():
+    """That of names: a hash map of the safetensors library would give another in each process."""
+    data = to_bytes(record(3))
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"]) == ["caption", "extra", "id", "source"]
+    assert from_bytes(data).entry == record(3).entry
 
 
 def refused(folder):

@@ -1,12 +1,28 @@
 """Reading, picking, resizing and writing of video files."""
 
+import dataclasses
+import re
+import struct
 from fractions import Fraction
 
 import av
+import av.filter
 import numpy as np
 import pytest
 
-from ditmem_jax.data.video import Facts, fit, read_clip, read_video, sample_frames, to_unit, write_video
+from ditmem_jax.data import decode, video
+from ditmem_jax.data.hdr import to_sdr
+from ditmem_jax.data.video import (
+    Facts,
+    Part,
+    VideoBytes,
+    fit,
+    read_clip,
+    read_video,
+    sample_frames,
+    to_unit,
+    write_video,
+)
 from ditmem_jax.errors import UserError
 
 
@@ -145,7 +161,7 @@ def test_the_times_of_frames_overrule_what_the_container_declares(tmp_path, name
 
 def test_a_single_frame_has_the_declared_rate(tmp_path):
     write_video(tmp_path / "a.mp4", grey([10]), fps=16)
-    assert read_clip(tmp_path / "a.mp4", 5, 16, 32, minimum=1).facts == Facts(1, 16.0)
+    assert read_clip(tmp_path / "a.mp4", 5, 16, 32, minimum=1).facts == Facts(1, 16.0, 0.0, 1 / 16)
 
 
 def test_a_phone_video_is_turned_upright(tmp_path):
@@ -227,3 +243,311 @@ def test_the_minimum_length_is_the_users(tmp_path):
     assert len(read_video(tmp_path / "a.mp4", minimum=3).frames) == 3
     with pytest.raises(UserError, match="at least 4 frames"):
         read_clip(tmp_path / "a.mp4", 5, 16, 16, minimum=4)
+
+
+def marked(path, matrix):
+    """Rewrites the display matrix in the track header of an mp4: a b u c d v x y w."""
+    data = bytearray(path.read_bytes())
+    at = data.find(b"tkhd") + 8 + 4 + 16 + 16 + 4
+    data[at - 4 : at + 32] = struct.pack(
+        ">9i", *(int(v * (1 << (30 if i % 3 == 2 else 16))) for i, v in enumerate(matrix))
+    )
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "matrix, right",
+    [
+        ((1, 0, 0, 1), lambda x: x),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),  # a phone's front camera
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((-1, 0, 0, -1), lambda x: x[::-1, ::-1]),
+        ((0, 1, -1, 0), lambda x: x.swapaxes(0, 1)[:, ::-1]),
+        ((0, -1, 1, 0), lambda x: x.swapaxes(0, 1)[::-1]),
+        ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda x: x.swapaxes(0, 1)[::-1, ::-1]),
+    ],
+)
+def test_display_matrices_turn_and_mirror(tmp_path, matrix, right):
+    write_video(tmp_path / "a.mp4", patches()[:2], fps=16)
+    plain = read_video(tmp_path / "a.mp4").frames[0]
+    a, b, c, d = matrix
+    marked(tmp_path / "a.mp4", (a, b, 0, c, d, 0, 0, 0, 1))
+    np.testing.assert_array_equal(read_video(tmp_path / "a.mp4").frames[0], right(plain))
+
+
+def test_a_matrix_of_no_right_angle_is_refused(tmp_path):
+    write_video(tmp_path / "a.mp4", patches()[:2], fps=16)
+    marked(tmp_path / "a.mp4", (0.8, 0.6, 0, -0.6, 0.8, 0, 0, 0, 1))
+    with pytest.raises(UserError, match="no right angle"):
+        read_video(tmp_path / "a.mp4")
+
+
+def encode(
+    path, frames, codec="libx264", rate=16, times=None, pix="yuv420p", options=None, aspect=None, **marks
+):
+    """A video whose frames are arrays in RGB, or frames of PyAV; times in seconds for a rate that varies."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        first = frames[0]
+        stream.height, stream.width = (
+            (first.height, first.width) if isinstance(first, av.VideoFrame) else first.shape[:2]
+        )
+        stream.pix_fmt = pix
+        for name, value in marks.items():
+            setattr(stream.codec_context, name, value)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
+            if not isinstance(frame, av.VideoFrame):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(1000 * times[i]), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_crop_heeds_the_shape_of_pixels(tmp_path):
+    """A circle of pixels of 64:45, upright and turned."""
+    y, x = np.mgrid[:58, :72]
+    disc = ((x - 35.5) * 64 / 45) ** 2 + (y - 28.5) ** 2 < 20**2
+    frames = np.where(disc[..., None], 255, 0).astype(np.uint8).repeat(3, 2)[None].repeat(3, 0)
+    encode(tmp_path / "a.mp4", frames, aspect=Fraction(64, 45))
+    for matrix in ((1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 1, 0, -1, 0, 0, 58, 0, 1)):
+        marked(tmp_path / "a.mp4", matrix)
+        seen = read_clip(tmp_path / "a.mp4", 3, 48, 48, "crop").frames[1, ..., 0] > 127
+        assert abs(int(seen.any(0).sum()) - int(seen.any(1).sum())) <= 2
+
+
+def test_interlaced_frames_are_deinterlaced(tmp_path):
+    """Bars that move: the even lines of a frame show one time and the odd lines the next."""
+    x = np.arange(64)
+    bars = [np.where((x + 4 * t) // 16 % 2, 220, 30).astype(np.uint8) for t in range(12)]
+    frames = []
+    for i in range(0, 12, 2):
+        frame = np.empty((32, 64, 3), np.uint8)
+        frame[0::2], frame[1::2] = bars[i][None, :, None], bars[i + 1][None, :, None]
+        frames.append(frame)
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=64, height=32, format=av.VideoFormat("rgb24"), time_base=Fraction(1, 16))
+    graph.link_nodes(source, graph.add("setfield", "tff"), graph.add("buffersink")).configure()
+    fields = []
+    for i, frame in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(frame)
+        frame.pts, frame.time_base = i, Fraction(1, 16)
+        graph.push(frame)
+        fields.append(graph.pull())
+    encode(tmp_path / "a.mp4", frames, "libx264", options={"crf": "1"})
+    combed = read_video(tmp_path / "a.mp4").frames
+    encode(tmp_path / "a.mp4", fields, "libx264", options={"crf": "1", "x264-params": "interlaced=1:tff=1"})
+    clean = read_video(tmp_path / "a.mp4").frames
+
+    def combing(found):
+        return np.abs(np.diff(found[1:-1].astype(float), axis=1)).mean()
+
+    assert clean.shape == combed.shape == (6, 32, 64, 3)
+    assert combing(clean) < 0.5 * combing(combed)
+
+
+def test_the_largest_stream_is_the_video_and_pictures_are_none(tmp_path):
+    with av.open(str(tmp_path / "two.mkv"), "w") as container:
+        streams = []
+        for size in (16, 32):
+            stream = container.add_stream("libx264", rate=16)
+            stream.height, stream.width, stream.pix_fmt = size, size, "yuv420p"
+            streams.append((stream, size))
+        for i in range(4):
+            for (stream, size), level in zip(streams, (200, 50), strict=True):
+                frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), level, np.uint8))
+                frame.pts, frame.time_base = i, Fraction(1, 16)
+                container.mux(stream.encode(frame))
+        for stream, _ in streams:
+            container.mux(stream.encode())
+    assert abs(read_clip(tmp_path / "two.mkv", 3, 8, 8).frames.mean() - 50) < 3
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.mp4", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nreal.mp4\n#EXT-X-ENDLIST\n"),
+        ("b.mp4", "ffconcat version 1.0\nfile real.mp4\n"),
+        ("c.mp4", "#EXTM3U\n#EXTINF:2,\nhttp://localhost/a.ts\n#EXT-X-ENDLIST\n"),
+    ],
+)
+def test_lists_of_further_files_are_no_videos(tmp_path, name, text):
+    write_video(tmp_path / "real.mp4", grey([10, 20]), fps=16)
+    (tmp_path / name).write_text(text)
+    for file in (tmp_path / name, VideoBytes(text.encode(), name)):
+        with pytest.raises(UserError, match=f"cannot read .*{name}"):
+            read_clip(file, 2, 16, 16)
+    with pytest.raises(UserError, match="No such file"):
+        read_clip(f"concat:{tmp_path / 'real.mp4'}", 2, 16, 16)
+
+
+HDR_TO_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+
+
+def hlg(light):
+    """The signal of display light in units of 1000 nits (BT.2100, inverse of the system gamma of 1.2)."""
+    scene = light * np.maximum(light @ [0.2627, 0.678, 0.0593], 1e-9)[..., None] ** (1 / 1.2 - 1)
+    return np.where(
+        scene <= 1 / 12,
+        np.sqrt(3 * scene),
+        0.17883277 * np.log(12 * scene - 0.28466892 + 1e-9 * (scene <= 1 / 12)) + 0.55991073,
+    )
+
+
+def pq(light):
+    y = (light / 10) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the branch of the logarithm that is not taken
+@pytest.mark.parametrize("curve, inverse", [("hlg", hlg), ("pq", pq)])
+def test_hdr_patches_look_as_in_sdr(curve, inverse):
+    colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [110, 110, 110], [0, 0, 0]])
+    light = (colours / 255) ** 2.4 @ HDR_TO_2020.T * 0.203
+    seen = to_sdr(inverse(light), curve)
+    np.testing.assert_allclose(seen.astype(int), colours, atol=15)
+    np.testing.assert_allclose(seen[3].astype(int), 110, atol=1)  # below the knee light is as it was
+    bright = to_sdr(inverse(np.array([[0.203] * 3, [0.6] * 3, [1.0] * 3])), curve)[:, 0]
+    assert 210 < bright[0] < bright[1] < bright[2] == 255  # highlights are told apart
+
+
+def test_hdr_is_mapped_or_skipped(tmp_path):
+    frames = []
+    for _ in range(3):
+        frame = av.VideoFrame(32, 16, "yuv420p10le")
+        for plane, level in zip(frame.planes, (64 + 876 * 0.5, 512, 512), strict=True):
+            values = np.zeros((plane.height, plane.line_size // 2), "<u2")
+            values[:, : plane.width] = round(level)
+            plane.update(values.tobytes())
+        frames.append(frame)
+    marks = dict(color_primaries=9, color_trc=18, colorspace=9, color_range=1)
+    quiet = {"x265-params": "log-level=none"}
+    encode(tmp_path / "a.mov", frames, "libx265", pix="yuv420p10le", options=quiet, **marks)
+    want = int(to_sdr(np.full((1, 3), 0.5), "hlg")[0, 0])
+    for found in (read_clip(tmp_path / "a.mov", 2, 16, 32).frames, read_video(tmp_path / "a.mov").frames):
+        np.testing.assert_allclose(found.astype(int), want, atol=2)
+    with pytest.raises(UserError, match="high dynamic range"):
+        read_clip(tmp_path / "a.mov", 2, 16, 32, hdr="skip")
+
+
+def test_frames_are_even_in_time_where_the_rate_varies(tmp_path):
+    times = np.r_[np.arange(60) / 30, 2 + np.arange(17) / 2]
+    encode(tmp_path / "a.mp4", grey(20 + 20 * times), rate=30, times=times, options={"crf": "4"})
+    clip = read_clip(tmp_path / "a.mp4", 25, 16, 16)
+    seen = (clip.frames[:, 8, 8].mean(-1) - 20) / 20
+    want = times[np.searchsorted(times, np.linspace(0, 10, 25) + 0.002, "right") - 1]  # what is on the screen
+    np.testing.assert_allclose(seen, want, atol=0.1)
+    assert clip.facts.step == pytest.approx(10 / 24, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """80 s at 4 fps, a keyframe every 3 s; grey is 20 and 2 for each second."""
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    levels = 20 + np.arange(320) / 2
+    encode(path, grey(levels), rate=4, options={"crf": "4", "g": "12", "bf": "2"})
+    return path
+
+
+def seconds(clip):
+    return (clip.frames.mean((1, 2, 3)) - 20) / 2
+
+
+@pytest.mark.parametrize(
+    "part, want",
+    [
+        (Part(10, 20), np.linspace(10, 19.75, 5)),
+        (Part(70.1), np.linspace(70, 79.75, 5)),
+        (Part(fps=1, window="head"), range(5)),
+        (Part(10, fps=2, window="head"), np.arange(10, 12.5, 0.5)),
+        (Part(fps=1, window="middle"), 37.5 + np.arange(5)),
+        (Part(10, 30, fps=1), 17.5 + np.arange(5)),
+        (Part(fps=1, window=(0, 3)), range(5)),
+        (Part(fps=1, window=(2, 3)), 75 + np.arange(5)),
+        (Part(60, 64, fps=1, window="head"), [60, 61, 62, 63, 63.75]),  # the last one repeated
+    ],
+)
+def test_parts_and_windows(film, part, want):
+    clip = read_clip(film, 5, 16, 16, part=part)
+    np.testing.assert_allclose(seconds(clip), list(want), atol=1)
+    assert clip.facts.start == pytest.approx(next(iter(want)), abs=0.26)
+    assert part.fps is None or clip.facts.step == 1 / part.fps
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        (Part(90), "no such part"),
+        (Part(5, 5), "no such part"),
+        (Part(-1), "no such part"),
+        (Part(0, 12, fps=1, window=(2, 3)), "too short for clip 3\n.*15.00 s\n.*enough for 2"),
+        (Part(5, 5.2), "at least 2 frames"),
+    ],
+)
+def test_parts_that_are_not_there(film, part, message):
+    with pytest.raises(UserError, match=message):
+        read_clip(film, 5, 16, 16, part=part)
+
+
+def test_only_what_leads_up_to_the_frames_is_decoded(film, monkeypatch):
+    decoded = []
+    deinterlaced = decode._deinterlaced
+
+    def counted(frames, stream):
+        for frame in deinterlaced(frames, stream):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decode, "_deinterlaced", counted)
+    read_clip(film, 5, 16, 16, part=Part(60, 64))
+    assert len(decoded) < 40
+    decoded.clear()
+    even = read_clip(film, 5, 16, 16)
+    assert len(decoded) < 120
+    np.testing.assert_allclose(seconds(even), np.linspace(0, 79.75, 5), atol=1)
+
+
+@pytest.mark.parametrize(
+    "name, codec", [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mp4", "libx264")]
+)
+def test_what_the_header_promises_must_be_there(tmp_path, name, codec):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
+    encode(tmp_path / name, noise, codec, rate=8, options={"g": "8"})
+    assert len(read_video(tmp_path / name).frames) == 32
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 8 // 10])
+    with pytest.raises(UserError, match=r"cut off\n.*expected: +(4.00 s|at least)|damaged|cannot read"):
+        read_clip(tmp_path / name, 5, 16, 16)
+
+
+def test_pictures_that_were_concealed_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    y, x, t = np.mgrid[:64, :96, :24]
+    waves = [np.sin((x + 3 * t) / 11 + y / 17), np.cos((y - 2 * t) / 9), np.sin((x - y + 5 * t) / 23)]
+    frames = np.moveaxis(127 + 100 * np.stack(waves, -1), 2, 0).astype(np.uint8)
+    encode(tmp_path / "a.mkv", frames, options={"g": "16"})
+    data = (tmp_path / "a.mkv").read_bytes()
+    refused = 0
+    for _ in range(8):
+        at = int(rng.integers(len(data) // 8, len(data) * 7 // 8))
+        broken = data[:at] + rng.bytes(8) + data[at + 8 :]
+        try:
+            read_video(VideoBytes(broken, "broken.mkv"))
+        except UserError as error:
+            assert re.search("damaged|cut off", str(error))
+            refused += 1
+    assert refused >= 3
+    assert av.logging.get_level() is None  # as it was
+
+
+def test_strict_refuses_what_ffmpeg_complains_of(film, monkeypatch):
+    picked = decode.pick
+    monkeypatch.setattr(video, "pick", lambda *a: dataclasses.replace(picked(*a), messages=3))
+    assert read_clip(film, 5, 16, 16).facts.messages == 3
+    with pytest.raises(UserError, match="3 errors while decoding"):
+        read_clip(film, 5, 16, 16, strict=True)

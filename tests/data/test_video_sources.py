@@ -1,8 +1,11 @@
 """Tables, folders, archives and input records: where videos are found, and what is refused."""
 
+import datetime
+import decimal
 import io
 import json
 import tarfile
+import unicodedata
 import warnings
 import zipfile
 
@@ -13,15 +16,17 @@ import pytest
 import safetensors.numpy
 
 from ditmem_jax.bank.rows import columns_of
-from ditmem_jax.data.records import ArrayRecordWriter, Entry
+from ditmem_jax.data.places import write_input_records
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import ArrayRecordWriter
 from ditmem_jax.data.sources import (
     Videos,
+    cut,
     expand,
     read_row,
     read_table,
-    write_input_records,
 )
-from ditmem_jax.data.video import read_clip, read_video, write_video
+from ditmem_jax.data.video import Part, read_clip, read_video, write_video
 from ditmem_jax.errors import UserError
 
 FILES = {"a.mp4": None, "a.txt": b"a ball\n", "deep/b.mp4": None, "deep/b.txt": "ein Käfer".encode()}
@@ -154,8 +159,8 @@ def test_a_member_that_claims_much_is_read_no_further_than_its_first_frames(
     clip = read_row(row, dict(frames=3, height=16, width=16))
     assert sum(read) < 16 << 20
     assert isinstance(clip, str) if not head else clip.facts.frames == 3
-    with pytest.raises(UserError, match=r"b\.txt is no caption"):
-        Videos([tmp_path / "bomb.zip"]).rows()
+    _, (_, problem) = Videos([tmp_path / "bomb.zip"]).rows()
+    assert "b.txt is no caption" in str(problem)
 
 
 def test_members_of_the_same_name_are_refused(tmp_path):
@@ -223,11 +228,14 @@ def test_tables_of_all_kinds_say_the_same(tmp_path):
     "name, text, message",
     [
         ("t.parquet", "PAR1", "cannot read .*t.parquet"),
-        ("t.jsonl", '{"video": "a.mp4", "caption": "b"}\n{"video"', "line 2 of .* is damaged"),
-        ("t.jsonl", "[1]\n", "line 1 of .* is no JSON object"),
+        ("t.jsonl", '{"video"\n', "line 1 of .* is damaged"),
+        ("t.jsonl", "[1]\n", "row 1 of .* is no JSON object"),
+        ("t.json", "1", "t.json is no table\n.*a JSON array"),
+        ("t.json", '[{"video": "a.mp4",]', "cannot read .*t.json\n.*a JSON array"),
+        ("t.jsonl", '{"video": "a", "video": "b"}\n', "line 1 of .* has several values of video"),
         ("t.jsonl", '{"video": "a.mp4"}\n', "lacks the column caption"),
         ("t.jsonl", "", "lacks the column video\n.*\n.*an empty file"),
-        ("t.xlsx", "", "no table that we read\n.*.csv, .parquet, .jsonl"),
+        ("t.xlsx", "", "no table that we read\n.*.csv, .tsv"),
     ],
 )
 def test_bad_tables_of_other_kinds_are_refused(tmp_path, name, text, message):
@@ -239,13 +247,19 @@ def test_bad_tables_of_other_kinds_are_refused(tmp_path, name, text, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("video,text\na.mp4,b\n", "lacks the column caption\n.*\n.*found: +video, text"),
-        ("file,caption\na.mp4,b\n", "lacks the column video\n.*\n.*found: +file, caption"),
+        (
+            "video,words\na.mp4,b\n",
+            "lacks the column caption\n.*text, prompt.*\n.*found: +video, words\n.*--caption_column",
+        ),
+        ("film,caption\na.mp4,b\n", "lacks the column video\n.*\n.*found: +film, caption"),
         ("", "lacks the column video\n.*\n.*an empty file"),
         ("video,caption\n", "no rows"),
         ("video,caption\na.mp4,a ball, falling\n", "row 1 of .* more values"),
-        ("video,caption\na.mp4,b\udcff\n", "CSV file in UTF-8"),
-        ('video,caption\na.mp4,"b\n', "cannot read"),
+        ("video,caption\na.mp4,b\udcff\n", "row 1 of .* is not UTF-8"),
+        ('video,caption\na.mp4,"b\n', "row 1 of .* is no CSV\n.*end of data"),
+        ("video;caption\na.mp4;b\n", "separated by semicolons\n.*\n.*\n.*once more"),
+        ("video\tcaption\na.mp4\tb\n", "separated by tabs\n.*\n.*\n.*.tsv"),
+        ("video,caption,caption\na.mp4,b,c\n", "several columns caption"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, text, message):
@@ -291,6 +305,7 @@ def test_a_column_tells_what_a_clip_was_cut_from(tmp_path):
         Videos([tmp_path]).find("x" * 300)
     with pytest.raises(UserError, match="No such file"):
         read_table(tmp_path / "nothing.csv")
+    assert columns_of([entry])["id_"].to_pylist() == [7]
 
 
 def test_input_records_of_frames_are_encoded_as_their_file_would_be(tmp_path):
@@ -318,3 +333,175 @@ def test_input_records_of_frames_are_encoded_as_their_file_would_be(tmp_path):
     (folder / "videos.json").write_text('{"complete": false}')
     with pytest.raises(UserError, match="are not complete"):
         Videos([folder])
+
+
+def test_bad_rows_are_told_by_number_and_the_others_read(tmp_path):
+    many = "".join(f"{i}.mp4,clip {i}\n" for i in range(50))
+    bad = b'x.mp4,"a 5" screen"\nx.mp4,un caf\xe9\nx.mp4,a,b\n'
+    (tmp_path / "t.csv").write_bytes(b"video,caption\n" + many.encode() + bad + many.encode())
+    rows = read_table(tmp_path / "t.csv")
+    assert [entry.id for entry, _ in rows[:100:99]] == ["0.mp4", "49.mp4#2"]
+    problems = [problem.in_one_line() for _, problem in rows[100:]]
+    assert len(problems) == 3
+    for number, cause, told in zip(
+        (51, 52, 53), ("no CSV", "not UTF-8", "more values"), problems, strict=True
+    ):
+        assert f"row {number} of" in told and cause in told
+    assert [read_row(row, {}) for row in Videos([tmp_path]).rows(rows[100:])] == problems
+    lines = ['{"video": "a.mp4", "caption": "b"}', '{"video"', '{"video": "c.mp4", "caption": "d"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    good, other, problem = read_table(tmp_path / "t.jsonl")
+    assert (good[0].id, other[0].id) == ("a.mp4", "c.mp4") and "line 2 of" in str(problem[1])
+
+
+def test_tables_in_other_spellings(tmp_path):
+    want = [(Entry("a.mp4", "a ball", "a.mp4", extra={"motion": "0.5"}), "a.mp4")]
+    (tmp_path / "t.tsv").write_text("file_name\ttext\tmotion\na.mp4\ta ball\t0.5\n", "utf-16")
+    (tmp_path / "t.json").write_text('[{"video_path": "a.mp4", "prompt": "a ball", "motion": 0.5}]')
+    (tmp_path / "u.json").write_text(
+        '{"version": 1, "data": [{"path": "a.mp4", "text": "a ball", "motion": 0.5}]}'
+    )
+    (tmp_path / "l.json").write_text('{"video": "a.mp4", "caption": "a ball", "motion": 0.5}\n\n')
+    for name in ("t.tsv", "t.json", "u.json", "l.json"):
+        assert read_table(tmp_path / name) == want, name
+    (tmp_path / "n.csv").write_text("video,clipname,words,caption\n1,a.mp4,a ball,no\n")
+    ((entry, video),) = read_table(tmp_path / "n.csv", video="clipname", caption="words")
+    assert (entry.caption, video) == ("a ball", "a.mp4") and entry.extra == {"video": "1", "caption": "no"}
+    with pytest.raises(UserError, match=r"lacks the column film\n.*\n.*\n.*--video_column"):
+        read_table(tmp_path / "n.csv", video="film")
+
+
+def test_dates_and_decimals_stay_what_they_are_and_nan_is_absent(tmp_path):
+    row = {
+        "video": "a.mp4", "caption": "b", "day": datetime.date(2024, 1, 31), "price": decimal.Decimal("1.10"),
+        "at": datetime.datetime(2024, 1, 31, 12), "score": float("nan"), "big": 2**53 + 1, "yes": True,
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
+    ((entry, _),) = read_table(tmp_path / "t.parquet")
+    assert entry.extra == {
+        "day": "2024-01-31", "price": "1.10", "at": "2024-01-31T12:00:00", "score": "", "big": str(2**53 + 1),
+        "yes": "true",
+    }  # fmt: skip
+
+
+def test_files_in_parquet(folder, tmp_path):
+    held = {"bytes": (folder / "a.mp4").read_bytes(), "path": "clips/a.mp4"}
+    nameless = {"bytes": held["bytes"], "path": None}
+    rows = [
+        {"video": held, "caption": "x"},
+        {"video": nameless, "caption": "y"},
+        {"video": None, "caption": "z"},
+    ]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    schema = pyarrow.schema([("video", kind), ("caption", pyarrow.string())])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows, schema), tmp_path / "hf.parquet", row_group_size=1
+    )
+    plain = pyarrow.table({"mp4": pyarrow.array([held["bytes"]], pyarrow.binary()), "txt": ["x"]})
+    pyarrow.parquet.write_table(plain, tmp_path / "b.parquet")
+    found = read_table(tmp_path / "hf.parquet") + read_table(tmp_path / "b.parquet")
+    assert [entry.id for entry, _ in found] == ["clips/a.mp4", "hf-2", "hf-3", "b-1"]
+    rows, options = Videos([tmp_path]).rows(found), dict(frames=2, height=16, width=16)
+    want = read_clip(folder / "a.mp4", **options)
+    for number in (0, 1, 3):
+        np.testing.assert_array_equal(read_row(rows[number], options).frames, want.frames)
+    assert "holds no video" in read_row(rows[2], options)
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        "{folder}/deep/b.mp4", "videos/deep/b.mp4", "deep\\b.mp4", "C:\\data\\videos\\deep\\b.mp4",
+        "/elsewhere/videos/deep/b.mp4", "./deep/b.mp4",
+    ],
+)  # fmt: skip
+def test_spellings_of_one_path(folder, video):
+    found = Videos([folder]).find(video.format(folder=folder))
+    assert (found.path, found.name) == (str(folder), "deep/b.mp4")
+
+
+@pytest.mark.parametrize(
+    "video", ["..\\videos\\a.mp4", "C:\\a.mp4", "/videos/../a.mp4", "videos/../../a.mp4"]
+)
+def test_paths_that_leave_the_folder(folder, video):
+    with pytest.raises(UserError, match="leaves the folder"):
+        Videos([folder]).find(video)
+
+
+def test_accents_of_one_letter_or_two(folder, tmp_path):
+    parts, whole = (unicodedata.normalize(form, "café.mp4") for form in ("NFD", "NFC"))
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / parts).write_bytes((folder / "a.mp4").read_bytes())
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as z, tarfile.open(tmp_path / "v.tar", "w") as t:
+        z.write(tmp_path / "v" / parts, parts), t.add(tmp_path / "v" / parts, parts)
+    for place in ("v", "v.zip", "v.tar"):
+        assert Videos([tmp_path / place]).find(whole).name == parts
+        assert Videos([tmp_path / place]).find(parts).name == parts
+
+
+def test_folders_without_a_table(folder, tmp_path):
+    """Linked folders, in a ring too; other suffixes; captions that cannot be read; what is left out."""
+    ring, here, far = tmp_path / "here" / "ring", tmp_path / "here", tmp_path / "far"
+    here.mkdir(), far.mkdir()
+    ring.symlink_to(here)
+    (here / "link").symlink_to(far)
+    names = ("a.mp4", "c.TS", "link/b.mp4", "bad.mp4", "j.mp4")
+    for name in names:
+        (here / name).write_bytes(b"")
+        (here / name).with_suffix(".txt").write_bytes(b"it\x92s" if name == "bad.mp4" else name.encode())
+    (here / "j.txt").unlink()
+    (here / "j.json").write_text('{"caption": "from json", "motion": 0.5, "tags": ["x"]}')
+    for name in ("notes.pdf", "alone.txt", ".hidden"):
+        (here / name).touch()
+    videos = Videos([here])
+    rows = {entry.id: (entry, place) for entry, place in videos.rows()}
+    assert sorted(rows) == sorted(names)
+    assert "bad.txt" in str(rows["bad.mp4"][1]) and rows["link/b.mp4"][0].caption == "link/b.mp4"
+    assert rows["j.mp4"][0].caption == "from json" and rows["j.mp4"][0].extra == {
+        "motion": "0.5",
+        "tags": '["x"]',
+    }
+    assert videos.left_out == ["alone.txt", "notes.pdf"]
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_compressed_tars_as_webdataset_writes_them(folder, tmp_path, mode, capsys):
+    for shard in (0, 1):
+        with tarfile.open(tmp_path / f"part-{shard:03d}.tar.{mode}", f"w:{mode}") as archive:
+            for suffix, data in (
+                ("mp4", (folder / "a.mp4").read_bytes()),
+                ("json", b'{"text": "x", "n": 1}'),
+            ):
+                info = tarfile.TarInfo(f"{shard:05d}.{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    places = expand([str(tmp_path / ("part-{000..001}.tar." + mode))])
+    rows, options = Videos(places).rows(), dict(frames=2, height=16, width=16)
+    assert [(entry.id, entry.caption, entry.extra) for entry, _ in rows] == [
+        (f"0000{i}.mp4", "x", {"n": "1"}) for i in (0, 1)
+    ]
+    np.testing.assert_array_equal(
+        read_row(rows[1], options).frames, read_clip(folder / "a.mp4", **options).frames
+    )
+    assert capsys.readouterr().err.count("unpacked") == 2
+
+
+def test_start_and_end_name_a_part_and_clips_are_windows(folder, tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "video,caption,start,end\na.mp4,x,0.125,\na.mp4,x,0:00:00,0:00.25\na.mp4,x,,soon\na.mp4,x,9,\n"
+    )
+    rows = Videos([folder]).rows(read_table(tmp_path / "t.csv"))
+    options = dict(frames=2, height=16, width=16)
+    first, second, third, fourth = (read_row(row, options) for row in rows)
+    assert (first.facts.frames, first.facts.start, second.facts.frames) == (2, 0.125, 2)
+    assert "end is no time" in third and "no such part" in fourth
+    assert [row[0].source for row in rows] == ["a.mp4"] * 4
+    clips = cut(rows[:1] + rows[2:3], "uniform:2")
+    assert [entry.id for entry, _ in clips] == ["a.mp4", "a.mp4@2", "a.mp4#3"] and clips[1][
+        0
+    ].source == "a.mp4"
+    assert clips[1][1].part == Part(0.125, None, window=(1, 2))
+    assert read_row(clips[0], options | {"fps": 16}).facts.step == 1 / 16
+    assert "too short for clip 2" in read_row(clips[1], options | {"fps": 8})
+    with pytest.raises(UserError, match="in no way 'all'"):
+        cut(rows, "all")

@@ -21,8 +21,9 @@ from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.table import Table
 from ditmem_jax.config import UMT5Config, VAEConfig, VideoConfig, to_dict
-from ditmem_jax.data.records import ArrayRecordWriter, Entry, RecordReader
-from ditmem_jax.data.sources import Videos, read_table
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import ArrayRecordWriter, RecordReader
+from ditmem_jax.data.sources import Videos, cut, read_table
 from ditmem_jax.data.video import fit, read_video, to_unit, write_video
 from ditmem_jax.encode.dataset import encode_dataset
 from ditmem_jax.encode.engines import Local
@@ -280,8 +281,88 @@ def test_outputs_of_another_run_are_refused_and_left_alone(folder, encoded):
     attempt("made_by.text ", text=networks(folder, seed=1)[1])
     video = dataclasses.replace(settings.video, height=32, resize="crop")
     attempt("made_by.height = 32; made_by.resize = crop", settings=dataclasses.replace(settings, video=video))
-    attempt("another table", entries=[(dataclasses.replace(rows[0][0], caption="else"), "0.mp4"), *rows[1:]])
-    attempt("another table", entries=rows[1:])
+    attempt("made_by.clips = middle; made_by.sampling = 8 fps", settings=dataclasses.replace(
+        settings, video=dataclasses.replace(settings.video, sampling="rate")))  # fmt: skip
+    attempt("another table\n.*rows for most of its 9 records\n.*none for 5", entries=rows[6:])
+
+
+def test_only_what_has_changed_is_done_again(folder, tmp_path):
+    """A mended caption, another column, a replaced file, one that was only touched, a row gone and a row added."""
+    asked, texts = [], []
+
+    class Watched(Local):
+        def run(self, shards, job):
+            asked.extend(row[0].id for shard in shards for row in shard)
+            yield from super().run(shards, job)
+
+        def embed(self, config, captions):
+            texts.extend(captions)
+            return super().embed(config, captions)
+
+    shutil.copytree(folder / "videos", tmp_path / "videos")
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    names = [f"{i}.mp4" for i in (0, 1, 2, 3, 4, 6)]
+    rows = [(Entry(name, f"ball {name}", name, extra={"planet": "x"}), name) for name in names]
+    out = tmp_path / "records"
+    assert run(tmp_path, out, rows).made == 6
+    before = {record.id: record for record in RecordReader(out)}
+    shutil.copy(folder / "videos" / "7.mp4", tmp_path / "videos" / "1.mp4")
+    os.utime(tmp_path / "videos" / "2.mp4", ns=(1, 1))
+    (tmp_path / "videos" / "6.mp4").unlink()  # its record stays
+    rows[0] = dataclasses.replace(rows[0][0], caption="a mended ball"), "0.mp4"
+    rows[3] = dataclasses.replace(rows[3][0], extra={"planet": "y"}), "3.mp4"
+    rows[4] = Entry("10.mp4", "another ball", "10.mp4", extra={"planet": "x"}), "10.mp4"
+    summary = run(tmp_path, out, rows, Watched)
+    assert str(summary) == (
+        "1 videos encoded, 2 found encoded, 1 encoded again, 2 with another caption or columns, 1 removed, 0 skipped"
+    )
+    assert asked == ["1.mp4", "10.mp4"] and texts == ["a mended ball"]
+    after = {record.id: record for record in RecordReader(out)}
+    assert list(after) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "6.mp4", "10.mp4"]
+    run(tmp_path, tmp_path / "anew", [row for row in rows if row[1] != "6.mp4"])
+    for record in RecordReader(tmp_path / "anew"):
+        assert record.entry == after[record.id].entry
+        np.testing.assert_array_equal(record.latents, after[record.id].latents)
+        np.testing.assert_allclose(record.text_embedding, after[record.id].text_embedding, atol=1e-6)
+    assert (before["1.mp4"].latents != after["1.mp4"].latents).any()
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(
+        {line for line in names if not line.startswith("records-00000.")}
+    )  # old shards are gone
+    again = run(tmp_path, out, rows, Watched)
+    assert (again.made, again.found, again.again, again.retold, len(asked)) == (0, 6, 0, 0, 2)
+
+
+def test_a_replaced_file_that_cannot_be_read_is_skipped(folder, tmp_path):
+    shutil.copytree(folder / "videos", tmp_path / "videos")
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    rows = [(Entry(name, f"ball {name}", name), name) for name in ("0.mp4", "1.mp4", "2.mp4")]
+    run(tmp_path, tmp_path / "records", rows)
+    (tmp_path / "videos" / "1.mp4").write_text("broken")
+    summary = run(tmp_path, tmp_path / "records", rows)
+    assert (summary.made, summary.found, summary.again) == (0, 2, 0) and summary.skipped[0][0] == "1.mp4"
+    assert [entry.id for entry in RecordReader(tmp_path / "records").entries] == ["0.mp4", "2.mp4"]
+
+
+def test_clips_of_films_are_windows_at_the_models_rate(folder, tmp_path):
+    settings = config(folder)
+    video = dataclasses.replace(settings.video, sampling="rate", clips="uniform:2", fps=4)
+    settings = dataclasses.replace(settings, video=video)
+    films = tmp_path / "films"
+    films.mkdir()
+    for name, frames in (("long", 24), ("short", 6)):
+        write_video(films / f"{name}.mp4", np.full((frames, 20, 24, 3), 99, np.uint8), fps=8)
+        (films / f"{name}.txt").write_text("a ball")
+    rows = cut(Videos([films]).rows(), video.clips)
+    summary = encode_dataset(rows, tmp_path / "records", settings, Local(networks(folder)), batch=2)
+    reader = RecordReader(tmp_path / "records")
+    assert [(e.id, e.source) for e in reader.entries] == [
+        ("long.mp4", "long.mp4"), ("long.mp4@2", "long.mp4"), ("short.mp4", "short.mp4"),
+    ]  # fmt: skip
+    assert [facts.step for facts in reader.facts] == [0.25] * 3
+    assert [facts.start for facts in reader.facts] == [0, 1.75, 0]
+    assert "too short for clip 2" in dict(summary.skipped)["short.mp4@2"]
+    assert reader.meta.made_by["sampling"] == "4 fps"
 
 
 def test_a_table_without_a_single_good_video_is_an_error(folder, tmp_path):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from ditmem_jax.config import MeshConfig
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.evaluate.evaluator import HeldOut, Subject
 from ditmem_jax.parallel.mesh import make_mesh
 from ditmem_jax.sample.sampler import Sampler

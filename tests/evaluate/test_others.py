@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ditmem_jax.data.records import Entry
+from ditmem_jax.data.record import Entry
 from ditmem_jax.errors import UserError
 from ditmem_jax.evaluate.others import others
 

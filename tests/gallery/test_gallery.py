@@ -11,7 +11,8 @@ from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import rows_of_records
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.bank.table import Table
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.sources import Videos
 from ditmem_jax.data.video import read_video
 from ditmem_jax.encode.dataset import encode_dataset
@@ -85,7 +86,9 @@ def test_a_filter_leaves_some_and_more_are_not_asked_for(actions, prompt):
     told, cards = actions.search(prompt, "motion > 0.5", 60, None)
     assert sorted(ids(cards)) == ["blue quindara.mp4", "red quindara.mp4"]
     assert "2 of 2 videos that pass the filter" in told
-    assert ("0." in "".join(Text(cards).text).split("motion")[0]) == (prompt == "ball")  # a score was given
+    assert ("1.000" in "".join(Text(cards).text).split("motion")[0]) == (
+        prompt == "ball"
+    )  # a score was given
     told, cards = actions.search(prompt, "motion > 5", 3, None)
     assert "No video passes this filter." in told and ids(cards) == []
 

@@ -415,7 +415,7 @@ def test_clips_in_batches_from_two_experts_with_one_memory(two, encoder, tmp_pat
     paths, one = clips("two", data=2, tensor=2), clips("one", data=1, tensor=4)
     for path, other in zip(paths, one, strict=True):
         got, want = (read_video(each).frames.astype(int) for each in (path, other))
-        assert np.abs(got - want).mean() < 0.1  # what the codec makes of rounding
+        assert np.abs(got - want).mean() < 0.3  # of 255: what the codec makes of rounding
     assert len({path.read_bytes() for path in paths}) == 3
 
 

@@ -11,7 +11,8 @@ from ditmem_jax.bank.features import make_features
 from ditmem_jax.bank.table import Table
 from ditmem_jax.config import FreeTokensConfig
 from ditmem_jax.convert.export import export_encoder
-from ditmem_jax.data.records import Entry, RecordReader
+from ditmem_jax.data.record import Entry
+from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import majority_source
 from ditmem_jax.errors import UserError
 from ditmem_jax.sample.clips import make_clips
