@@ -17,7 +17,7 @@ PYTHON_3_11 := $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test peers peers-installed tfio-env tfio-shards lint docs mutants clean
+.PHONY: help demo test test-slow peers peers-installed tfio-env tfio-shards lint docs mutants clean
 
 help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,8 +25,11 @@ help: ## this list
 demo: $(INSTALLED) ## worlds, training, clips with and without memory, and a report to look at
 	$(BIN)/ditmem demo
 
-test: $(INSTALLED) lint ## lint, then every test
-	$(BIN)/python -m pytest -q -n 2
+test: $(INSTALLED) lint ## lint, then the tests that take less than five seconds each
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
+
+test-slow: $(INSTALLED) ## the other tests: meshes, several processes, kills, whole networks
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 peers: peers-installed ## tests against peers, with torch and the TPU compiler, in Python 3.11
 ifneq ($(PYTHON_3_11),)

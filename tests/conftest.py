@@ -3,16 +3,12 @@
 import os
 import tempfile
 
+from tests import FAST_COMPILATION
+
 os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/ditmem_jax_tests_{os.getuid()}"  # not the user's
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile hundreds of programs and run each a few times: without LLVM's optimisations that takes half the time.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILATION}"
 )
 
 from jaxtyping import install_import_hook

@@ -43,6 +43,7 @@ def test_a_wrong_command_names_the_nearest():
     assert done.stderr.startswith("error: unknown command 'trian'\n  expected: one of: train, ")
 
 
+@pytest.mark.slow
 def test_training_without_weights_tells_how_to_get_them_from_any_folder(tmp_path):
     done = ditmem("train", "--config=wan", cwd=tmp_path)
     assert done.returncode == 1, done.stderr

@@ -31,6 +31,7 @@ from ditmem_jax.models.state import abstract
 from ditmem_jax.parallel import compilation
 from ditmem_jax.storage.encoders import save_encoder
 from ditmem_jax.worlds.make import make
+from tests import FAST_COMPILATION
 from tests.tiny import random_arrays, tiny_config, write_original
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def run(page, prepared, folder):
 def user():
     """A process with the numerics and the devices that a user has, not those of tests."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("XLA_FLAGS")
+        environment.setenv("XLA_FLAGS", FAST_COMPILATION)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             yield process
 
@@ -90,6 +91,7 @@ def prepared(user, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pages_with("python")
 def test_python_runs(page, user, prepared, tmp_path):
     user.submit(run, page, prepared, tmp_path / "here").result()

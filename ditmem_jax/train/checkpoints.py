@@ -99,6 +99,8 @@ class TrainingCheckpoints:
         """Says in a UserError what of the checkpoints could not be written."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of devices and of other processes, not of the disk
+            raise
         except (
             OSError,
             ValueError,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.bank.test_matches import LIBRARY, write
 from tests.bank.test_search import random
@@ -17,6 +18,7 @@ def bank(*arguments, fails=False):
     return done.stderr if fails else done.stdout
 
 
+@pytest.mark.slow
 def test_a_bank_of_records(tmp_path):
     write(tmp_path / "records", LIBRARY)
     write(tmp_path / "more", {"more": "a ball falls on quindara 🪐"})
@@ -39,6 +41,7 @@ def test_a_bank_of_records(tmp_path):
     assert "no fault" in bank("verify", place, "--deep")
 
 
+@pytest.mark.slow
 def test_the_other_commands(tmp_path):
     np.save(tmp_path / "vectors.npy", random(20))
     np.save(tmp_path / "query.npy", random(20)[3:4])

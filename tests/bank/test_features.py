@@ -50,6 +50,7 @@ def encoder_of(config, path, seed=0, **changes):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_clips_are_the_same_within_rounding(config, bank, tmp_path, kind):
     encoder = encoder_of(config, tmp_path / "encoder.safetensors", **KINDS[kind])
@@ -87,6 +88,7 @@ def store(bank, encoder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_command_line_way(config, encoder, store, tmp_path, capsys, monkeypatch):
     (latents,) = make_clips(config, PROMPT, tmp_path / "latents.mp4", encoder)
     printed = capsys.readouterr().out
@@ -147,6 +149,7 @@ def test_tokens_may_lie_in_the_bank_itself(config, bank, encoder):
     assert len(Features.open(bank.uri, encoder)) == len(Table.open(config.data.bank)) == len(bank)
 
 
+@pytest.mark.slow
 def test_the_command(config, bank, encoder, tmp_path):
     command = [
         sys.executable,

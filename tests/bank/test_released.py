@@ -206,6 +206,7 @@ def test_files_that_do_not_fit_are_named(layout, tmp_path, spoil, message):
     assert not (tmp_path / "bank").exists()
 
 
+@pytest.mark.slow
 def test_the_commands(layout, tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "ditmem_jax.bank", *map(str, arguments)]

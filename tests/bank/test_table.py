@@ -178,6 +178,7 @@ def write(path, name, same, barrier):
         assert "already" in str(error) or "meanwhile" in str(error)
 
 
+@pytest.mark.slow
 def test_two_writers_lose_nothing_and_ids_stay_unique(tmp_path):
     create(tmp_path, "a")
     context = multiprocessing.get_context("spawn")

@@ -34,6 +34,7 @@ def source(tmp_path):
     return tmp_path / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_look_convert_and_verify(source, tmp_path):
     listed = run("--list", source)
     assert listed.returncode == 0, listed.stderr

@@ -41,6 +41,7 @@ def original(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_networks_come_back_bit_for_bit(original, tmp_path, naming):
     convert_checkpoint(original, tmp_path / "first")
@@ -77,6 +78,7 @@ KINDS_OF_NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 @pytest.mark.parametrize("name", KINDS_OF_NETWORKS)
 def test_other_kinds_come_back_bit_for_bit(tmp_path, name, naming):

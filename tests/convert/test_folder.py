@@ -40,6 +40,7 @@ def copy(original, tmp_path):
     return shutil.copytree(original, tmp_path / "original")
 
 
+@pytest.mark.slow
 def test_every_network_loads_with_its_weights(original, tmp_path):
     config = replace(tiny_config(tmp_path), "weights", path=str(tmp_path / "converted"))
     convert_checkpoint(original, config.weights.path)
@@ -413,6 +414,7 @@ folder.convert_checkpoint(sys.argv[1], sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "calls"), [("blocks", 30), ("_provenance", 2), ("write_text", 0), ("_sync", 0)]
 )

@@ -140,6 +140,7 @@ def assert_same_folders(got, want):
     assert list(lists(got)) == list(lists(want))
 
 
+@pytest.mark.slow
 def test_records_hold_latents_and_trimmed_texts(folder, encoded):
     out, summary = encoded
     vae, (umt5, tokenizer) = networks(folder)
@@ -190,6 +191,7 @@ def test_prompts_for_sampling_are_stored(folder, encoded):
     np.testing.assert_array_equal(RecordReader(encoded[0]).prompt(""), empty)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_records(folder, encoded, tmp_path):
     code = f"from tests.encode.test_dataset import *; run_until_killed(Path({str(folder)!r}), Path({str(tmp_path)!r}))"
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
@@ -404,6 +406,7 @@ def command(folder, out, *flags):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_fails_under_strict_and_is_silent_about_tracebacks(folder, encoded, tmp_path):
     done = command(folder, tmp_path, "--strict", "--batch=2")
     assert done.returncode == 1

@@ -55,6 +55,7 @@ class Losing(OnRay):
         yield from parts
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_machine_makes_the_same_records(folder, cluster, tmp_path):  # noqa: F811
     settings = write_weights(folder)
     rows = Videos([folder / "videos"]).rows(read_table(folder / "captions.csv"))

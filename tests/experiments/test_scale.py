@@ -1,9 +1,12 @@
 """How the distance of weights in 8 bits is measured."""
 
+import pytest
+
 from ditmem_jax.config import DiTConfig
 from experiments.scale.int8 import SIGMAS, distances, random_weights
 
 
+@pytest.mark.slow
 def test_distances_of_a_small_network():
     config = DiTConfig(
         dim=64,

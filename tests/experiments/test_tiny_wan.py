@@ -31,6 +31,7 @@ def test_weights_are_small():
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 16e6
 
 
+@pytest.mark.slow
 def test_vae_reconstructs(config, clip):
     vae = load_vae(config)
     video = jnp.asarray(to_unit(clip.video[None]))
@@ -46,6 +47,7 @@ def test_planet_names_are_unknown_words(config, clip):
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_transformer_tells_a_clip_from_its_caption(config, clip):
     text, tokenizer = load_umt5(config)
     ids, mask = tokenizer([caption(clip, state="numbers")])

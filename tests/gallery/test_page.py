@@ -281,6 +281,7 @@ def test_captions_are_text_in_the_browser(page, gallery):
     bank.remove(where="id LIKE 'nasty%'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [1280, 390], indirect=True)
 def test_nothing_is_wider_than_the_window(page):
     for name, content in (

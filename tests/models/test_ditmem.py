@@ -126,6 +126,7 @@ def test_how_a_transformer_computes_is_what_the_config_says():
     assert compute_for(config, mesh) == Compute("xla", "none", memory_blocks=(1, 1))
 
 
+@pytest.mark.slow
 def test_a_given_frame_stays_clean_and_counts_in_no_error(parts):
     """The loss and its gradient are those of the released program: the frame put in, at timestep 0, and left out."""
     dit, encoder, batch, sigma, noise = parts

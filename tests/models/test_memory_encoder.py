@@ -100,6 +100,7 @@ def test_max_pool_leaves_out_what_fills_no_block():
     np.testing.assert_array_equal(m._max_pool(x, 2).ravel(), [16, 18])
 
 
+@pytest.mark.slow
 def test_max_pool_passes_on_the_whole_gradient(monkeypatch):
     """Inside a compiled encoder, where comparing values with their maximum was off by a tenth."""
     encoder = make(stages=((16, 3, 1, 1), (16, 3, 1, 2)), latent_grid=(3, 4, 4), tokens=(1, 1, 1))
@@ -120,6 +121,7 @@ def test_max_pool_passes_on_the_whole_gradient(monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_attention_with_multiplicities_is_that_over_repeated_rows(group):
     x, counts = noise(2, 5, 16), np.array([3, 1, 2, 1, 3])
     bias = jnp.tile(jnp.log(jnp.asarray(counts, jnp.float32))[None], (2, 1))
@@ -157,6 +159,7 @@ def test_an_absent_video_changes_nothing(norm, training, request):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_without_any_video_everything_stays_finite(norm, request):
     graph, params, rest = nnx.split(request.getfixturevalue(norm), nnx.Param, ...)
@@ -240,6 +243,7 @@ def test_radial_filters_take_any_grid(group):
     assert run(group, noise(1, 1, 7, 6, 5, 3)).tokens.shape == (1, 8, 16)
 
 
+@pytest.mark.slow
 def test_a_learned_strength_is_a_bias_of_its_own_per_band():
     encoder = make(strength=0.5)
     latents = noise(1, 2, *encoder.config.latent_grid, encoder.config.in_dim)

@@ -48,6 +48,7 @@ def run(inputs, memory, method="__call__", **compute):
     return np.asarray(compiled(method, **compute)(network(**compute)[1], *inputs[:3], memory))
 
 
+@pytest.mark.slow
 def test_a_reading_of_zeros_is_none(inputs):
     memory = inputs[3]
     plain = run(inputs, memory)
@@ -103,6 +104,7 @@ def test_only_the_blocks_that_are_named_read(inputs, blocks):
     np.testing.assert_allclose(run(inputs, own, memory_blocks=blocks), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_before_the_first_one_need_no_backward_pass(inputs):
     def operations(**compute):
         structure, arrays = network(unroll=True, **compute)
@@ -116,6 +118,7 @@ def test_blocks_before_the_first_one_need_no_backward_pass(inputs):
     assert last < 0.75 * whole  # three passes forward, and one backward in place of three
 
 
+@pytest.mark.slow
 def test_the_share_of_attention_that_a_memory_takes(inputs):
     memory = inputs[3]._replace(bias=jnp.full((B, M), -5.0))
     odds = run(inputs, memory, "memory_share")
@@ -125,6 +128,7 @@ def test_the_share_of_attention_that_a_memory_takes(inputs):
     np.testing.assert_allclose(run(inputs, memory, "memory_share", memory_blocks=(1, 2)), odds[1:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_gives_its_memory_a_reading():
     config = MemoryConfig(
         dim=24, in_dim=4, stages=((8, 3, 1, 1),), latent_grid=(3, 4, 4), filter="radial", tokens=(1, 1, 1),

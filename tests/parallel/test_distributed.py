@@ -16,6 +16,7 @@ import pytest
 from ditmem_jax.data.video import read_video
 from ditmem_jax.models.state import split
 from ditmem_jax.storage.encoders import load_encoder
+from tests import FAST_COMPILATION
 from tests.tiny import make_tiny, replace, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def launch(folder, module, out, devices, *mesh, flags):
     command += [f"--processes={len(devices)}", f"--coordinator=localhost:{port}"]
     processes = []
     for number, count in enumerate(devices):
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count} {FAST_COMPILATION}"
         files = [open(folder / f"{out}.{number}.{name}", "w+") for name in ("out", "err")]  # noqa: SIM115
         process = subprocess.Popen(
             [*command, f"--process={number}"], cwd=ROOT, env=environment, stdout=files[0], stderr=files[1]
@@ -95,6 +96,7 @@ def assert_same_run(run, other):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_continue_what_one_began_and_end_when_one_is_killed(folder):
     run = continued(folder, "two")
     for victim, after in ((1, SAVED + 1), (0, SAVED + 3)):
@@ -115,12 +117,14 @@ def test_two_processes_continue_what_one_began_and_end_when_one_is_killed(folder
     assert_same_run(run, folder / "whole")
 
 
+@pytest.mark.slow
 def test_one_device_continues_what_four_began(folder):
     run = continued(folder, "one")
     finish(start(folder, "one", [1]))
     assert_same_run(run, folder / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_clips_of_one(folder):
     """Three clips by two at once, so that the last is alone; each is written by one process only."""
     flags = [

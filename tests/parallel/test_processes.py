@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import FAST_COMPILATION
 from tests.sample.test_sampler import write_encoder
 from tests.tiny import make_tiny, replace, write_config
 
@@ -36,6 +37,7 @@ print(returned, faults())
     assert kept < returned / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "flags", "programs"),
     [
@@ -50,7 +52,7 @@ def test_what_is_warm_is_not_compiled_again(command, flags, programs, tmp_path):
     if command == "sample":
         write_encoder(tmp_path / "encoder.safetensors", config.memory)
         flags += [f"--encoder={tmp_path / 'encoder.safetensors'}", f"--out={tmp_path}"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def run(*more):

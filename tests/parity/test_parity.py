@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_golden(path):
     kind, checks = compare(path)
@@ -36,6 +37,7 @@ def test_a_line_fits_100_columns():
     assert "…" in text
 
 
+@pytest.mark.slow
 def test_files_that_fail_are_named_and_the_others_still_compared(tmp_path):
     unknown, broken, wrong = (tmp_path / f"{name}.safetensors" for name in ("unknown", "broken", "wrong"))
     save_file({"something": np.zeros(3, np.float32)}, unknown)

@@ -156,7 +156,7 @@ def test_strength_0_is_no_memory(config, sampler):
     silent = sampler.latents([PROMPT], [0], references, strength=0.0)
     heard = sampler.latents([PROMPT], [0], references, strength=1.0)
     quiet = copy.copy(sampler)
-    quiet.config = replace(config, "sample", strength=0.0)
+    quiet.config = replace(sampler.config, "sample", strength=0.0)
     np.testing.assert_array_equal(quiet.latents([PROMPT], [0], -references), silent)
     np.testing.assert_allclose(sampler.latents([PROMPT], [0]), silent, atol=1e-5)
     assert np.abs(heard - silent).max() > 1e-3
@@ -189,6 +189,7 @@ def test_a_clip_does_not_depend_on_its_batch(sampler):
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_step_cache_leaves_steps_out(config, encoder, sampler):
     """On a mesh, as far from all steps as it says."""
     settings = replace(sampler.config, "mesh", data=2, context=2, tensor=2)
@@ -204,6 +205,7 @@ def test_a_step_cache_leaves_steps_out(config, encoder, sampler):
     np.testing.assert_allclose(cached.step_cache_error(prompts, [5, 6]), error, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [dict(data=2, context=2, tensor=2), dict(data=1, fsdp=8)])
 def test_a_mesh_makes_what_one_device_does(config, encoder, sampler, mesh):
     prompts, references = [PROMPT, "A ball falls on planet Cyta"], retrieve(config, PROMPT).latents[None]
@@ -215,6 +217,7 @@ def test_a_mesh_makes_what_one_device_does(config, encoder, sampler, mesh):
         many.latents(["another"], [5])
 
 
+@pytest.mark.slow
 def test_clips_and_what_is_written_beside_them(config, encoder, tmp_path, capsys):
     paths = make_clips(config, PROMPT, tmp_path / "new", encoder, seeds=[3, 4])
     for path, seed in zip(paths, (3, 4), strict=True):
@@ -358,6 +361,7 @@ def test_a_prompt_that_nothing_resembles_is_warned_of(config, capsys):
     assert "it gets no memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_by_id_and_no_memory(config, encoder, tmp_path):
     (named,) = make_clips(config, PROMPT, tmp_path / "named.mp4", encoder, ["video2_3"])
     assert [row["id"] for row in json.loads(named.with_suffix(".json").read_text())["memory"]] == ["video2_3"]
@@ -378,6 +382,7 @@ def two(config, tmp_path_factory):
     return config, files
 
 
+@pytest.mark.slow
 def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
     """And what the solver remembers passes from one to the other."""
     config, files = two
@@ -404,6 +409,7 @@ def test_each_expert_makes_its_steps_with_its_memory_and_guidance(two):
     np.testing.assert_allclose(got, carry.latents, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_clips_in_batches_from_two_experts_with_one_memory(two, encoder, tmp_path):
     """Three clips on devices that take two at once: the third is alone; each as where they take one at once."""
     config, _ = two
@@ -523,6 +529,7 @@ def frames_of(*counts, size=32):
     ]
 
 
+@pytest.mark.slow
 def test_given_frames_are_at_timestep_0_and_put_back_after_each_step(sampler, config):
     """As Wan's own program does for TI2V-5B, with a memory and a solver that remembers."""
     references = retrieve(config, PROMPT).latents[None]
@@ -560,6 +567,7 @@ def test_each_clip_of_a_batch_has_its_own_frames(sampler):
         sampler.latents(prompts, [5, 6], frames=frames_of(1))
 
 
+@pytest.mark.slow
 def test_a_clip_with_a_first_frame_as_a_file(config, tmp_path):
     """It follows the picture's shape, 32 x 32 pixels at most; the file beside it tells of the picture."""
     picture = np.random.default_rng(0).integers(0, 256, (60, 150, 3), np.uint8)

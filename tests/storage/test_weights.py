@@ -156,6 +156,7 @@ def test_weights_take_the_dtype_of_the_config(config):
     assert {x.dtype for x in split(dit)[1].values()} == {np.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 def test_matrices_in_eight_bits(config):
     """Half the memory of bfloat16, the velocity of two blocks to a hundredth, and gradients through it."""
     half, eight = (split(load_dit(replace(config, "weights", dtype=dtype))) for dtype in ("bfloat16", "int8"))

@@ -53,6 +53,7 @@ def some_batch(config, size=8):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trains", "dtype", "remat", "mesh"),
     [("adapter", "float32", "none", ONE), ("both", "int8", "attention", EIGHT)],

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from ditmem_jax.config.networks import TRAIN_STEPS
@@ -18,6 +19,7 @@ from ditmem_jax.types import Batch, Conditioning, Reading
 from tests.tiny import random_arrays, replace, tiny_config
 
 
+@pytest.mark.slow
 def test_every_block_begins_at_the_share_that_is_wanted_and_at_the_error_of_the_clean_estimate():
     config = tiny_config("unused")
     gate = dict(gate="learned", gate_share=0.02, num_layers=config.dit.num_layers, strength=None)

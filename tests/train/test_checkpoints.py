@@ -73,3 +73,22 @@ def test_every_damaged_file_is_found_and_named(tmp_path):
             path.write_bytes(content)
     with TrainingCheckpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.restore(layout(state_at(0))).step == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left on device"), UserError),
+        (RuntimeError("No space left"), UserError),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer"), jax.errors.JaxRuntimeError),
+    ],
+)
+def test_a_disk_is_only_blamed_for_its_own_errors(tmp_path, monkeypatch, error, raised):
+    def fail(*_, **__):
+        raise error
+
+    with TrainingCheckpoints(tmp_path, 2) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(raised, match=r"checkpoint 7 |reset by peer"):
+            checkpoints.save(7, state_at(7), None, {})
+        monkeypatch.undo()

@@ -52,6 +52,7 @@ def test_a_samples_source_is_that_of_most_of_its_references():
         majority_source([entry("a", world="Aron")], "worl")
 
 
+@pytest.mark.slow
 def test_samples_train_the_tokens_of_their_own_source(config):
     records = RecordReader(config.data.records)
     videos, index = matches.read(records, config.data.bank, 2).references(2)
@@ -76,6 +77,7 @@ def test_samples_train_the_tokens_of_their_own_source(config):
     assert moved and moved <= set(batch.source.tolist())
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_names_with_the_tokens_and_clips_take_them(config, encoder, tmp_path, capsys):
     memory, notes = encoder_metadata(encoder)
     assert memory.sources == tuple(sorted(memory.sources)) and len(memory.sources) > 1

@@ -326,6 +326,7 @@ def tiny(monkeypatch, tmp_path):
         jax.config.update(name, old[key])
 
 
+@pytest.mark.slow
 def test_a_run_that_crashes_ends_as_one_that_does_not(tiny, tmp_path, monkeypatch):
     add, seen, crashes = runs.Monitor.add, [], [3]
 

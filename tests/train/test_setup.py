@@ -28,6 +28,7 @@ def config(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.slow
 def test_of_two_experts_only_the_one_that_trains_is_loaded_and_named_in_the_file(config, tmp_path):
     config, mesh = with_experts(config, tmp_path / "weights", "high"), make_mesh(MeshConfig())
     high = safetensors.numpy.load_file(tmp_path / "weights" / "dit_high.safetensors")

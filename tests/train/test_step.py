@@ -248,6 +248,7 @@ def released(config):
     return replace(config, "objective", kind="released", density="shifted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "mesh", "shard"),
     [
@@ -268,6 +269,7 @@ def test_eight_devices_compute_what_one_does(config, change, mesh, shard):
     assert kernel.addressable_shards[0].data.shape == shard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("int8", "remat", "mesh", "held", "kernels"),
     [
@@ -309,6 +311,7 @@ def test_only_the_encoder_changes_and_all_of_it(config):
     assert all(np.isfinite(list(found.values())).all() for found in metrics)
 
 
+@pytest.mark.slow
 def test_every_option_at_once(config):
     """bfloat16, the error without memory as reference, recomputation, accumulated gradients, a cosine with warmup."""
     config = replace(released(config), "weights", dtype="bfloat16")
@@ -325,6 +328,7 @@ def test_every_option_at_once(config):
     assert not np.array_equal(state.rest[mean], start.rest[mean])
 
 
+@pytest.mark.slow
 def test_a_step_costs_at_most_twice_the_forward_pass(config):
     """By XLA's count, blocks laid out, nothing recomputed: no gradient of a frozen weight is ever computed."""
     config = dataclasses.replace(
@@ -351,6 +355,7 @@ def test_a_step_costs_at_most_twice_the_forward_pass(config):
     assert step <= 2.2 * operations(forward, state.params | state.rest, backbone, batch, sigma, batch.latents)
 
 
+@pytest.mark.slow
 def test_a_step_of_two_experts_holds_no_copy_of_weights(tmp_path):
     config = tiny_config(tmp_path)
     optimizer = make_optimizer(config.optim, 10)
@@ -370,6 +375,7 @@ def test_a_step_of_two_experts_holds_no_copy_of_weights(tmp_path):
     assert memory(two, lambda: Experts(one(), one())) <= 1.1 * memory(config, one)
 
 
+@pytest.mark.slow
 def test_a_step_gives_first_frames_as_often_as_it_should(config):
     """At 1 the loss is that of clean first frames, whatever the frozen weights; at 0 nothing changes."""
     plain, held = (run_steps(replace(config, "objective", first_frame=p), steps=1)[0][0] for p in (0.0, 1.0))

@@ -91,6 +91,7 @@ def test_outputs_and_gradients(backend, dtype, tokens, keys, bias):
     assert_close(found, expected(*inputs), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, mesh, batch",
     [

@@ -121,6 +121,7 @@ def test_each_sample_is_its_own(network, inputs):
     np.testing.assert_allclose(whole[1:], last, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_and_unrolling_change_nothing(network, inputs):
     def value_and_gradient(**options):
         structure, _ = abstract(lambda: DiT(CONFIG, compute=Compute(**options), rngs=nnx.Rngs(0)))
@@ -179,6 +180,7 @@ def test_equal_timesteps_of_all_frames_or_tokens_are_one(network, inputs, runs):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_rows_are_modulated_like_the_noisy_frames():
     """One block with a given frame, against all rows joined, each with the modulation of its own timestep."""
     rng, (frames, patches, dim) = np.random.default_rng(0), (3, 4, CONFIG.dim)
@@ -259,6 +261,7 @@ def test_the_sum_of_blocks_is_float32():
     assert error < 0.01
 
 
+@pytest.mark.slow
 def test_8_bits_on_a_mesh(inputs):
     structure, shapes = abstract(lambda: DiT(CONFIG, int8=True, rngs=nnx.Rngs(0)))
     arrays = random_arrays({name: x for name, x in shapes.items() if x.dtype != jnp.int8})

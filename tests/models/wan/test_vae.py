@@ -76,6 +76,7 @@ def test_names_and_shapes_of_the_released_file(preset):
     assert sum(x.size for x in wanted.values()) == manifest["elements"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TWO_LEVELS, SHORTCUTS], ids=["plain", "shortcuts"])
 def test_chunks_do_not_change_the_result(config):
     vae, video = build(config), random(1, 17, 8, 8, 3)
@@ -89,6 +90,7 @@ def test_chunks_do_not_change_the_result(config):
     close(jax.jit(decode_scan, static_argnums=2)(vae, latents, 2), pixels)
 
 
+@pytest.mark.slow
 def test_a_later_frame_changes_nothing_earlier(vae):
     video = random(1, 5, 8, 8, 3)
     before, after = encode(vae, video), encode(vae, video.at[:, 3].add(0.5))
@@ -99,6 +101,7 @@ def test_a_later_frame_changes_nothing_earlier(vae):
     assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_compile_for_any_length(vae, monkeypatch):
     traced = []
     for name in ("encode_chunk", "decode_chunk"):
@@ -120,6 +123,7 @@ def test_normalisation_uses_the_statistics(vae):
     np.testing.assert_array_equal(vae.unnormalise(normalised), raw)
 
 
+@pytest.mark.slow
 def test_posterior_is_on_the_scale_of_the_network_and_differentiable(vae):
     def loss(state, video):
         vae = nnx.merge(graphdef, state)
@@ -226,6 +230,7 @@ def test_downsampling_spares_the_first_frame():
     np.testing.assert_array_equal(whole, clip(1, 123, 345))
 
 
+@pytest.mark.slow
 def test_upsampling_spares_and_forgets_the_first_frame():
     up = vae_module.Upsample(2, 1, True, **KWARGS)
     up.conv.kernel[...] = jnp.zeros((3, 3, 2, 1)).at[1, 1, 0].set(1.0)  # the first channel
