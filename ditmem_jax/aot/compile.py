@@ -164,7 +164,7 @@ def text_encoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, K
     graph, weights = _text_encoder(config, mesh)
     sizes, every = (config.data.batch_size, config.dit.text_len), replicated(mesh)
     inputs = tuple(jax.ShapeDtypeStruct(sizes, dtype, sharding=every) for dtype in (jnp.int32, bool))
-    program = jax.jit(lambda weights, *inputs: nnx.merge(graph, weights)(*inputs))
+    program = jax.jit(lambda weights, *inputs: nnx.merge(graph, weights)(*inputs), keep_unused=True)
     return program, (weights, *inputs), {"text encoder": weights, "batch": inputs}, {}
 
 
@@ -181,7 +181,7 @@ def video_encoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, 
     inputs = with_shardings(cache, jax.tree.map(lambda _: every, cache)), frames(config.vae.temporal_stride)
     kinds = {"VAE": weights, "cache": inputs[0], "batch": inputs[1]}
     beside = {"text encoder": _text_encoder(config, mesh)[1], "video": frames(video.frames)}
-    return encode_program, (graph, weights, *inputs), kinds, beside
+    return _with_all_weights(encode_program), (graph, weights, *inputs), kinds, beside
 
 
 def memory_encoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
@@ -193,7 +193,12 @@ def memory_encoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds,
         return per_video(structure.merge(arrays)).video_rows(latents, training=False)
 
     beside = {"transformer": _transformer(config, mesh), "VAE": nnx.state(_vae(config, mesh))}
-    return jax.jit(program), (arrays, latents), {"memory encoder": arrays, "batch": latents}, beside
+    return (
+        jax.jit(program, keep_unused=True),
+        (arrays, latents),
+        {"memory encoder": arrays, "batch": latents},
+        beside,
+    )
 
 
 def decoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
@@ -211,7 +216,7 @@ def decoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
         "clips": jax.ShapeDtypeStruct(clips, jnp.float32, sharding=every),
     }
     kinds = {"VAE": weights, "cache": cache, "batch": latents}
-    return decode_program, (graph, weights, cache, latents), kinds, beside
+    return _with_all_weights(decode_program), (graph, weights, cache, latents), kinds, beside
 
 
 PROGRAMS: dict[Program, Callable] = {
@@ -222,6 +227,11 @@ PROGRAMS: dict[Program, Callable] = {
     "sample": sampling,
     "decode": decoding,
 }
+
+
+def _with_all_weights(program: Any) -> Any:
+    """A program of a part of the VAE with all weights as its arguments: those of the other part are in memory as well."""
+    return jax.jit(program.__wrapped__, static_argnums=0, donate_argnums=2, keep_unused=True)
 
 
 def _transformer(config: Config, mesh: Mesh) -> Arrays:
