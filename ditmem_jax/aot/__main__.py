@@ -55,7 +55,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
-    PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "What to compile.")
+    PROGRAM = flags.DEFINE_enum(
+        "program", "train", ["train", "text", "encode", "memory", "sample", "decode"], "What to compile."
+    )
     TOPOLOGY = flags.DEFINE_string(
         "topology", None, "Chips, such as v5e:2x4, v5p:2x2x1, v6e:4x4.", required=True
     )

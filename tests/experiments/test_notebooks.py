@@ -54,7 +54,7 @@ def test_switches_and_installation_are_the_same_but_for_the_extra(source):
 
 def commands(text):
     """The words of each of our commands in a cell for bash, variables filled in."""
-    values = {"CONFIG": "tiny", "SHORT": "", "ENCODE": "", "common": ""}
+    values = {"CONFIG": "tiny", "SHORT": "", "ENCODE": "", "common": "", "program": "text"}
     text = re.sub(r"\$(\w+)", lambda found: values.get(found[1], "1"), text)
     for part in re.split(r"\n|;|\|+|&&|\{|\bthen\b|\bdo\b", text.replace("\\\n", " ")):
         words = shlex.split(part.strip(), comments=True)
