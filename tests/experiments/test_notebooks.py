@@ -57,9 +57,8 @@ def commands(text):
     values = {"CONFIG": "tiny", "SHORT": "", "ENCODE": "", "common": "", "program": "text"}
     text = re.sub(r"\$(\w+)", lambda found: values.get(found[1], "1"), text)
     for part in re.split(r"\n|;|\|+|&&|\{|\bthen\b|\bdo\b", text.replace("\\\n", " ")):
-        words = shlex.split(part.strip(), comments=True)
-        if words[:1] == ["ditmem"]:
-            yield words
+        if part.split()[:1] == ["ditmem"]:  # others may be halves of what stood in quotation marks
+            yield shlex.split(part.strip(), comments=True)
 
 
 @of_each
