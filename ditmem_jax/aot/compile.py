@@ -19,7 +19,6 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import track
 
 from ditmem_jax.aot import roof
 from ditmem_jax.conditions.kinds import condition_layout
@@ -41,6 +40,7 @@ from ditmem_jax.parallel.mesh import (
     replicated,
     with_shardings,
 )
+from ditmem_jax.progress import track
 from ditmem_jax.sample.sampler import make_step, schedule
 from ditmem_jax.storage.weights import DTYPES, new_dit
 from ditmem_jax.train.optimizer import make_optimizer
@@ -315,7 +315,7 @@ def _measured(
         "program": stated.generated_code_size_in_bytes,
     }
     cost = program.cost()
-    sent = sum(cost.collectives.values())
+    sent = sum(cost.collectives.values(), 0.0)
     roofs = {
         "compute": (cost.operations + cost.kernels) / chip.operations,
         "HBM": cost.hbm_bytes / chip.hbm_bytes,
