@@ -1,4 +1,4 @@
-"""Run the notebooks of this folder at their least sizes: `python -m experiments.notebooks [--keep] [NAME ...]`.
+"""Run the notebooks of this folder at their least sizes: `python -m experiments.notebooks [--keep] [--jobs N] [NAME ...]`.
 
 Each is made from its source by jupytext and run by nbclient in an empty folder under build/notebooks, with `SMALL` set.
 An error in a cell ends the program. `--keep` writes the notebooks with their outputs beside the sources.
@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -80,18 +81,24 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="such as 1_tiny_model; all by default")
     parser.add_argument("--keep", action="store_true", help="write the notebooks beside their sources")
     parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="folder to run them in")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
     arguments = parser.parse_args()
     names = arguments.names or [source.stem for source in SOURCES]
     if unknown := set(names) - {source.stem for source in SOURCES}:
         parser.error(
             f"no notebook {', '.join(sorted(unknown))}; there are {', '.join(s.stem for s in SOURCES)}"
         )
-    for name in names:
+
+    def make(name: str) -> str:
         start = time.perf_counter()
         notebook = run(FOLDER / f"{name}.py", arguments.out / name)
         target = (FOLDER if arguments.keep else arguments.out) / f"{name}.ipynb"
         write_text(target, nbformat.writes(notebook) + "\n")
-        print(f"{name}: {time.perf_counter() - start:.0f} s, {target}", flush=True)
+        return f"{name}: {time.perf_counter() - start:.0f} s, {target}"
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:  # each waits for a kernel, which is a process
+        for told in pool.map(make, names):
+            print(told, flush=True)
 
 
 if __name__ == "__main__":
