@@ -222,7 +222,7 @@ for number, (planet, clip) in enumerate(trials):
 means = {way: np.nanmean(values) if np.isfinite(values).any() else np.nan for way, values in errors.items()}
 for way, mean in means.items():
     print(f"{way:14}{mean:.2f}, {np.isfinite(errors[way]).sum()} of {len(errors[way])} constants measured")
-plt.figure(figsize=(5, 2.5))
+plt.figure(figsize=(6, 2.5))
 plt.bar(list(means), list(means.values()))
 plt.ylabel("mean law error")
 plt.show()
