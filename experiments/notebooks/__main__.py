@@ -21,6 +21,9 @@ from ditmem_jax.storage.files import write_text
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
+WARNING = re.compile(  # of Python: a message, and the line of code that it is about
+    r"\S+:\d+: \w*Warning: (?:[^\n]*\n +[^\n]*\n|.*?\n *warnings\.warn\([^\n]*\n)", re.DOTALL
+)
 TIMEOUT = 1800  # [s] of a cell; at these sizes only one that hangs takes so long
 
 
@@ -70,9 +73,7 @@ def _tidy(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
         if output.output_type == "stream":
             text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text)  # colours, and where the cursor goes
             text = re.sub(r"[^\n]*\r(?!\n)", "", text)
-            output.text = re.sub(
-                r"\S+:\d+: \w*Warning: .*?\n *warnings\.warn\([^\n]*\n", "", text, flags=re.DOTALL
-            )
+            output.text = WARNING.sub("", text)
     return [output for output in kept if output.get("text", "-").strip()]
 
 
