@@ -12,12 +12,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := .venv-peers
+NOTEBOOKS := .venv-notebooks
 TFIO := .venv-tfio
 PYTHON_3_11 := $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null)
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow peers peers-installed tfio-env tfio-shards lint docs mutants clean
+.PHONY: help demo test test-slow notebooks peers peers-installed tfio-env tfio-shards lint docs mutants clean
 
 help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / { sub(":.*", "", $$1); printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +31,9 @@ test: $(INSTALLED) lint ## lint, then the tests that take less than five seconds
 
 test-slow: $(INSTALLED) ## the other tests: meshes, several processes, kills, whole networks
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+notebooks: $(NOTEBOOKS)/installed ## the notebooks, run at their least sizes [FLAGS=--keep writes their outputs down]
+	$(NOTEBOOKS)/bin/python -m experiments.notebooks $(FLAGS)
 
 peers: peers-installed ## tests against peers, with torch and the TPU compiler, in Python 3.11
 ifneq ($(PYTHON_3_11),)
@@ -58,7 +62,7 @@ docs: $(VENV)/docs ## the pages in build/site, from docs/ and the docstrings
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## forget the environment and what was built
-	rm -rf $(VENV) $(PEERS) $(TFIO) build
+	rm -rf $(VENV) $(NOTEBOOKS) $(PEERS) $(TFIO) build
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 ifeq ($(PYTHON),)
@@ -74,6 +78,11 @@ $(VENV)/docs: $(INSTALLED)
 
 $(VENV)/mutants: $(INSTALLED)
 	$(BIN)/python $(INSTALL) '.[test,mutants]'
+	touch $@
+
+$(NOTEBOOKS)/installed: pyproject.toml setup.py constraints.txt
+	test -x $(NOTEBOOKS)/bin/python || $(PYTHON) -m venv $(NOTEBOOKS)
+	$(NOTEBOOKS)/bin/python $(INSTALL) '.[notebooks]'
 	touch $@
 
 peers-installed: $(if $(PYTHON_3_11),$(PEERS)/installed)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
+from ditmem_jax.progress import make_progress
 from ditmem_jax.storage.weights import empty_index, read_index
 
 from . import export, folder
@@ -120,6 +121,6 @@ def _print_ready(dest: Path, networks: list[Network]) -> None:
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar over that many bytes; yield what to tell of those that are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with make_progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("weights", total=total)
         yield lambda size: progress.advance(bar, size)

@@ -1,7 +1,8 @@
-"""Compile the real step of training or sampling for TPUs that are not there: does it fit, and how fast can it be?
+"""Compile the real programs of training or sampling for TPUs that are not there: do they fit, how fast can they be?
 
     ditmem aot --config wan_14b --topology v5p:2x2x1 --mesh fsdp=4
     ditmem aot --config wan --program sample --topology v5e:2x4 --sweep
+    ditmem aot --config wan --program decode --topology v5e:1x1 --batch 1
 
 The TPU compiler (extra tpu) runs on any x86-64 Linux. Nothing is loaded: shapes stand for all arrays. Memory is the
 compiler's own statement about one chip; operations, bytes and collectives are read from the compiled program.
@@ -54,7 +55,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
-    PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "What to compile.")
+    PROGRAM = flags.DEFINE_enum(
+        "program", "train", ["train", "text", "encode", "memory", "sample", "decode"], "What to compile."
+    )
     TOPOLOGY = flags.DEFINE_string(
         "topology", None, "Chips, such as v5e:2x4, v5p:2x2x1, v6e:4x4.", required=True
     )

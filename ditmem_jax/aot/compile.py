@@ -1,4 +1,4 @@
-"""Compiles the real step of training or sampling for TPUs that are not there, and tells whether it fits.
+"""Compiles the real programs of training and sampling for TPUs that are not there, and tells whether they fit.
 
 The TPU compiler (extra `tpu`) runs on any x86-64 Linux. Nothing is loaded: shapes, dtypes and shardings stand for all
 arrays. Memory is the compiler's own statement about one chip; operations, bytes and collectives are read from the
@@ -19,16 +19,17 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import track
 
 from ditmem_jax.aot import roof
 from ditmem_jax.conditions.kinds import condition_layout
 from ditmem_jax.config import Config, MeshConfig
 from ditmem_jax.errors import UserError, nearest
 from ditmem_jax.models.ditmem import compute_for
+from ditmem_jax.models.encoders import per_video
 from ditmem_jax.models.placement import tree_shardings
 from ditmem_jax.models.state import Arrays, abstract
-from ditmem_jax.models.wan.vae import VAE
+from ditmem_jax.models.wan.umt5 import UMT5
+from ditmem_jax.models.wan.vae import VAE, decode_program, encode_program
 from ditmem_jax.parallel.mesh import (
     AXES,
     batch_parts,
@@ -38,8 +39,9 @@ from ditmem_jax.parallel.mesh import (
     replicated,
     with_shardings,
 )
+from ditmem_jax.progress import track
 from ditmem_jax.sample.sampler import initial, make_step, schedule
-from ditmem_jax.storage.weights import new_dit
+from ditmem_jax.storage.weights import DTYPES, new_dit
 from ditmem_jax.train.optimizer import make_optimizer
 from ditmem_jax.train.setup import batch_layout
 from ditmem_jax.train.step import jit_train_step, make_encoder, make_networks, state_layout
@@ -53,7 +55,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-Program = Literal["train", "sample"]
+Program = Literal["train", "text", "encode", "memory", "sample", "decode"]
 Kinds = dict[str, Any]
 """The contents of memory by kind, each a pytree of shapes with shardings."""
 
@@ -118,11 +120,11 @@ def training(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
 def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
     """As `training`, for a step of denoising with guidance and memory.
 
-    Of two experts it is that of the first step, with one encoder for both. Decoding, which follows, is not part of it.
+    Of two experts it is that of the first step, with one encoder for both. The text encoder is gone by then.
     """
     structure, arrays = _network(lambda: new_dit(config, "high", compute_for(config, mesh)), "dit", mesh)
     encoder, encoder_arrays = _network(lambda: make_encoder(config), "encoder", mesh)
-    _, vae = _network(lambda: VAE(config.vae, rngs=nnx.Rngs(0)), "vae", mesh)
+    vae = nnx.state(_vae(config, mesh))
 
     size = config.data.batch_size
     references = (size, config.data.references, *config.latent_shape)
@@ -156,7 +158,95 @@ def sampling(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]
     return program, (weights, *inputs), {"transformer": weights, "batch": inputs}, beside
 
 
-PROGRAMS: dict[Program, Callable] = {"train": training, "sample": sampling}
+def text_encoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
+    """As `training`, for the embedding of prompts, which is the first thing in sampling."""
+    graph, weights = _text_encoder(config, mesh)
+    sizes, every = (config.data.batch_size, config.dit.text_len), replicated(mesh)
+    inputs = tuple(jax.ShapeDtypeStruct(sizes, dtype, sharding=every) for dtype in (jnp.int32, bool))
+    program = jax.jit(lambda weights, *inputs: nnx.merge(graph, weights)(*inputs), keep_unused=True)
+    return program, (weights, *inputs), {"text encoder": weights, "batch": inputs}, {}
+
+
+def video_encoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
+    """As `training`, for the frames of one latent, with the cache of those before; `ditmem encode` holds the text encoder too."""
+    graph, weights = nnx.split(_vae(config, mesh))
+    video, every = config.video, replicated(mesh)
+
+    def frames(count: int) -> jax.ShapeDtypeStruct:
+        shape = (config.data.batch_size, count, video.height, video.width, 3)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=every)
+
+    cache, _ = jax.eval_shape(encode_program, graph, weights, None, frames(1))
+    inputs = with_shardings(cache, jax.tree.map(lambda _: every, cache)), frames(config.vae.temporal_stride)
+    kinds = {"VAE": weights, "cache": inputs[0], "batch": inputs[1]}
+    beside = {"text encoder": _text_encoder(config, mesh)[1], "video": frames(video.frames)}
+    return _with_all_weights(encode_program), (graph, weights, *inputs), kinds, beside
+
+
+def memory_encoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
+    """As `training`, for the memory rows of one reference video, beside the networks that sampling holds."""
+    structure, arrays = _network(lambda: make_encoder(config), "encoder", mesh)
+    latents = jax.ShapeDtypeStruct((1, *config.latent_shape), jnp.float32, sharding=replicated(mesh))
+
+    def program(arrays: Arrays, latents: jax.Array) -> jax.Array:
+        return per_video(structure.merge(arrays)).video_rows(latents, training=False)
+
+    beside = {"transformer": _transformer(config, mesh), "VAE": nnx.state(_vae(config, mesh))}
+    return (
+        jax.jit(program, keep_unused=True),
+        (arrays, latents),
+        {"memory encoder": arrays, "batch": latents},
+        beside,
+    )
+
+
+def decoding(config: Config, mesh: Mesh) -> tuple[Callable, tuple, Kinds, Kinds]:
+    """As `training`, for the frames of one latent, with the cache of those before, beside the networks that sampling holds."""
+    graph, weights = nnx.split(_vae(config, mesh))
+    size, video, every = config.data.batch_size, config.video, replicated(mesh)
+    shape = (size, 1, *config.latent_shape[1:])
+    latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=every)
+    cache, _ = jax.eval_shape(decode_program, graph, weights, None, latents)
+    cache = with_shardings(cache, jax.tree.map(lambda _: every, cache))
+    clips = (size, video.frames, video.height, video.width, 3)
+    beside = {
+        "transformer": _transformer(config, mesh),
+        "memory encoder": _network(lambda: make_encoder(config), "encoder", mesh)[1],
+        "clips": jax.ShapeDtypeStruct(clips, jnp.float32, sharding=every),
+    }
+    kinds = {"VAE": weights, "cache": cache, "batch": latents}
+    return _with_all_weights(decode_program), (graph, weights, cache, latents), kinds, beside
+
+
+PROGRAMS: dict[Program, Callable] = {
+    "train": training,
+    "text": text_encoding,
+    "encode": video_encoding,
+    "memory": memory_encoding,
+    "sample": sampling,
+    "decode": decoding,
+}
+
+
+def _with_all_weights(program: Any) -> Any:
+    """A program of a part of the VAE with all weights as its arguments: those of the other part are in memory as well."""
+    return jax.jit(program.__wrapped__, static_argnums=0, donate_argnums=2, keep_unused=True)
+
+
+def _transformer(config: Config, mesh: Mesh) -> Arrays:
+    return _network(lambda: new_dit(config, "both", compute_for(config, mesh)), "dit", mesh)[1]
+
+
+def _text_encoder(config: Config, mesh: Mesh) -> tuple[Any, Any]:
+    """Structure and weights."""
+    dtype = DTYPES[config.weights.computed_in]
+    structure, arrays = _network(lambda: UMT5(config.text, rngs=nnx.Rngs(0), dtype=dtype), "text", mesh)
+    return nnx.split(structure.merge(arrays))
+
+
+def _vae(config: Config, mesh: Mesh) -> VAE:
+    structure, arrays = _network(lambda: VAE(config.vae, rngs=nnx.Rngs(0)), "vae", mesh)
+    return structure.merge(arrays)
 
 
 def _network(create: Callable[[], nnx.Module], prefix: str, mesh: Mesh) -> tuple[Any, Arrays]:
@@ -213,7 +303,7 @@ def _measured(
     """The report with what the compiler and its program tell."""
     stated, program = compiled.memory_analysis(), roof.Program(compiled.as_text())
     arguments = sum(report.memory.values())
-    weights = {_signature(x) for x in jax.tree.leaves(kinds["transformer"])}
+    weights = {_signature(x) for x in jax.tree.leaves(kinds.get("transformer", ()))}
     kept = min(program.kept(config.dit.num_layers, weights), stated.temp_size_in_bytes)
     kept = kept if report.program == "train" else 0
     memory = report.memory | {
@@ -224,7 +314,7 @@ def _measured(
         "program": stated.generated_code_size_in_bytes,
     }
     cost = program.cost()
-    sent = sum(cost.collectives.values())
+    sent = sum(cost.collectives.values(), 0.0)
     roofs = {
         "compute": (cost.operations + cost.kernels) / chip.operations,
         "HBM": cost.hbm_bytes / chip.hbm_bytes,
@@ -251,14 +341,16 @@ def topology_devices(topology: str) -> list[jax.Device]:
     """The chips of a topology such as v5e:2x4, on a machine that has none of them."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is missing", fix="pip install 'ditmem_jax[tpu]', on Linux")
+    alone = re.fullmatch(r"\w+:1(x1)+", topology)  # a host has four chips, unless told that it has one
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
         raise UserError(
             f"no TPU topology {topology!r}",
-            expected="generation and shape, such as v5e:2x4, v5p:2x2x1 or v6e:4x4; hosts have 4 chips",
+            expected="generation and shape, such as v5e:1x1, v5e:2x4, v5p:2x2x1 or v6e:4x4",
             found=str(error).splitlines()[0],
         ) from error
     if devices[0].device_kind not in roof.CHIPS:

@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from flax import nnx
 from jaxtyping import Array, Float, Float32
-from rich.progress import track
 
 from ditmem_jax.bank.table import Table, lance_errors, to_matrix
 from ditmem_jax.data.record import DTYPES
@@ -36,6 +35,7 @@ from ditmem_jax.data.records import Meta
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.encoders import VideoEncoder, per_video
+from ditmem_jax.progress import track
 from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.encoders import load_encoder
 from ditmem_jax.storage.files import parse_json

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32
-from rich.progress import track
 
 from ditmem_jax.bank.search import QUERIES_AT_ONCE, WITH_RECORD, Bank, cosines
 from ditmem_jax.bank.sketches import Sketches
@@ -25,6 +24,7 @@ from ditmem_jax.data.record import Entry
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.data.references import Pointer, References
 from ditmem_jax.errors import UserError
+from ditmem_jax.progress import track
 from ditmem_jax.storage.digests import of_json
 from ditmem_jax.storage.files import parse_json, replacing
 

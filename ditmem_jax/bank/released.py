@@ -22,7 +22,6 @@ import faiss
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Float32
-from rich.progress import track
 
 from ditmem_jax.bank.embedders import make_embedder
 from ditmem_jax.bank.rows import columns_of, rows_of_records
@@ -31,6 +30,7 @@ from ditmem_jax.data.record import DTYPES, Entry, Record
 from ditmem_jax.data.records import Meta, RecordWriter
 from ditmem_jax.data.references import References
 from ditmem_jax.errors import UserError
+from ditmem_jax.progress import track
 from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.files import make_folder, read_json, replacing, write_text
 from ditmem_jax.storage.torch_files import import_torch, load_torch, to_numpy

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float16
-from rich.progress import track
 
 from ditmem_jax.bank.search import WITH_RECORD, Bank
 from ditmem_jax.data.records import RecordReader
+from ditmem_jax.progress import track
 
 GRID = (6, 8, 8)  # cells along time, height and width at most
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.progress import track
 
 from ditmem_jax.bank.table import Table, digests_of, to_matrix
 from ditmem_jax.data.record import checksum
 from ditmem_jax.data.records import RecordReader
 from ditmem_jax.errors import UserError
+from ditmem_jax.progress import track
 
 
 def check(table: Table, deep: bool = False) -> list[str]:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from rich.progress import track
 
 from ditmem_jax.bank.search import Bank
 from ditmem_jax.config import Config
 from ditmem_jax.data.references import References
 from ditmem_jax.evaluate.laws import told
+from ditmem_jax.progress import track
 from ditmem_jax.sample.sampler import Sampler
 from ditmem_jax.storage.files import replacing
 from ditmem_jax.worlds.captions import caption

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-from rich.progress import track
 
 from ditmem_jax.bank.embedders import Embedder, load_embedder
 from ditmem_jax.config import Config
@@ -29,6 +28,7 @@ from ditmem_jax.data.records import Meta
 from ditmem_jax.data.sources import Row, read_row
 from ditmem_jax.encode.shards import Job, Networks, Part, describe, embed, write_part
 from ditmem_jax.errors import UserError
+from ditmem_jax.progress import track
 from ditmem_jax.storage.weights import load_umt5, load_vae
 
 Prompts = dict[str, Any]
@@ -57,6 +57,7 @@ class Local:
             clips = iter(track(clips, "encoding", total=len(rows)))
             for shard in shards:
                 yield write_part(shard, itertools.islice(clips, len(shard)), self.networks, job)
+            next(clips, None)  # the bar counts a clip as done when the next one is asked for
 
 
 class OnRay:

@@ -2,6 +2,7 @@
 
 from ditmem_jax.report.films import Film as Film
 from ditmem_jax.report.films import FilmRow as FilmRow
+from ditmem_jax.report.films import animation as animation
 from ditmem_jax.report.films import film_grid as film_grid
 from ditmem_jax.report.html import Html as Html
 from ditmem_jax.report.html import tag as tag

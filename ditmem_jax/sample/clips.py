@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -31,6 +30,7 @@ from ditmem_jax.errors import UserError
 from ditmem_jax.models.ditmem import compute_for
 from ditmem_jax.parallel import compilation, processes
 from ditmem_jax.parallel.mesh import batch_parts
+from ditmem_jax.progress import make_progress
 from ditmem_jax.sample.requests import Request
 from ditmem_jax.sample.retrieval import Retrieved, retrieve, search
 from ditmem_jax.sample.sampler import Given, NotFinite, Rows, Sampler, with_encoders
@@ -172,7 +172,7 @@ def _make(
             progress.console.print(phases)
         progress.advance(bar)
 
-    with Progress(*columns, console=Console(quiet=not processes.is_primary())) as progress:
+    with make_progress(*columns, console=Console(quiet=not processes.is_primary())) as progress:
         bar = progress.add_task("loading", total=None)
         prompts = list(dict.fromkeys(clip.request.prompt for clip in clips))
         sampler = Sampler.load(config, encoder, on_step, prompts)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from ditmem_jax.config import Config, to_dict
@@ -37,6 +37,7 @@ from ditmem_jax.config.strict import dataclasses_of
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import Arrays
 from ditmem_jax.parallel import compilation, processes
+from ditmem_jax.progress import make_progress
 from ditmem_jax.storage.digests import of_file
 from ditmem_jax.storage.files import make_folder, replacing, write_text
 
@@ -289,7 +290,7 @@ class Monitor:
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(
+        self.progress = make_progress(
             *columns,
             console=self.console,
             disable=self.console.quiet or not self.console.is_terminal,

@@ -7,10 +7,10 @@ from typing import Literal, get_args
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from ditmem_jax.data.video import write_video
 from ditmem_jax.errors import UserError
+from ditmem_jax.progress import track
 from ditmem_jax.storage.files import make_folder, replacing
 from ditmem_jax.worlds.captions import caption
 from ditmem_jax.worlds.laws import PHENOMENA, RANGES, World, splits

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ditmem_jax.config import flags as cli
 from ditmem_jax.errors import UserError
+from ditmem_jax.progress import make_progress
 from ditmem_jax.storage.files import write_text
 from experiments.benchmarks.case import GRIDS, Case
 from experiments.benchmarks.child import arguments
@@ -73,7 +73,7 @@ def compare(
     plan: list[tuple[str, Case]], sides: Sequence[str], rounds: int, repeats: int
 ) -> Iterator[tuple[dict, dict]]:
     """One row per operation and case, of medians over all rounds; and what it was measured on."""
-    with Progress() as progress:
+    with make_progress() as progress:
         bar = progress.add_task("measuring", total=len(plan) * rounds * len(sides))
         for operation, case in plan:
             found: dict[str, list[dict]] = {side: [] for side in sides}

@@ -26,7 +26,6 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from rich.console import Console
-from rich.progress import track
 
 from ditmem_jax.config import DiTConfig
 from ditmem_jax.config import flags as cli
@@ -36,6 +35,7 @@ from ditmem_jax.convert.original import original
 from ditmem_jax.errors import UserError
 from ditmem_jax.models.state import abstract
 from ditmem_jax.models.wan.dit import DiT
+from ditmem_jax.progress import track
 from ditmem_jax.storage.files import write_text
 from experiments import provenance
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from rich.progress import Progress
 
 from ditmem_jax.config import flags as cli
 from ditmem_jax.config.files import load_config
 from ditmem_jax.parallel.mesh import all_gather_to_host
+from ditmem_jax.progress import make_progress
 from ditmem_jax.sample.sampler import Sampler
 from ditmem_jax.storage.files import write_text
 from ditmem_jax.worlds.captions import caption
@@ -46,7 +46,7 @@ def main() -> None:
     def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
         return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
-    with Progress() as progress:
+    with make_progress() as progress:
         bar = progress.add_task("sampling", total=2 * (len(TOLERANCES) + 2))
         for solver in ("euler", "unipc"):
             every, _ = clips(solver, 0.0, seeds)

@@ -20,6 +20,15 @@ from tests.tiny import replace, tiny_config, write_config
 
 with_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 TOPOLOGY = "v5e:2x2"
+BESIDE = {
+    "train": set(),
+    "text": set(),
+    "encode": {"text encoder", "video"},
+    "memory": {"transformer", "VAE"},
+    "sample": {"memory encoder", "VAE"},
+    "decode": {"transformer", "memory encoder", "clips"},
+}
+"""What stays on the device and is no argument of a program."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +41,8 @@ def small(folder="nowhere"):
     config = tiny_config(folder, mesh=MeshConfig(data=1, fsdp=4))
     dit = dataclasses.replace(config.dit, dim=256, num_heads=2, num_layers=2)
     memory = dataclasses.replace(config.memory, dim=256)
-    config = dataclasses.replace(config, dit=dit, memory=memory)
+    vae = dataclasses.replace(config.vae, num_res_blocks=1)  # every convolution takes the compiler a second
+    config = dataclasses.replace(config, dit=dit, memory=memory, vae=vae)
     config = replace(config, "weights", dtype="bfloat16")
     return replace(config, "run", remat="blocks")
 
@@ -47,7 +57,7 @@ def test_meshes_may_split_an_axis_of_the_torus(topology, mesh):
 
 
 @with_compiler
-@pytest.mark.parametrize("program", ["train", "sample"])
+@pytest.mark.parametrize("program", aot.PROGRAMS)
 def test_memory_is_what_the_compiler_states(program, monkeypatch):
     """And every kind of argument is its arrays' share of one chip."""
     seen = []
@@ -64,12 +74,18 @@ def test_memory_is_what_the_compiler_states(program, monkeypatch):
     whole += stated.output_size_in_bytes - stated.alias_size_in_bytes
     assert report.fits and sum(report.memory.values()) == whole
     assert min(report.memory.values()) >= 0
-    assert report.operations > 0 and report.kernels > 0 and not report.uncounted
-    assert any(kind == "all-gather" for kind, *_ in report.collectives)
+    assert report.operations > 0 and not report.uncounted
+    assert (report.kernels > 0) == (program in ("train", "sample"))
+    if program in ("train", "sample"):
+        assert any(kind == "all-gather" for kind, *_ in report.collectives)
     if program == "train":
         assert report.memory["optimiser"] == pytest.approx(2 * report.memory["encoder"], rel=0.05)
-    else:
-        assert set(report.beside) == {"memory encoder", "VAE"} and min(report.beside.values()) > 0
+    assert set(report.beside) == BESIDE[program] and all(size > 0 for size in report.beside.values())
+
+
+@with_compiler
+def test_one_chip_is_a_topology():
+    assert len(aot.topology_devices("v5e:1x1")) == len(aot.topology_devices("v6e:1x1")) == 1
 
 
 @with_compiler

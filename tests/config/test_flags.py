@@ -207,7 +207,7 @@ def test_choices_and_defaults_of_flags_are_those_of_the_library(line):
     def page(command, *arguments):
         return line(f"ditmem_jax.{command}", *arguments, "--help")
 
-    assert f"--program={'|'.join(aot.PROGRAMS)} " in page("aot")
+    assert f"--program={'|'.join(aot.PROGRAMS)}" in page("aot").split()
     assert f"--split={'|'.join(typing.get_args(Split))}\n" in page("worlds")
     assert f"--kind={'|'.join(KINDS)}\n" in line("convert", "--help")
     assert f"(FAISS IVF). Default: {IVF_ABOVE}." in page("bank", "search")

@@ -42,7 +42,7 @@ print(returned, faults())
     ("command", "flags", "programs"),
     [
         ("train", [], ("jit_train_step", "jit_with_memory", "jit_over_levels")),
-        ("sample", ["--prompt=A ball falls"], ("jit_step", "jit__mix", "jit__decode_chunk")),
+        ("sample", ["--prompt=A ball falls"], ("jit_step", "jit__mix", "jit_decode_program")),
     ],
 )
 def test_what_is_warm_is_not_compiled_again(command, flags, programs, tmp_path):

@@ -69,6 +69,24 @@ def test_intervals_skip_what_is_unknown():
     assert 'cx="200.5"' in chart  # a quarter of the way from 112 to 466
 
 
+def test_an_animation_plays_clips_side_by_side_without_loss():
+    rng = np.random.default_rng(0)
+    clips = [rng.integers(0, 256, (3, 4, 6, 3), np.uint8) for _ in range(2)]
+    with av.open(io.BytesIO(report.animation(clips, fps=8)), format="apng") as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 8
+    np.testing.assert_array_equal([frame[:, :6] for frame in frames], clips[0])
+    np.testing.assert_array_equal([frame[:, 8:] for frame in frames], clips[1])
+    assert all((frame[:, 6:8] == 255).all() for frame in frames)
+
+
+def test_an_animation_leaves_out_pixels_of_large_clips():
+    clip = np.arange(5 * 7, dtype=np.uint8).reshape(1, 5, 7, 1).repeat(3, axis=3)
+    with av.open(io.BytesIO(report.animation([clip], fps=8, width=3)), format="apng") as container:
+        (frame,) = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+    np.testing.assert_array_equal(frame, clip[0, ::3, ::3])
+
+
 def test_png_is_lossless():
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
     pixels[2:5] = pixels[1]

@@ -328,13 +328,13 @@ def encode(vae: VAE, video: Pixels) -> Latents:
         UserError: if frames are not 1 + n * `temporal_stride` or a side is no multiple of `spatial_stride`.
     """
     vae.config.latent_grid(*video.shape[1:4])
-    return _host_loop(_encode_chunk, vae, video, vae.config.temporal_stride)
+    return _host_loop(encode_program, vae, video, vae.config.temporal_stride)
 
 
 def decode(vae: VAE, latents: Latents) -> Pixels:
     """Normalised latents -> videos, not clamped, by a loop on the host: compiled once for all lengths."""
     _check_latents(vae, latents)
-    return _host_loop(_decode_chunk, vae, latents, 1)
+    return _host_loop(decode_program, vae, latents, 1)
 
 
 def encode_scan(vae: VAE, video: Pixels, per_chunk: int = 0) -> Latents:
@@ -407,10 +407,12 @@ def _host_loop(step: Callable, vae: VAE, x: Array, size: int) -> Array:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _encode_chunk(graphdef, state, cache: Cache, frames: Array) -> tuple[Cache, Array]:
+def encode_program(graphdef, state, cache: Cache, frames: Array) -> tuple[Cache, Array]:
+    """`VAE.encode_chunk`, compiled; the cache is used up."""
     return nnx.merge(graphdef, state).encode_chunk(cache, frames)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode_chunk(graphdef, state, cache: Cache, latents: Array) -> tuple[Cache, Array]:
+def decode_program(graphdef, state, cache: Cache, latents: Array) -> tuple[Cache, Array]:
+    """`VAE.decode_chunk`, compiled; the cache is used up."""
     return nnx.merge(graphdef, state).decode_chunk(cache, latents)

@@ -1,0 +1,1 @@
+"""Notebooks for Colab: sources in jupytext's percent format, and the notebooks made from them."""
