@@ -26,7 +26,7 @@ help: ## this list
 demo: $(INSTALLED) ## worlds, training, clips with and without memory, and a report to look at
 	$(BIN)/ditmem demo
 
-test: $(INSTALLED) lint ## lint, then the tests that take less than five seconds each
+test: $(INSTALLED) lint ## lint, then the tests that take less than three seconds each
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 test-slow: $(INSTALLED) ## the other tests: meshes, several processes, kills, whole networks

@@ -64,6 +64,7 @@ def test_the_other_commands(tmp_path):
     assert json.loads(bank("stats", place, "--json", "--version=1"))["videos"] == 20
 
 
+@pytest.mark.slow
 def test_bad_commands(tmp_path):
     place = f"--bank={tmp_path / 'nowhere'}"
     assert "expected: one of: search" in bank("serch", place, fails=True)

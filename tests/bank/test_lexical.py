@@ -138,6 +138,7 @@ def test_the_hash_is_fixed():
     np.testing.assert_array_equal(ball, 1 + np.array([0, 2, 5, 15, 16, 20, 21, 22]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", [2, 6])
 def test_the_planet_outweighs_everything_else(clips):
     rng = np.random.default_rng(0)

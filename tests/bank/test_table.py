@@ -206,6 +206,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     create(tmp_path, "a", "b")
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)

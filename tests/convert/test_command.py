@@ -59,6 +59,7 @@ def test_look_convert_and_verify(source, tmp_path):
     assert wrong.returncode == 1 and "norm.weight: norm.scale holds other values" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

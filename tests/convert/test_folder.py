@@ -77,6 +77,7 @@ def test_converted_is_made_once_and_again_when_weights_change(copy, monkeypatch,
     assert converted(copy) != first
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_convert_at_once_the_first_one_counts(copy, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -268,6 +269,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_folder_is_put_together_in_several_calls(original, tmp_path):
     convert_checkpoint(original, tmp_path / "whole")
     for name in ("dit", "vae", "text"):
@@ -382,6 +384,7 @@ def test_provenance_and_checksums(original, tmp_path):
     assert damage(tmp_path / "converted") == []
 
 
+@pytest.mark.slow
 def test_a_changed_bit_is_found(original, tmp_path):
     convert_checkpoint(original, tmp_path / "converted")
     networks = plan(open_source(original))

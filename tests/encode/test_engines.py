@@ -75,6 +75,7 @@ def test_a_cluster_that_is_not_there_is_named():
         OnRay("localhost:1")
 
 
+@pytest.mark.slow
 def test_a_cluster_embeds_captions_as_one_process_does(monkeypatch):
     ray = pytest.importorskip("ray")
     captions = [f"ball {i} falls on planet {i % 7}" for i in range(50)]

@@ -71,6 +71,7 @@ def ids(cards):
     return [attributes["data-id"] for attributes in Text(cards).attributes if "data-id" in attributes]
 
 
+@pytest.mark.slow
 def test_a_search_gives_the_nearest_with_scores(gallery):
     found = gallery.search("a red ball falls on zorvex", k=3)
     assert found.rows[0]["id"] == "red zorvex.mp4" and len(found.rows) == 3 and found.left == COUNT

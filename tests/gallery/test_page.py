@@ -27,6 +27,7 @@ def ask(address, path, method="GET", **headers):
     return response.status, response.headers, response.read()
 
 
+@pytest.mark.slow
 def test_a_clip_is_had_by_its_id_in_parts_too(address, gallery, folder):
     original = (folder / "videos" / "red zorvex.mp4").read_bytes()
     path = f"/clip?version={gallery.about().version}&id={quote('red zorvex.mp4')}"
@@ -203,6 +204,7 @@ def test_a_point_of_the_map_plays_its_clip(page):
     page.locator(".legend").get_by_text("quindara", exact=True).wait_for()
 
 
+@pytest.mark.slow
 def test_add_remove_and_go_back_to_an_old_version(page, gallery, folder):
     before = gallery.about()
     open_tab(page, "Add")

@@ -184,6 +184,7 @@ def test_gradients_reach_a_and_b_as_they_would_through_the_merged_matrix(kind, r
             assert distance(found[f"{layer}.lora.{part}"], wanted) < (1e-5 if kind == "float32" else 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_rules_divide_a_and_b_over_a_mesh(kind):
     structure, arrays, adapters = adapted(kind)

@@ -138,6 +138,7 @@ def test_rows_and_bias(norm, request):
     np.testing.assert_allclose(jnp.exp(memory.bias), np.tile(counts, (2, 6)), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "training"), [("group", False), ("batch", True)])
 def test_an_absent_video_changes_nothing(norm, training, request):
     encoder = nnx.clone(request.getfixturevalue(norm))
@@ -205,6 +206,7 @@ def test_batch_norm_by_hand():
     np.testing.assert_allclose([norm.mean[0], norm.var[0]], [0.4, 0.9 + 0.1 * 20 / 3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_sharded_batch_are_those_of_the_whole(batch):
     x = noise(8, 1, 5, 4, 4, 3)
     mesh = make_mesh(MeshConfig(data=8))

@@ -75,6 +75,7 @@ def test_denoise_takes_every_step_and_tells():
     assert len(told) == 3
 
 
+@pytest.mark.slow
 def test_a_schedule_of_two_experts_by_hand(config):
     two = dataclasses.replace(config, experts=ExpertsConfig(0.75))
     two = replace(two, "sample", steps=4, shift=1.0, guidance=2.0, guidance_high=4.0)
@@ -173,6 +174,7 @@ def test_references_that_score_too_low_are_not_read(config, sampler):
     assert np.abs(fits - does_not).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_second_clip_compiles_nothing(config, encoder, compilations):
     sampler, references = Sampler.load(config, encoder), retrieve(config, PROMPT).latents[None]
     sampler.generate([PROMPT], [0], references)
@@ -309,6 +311,7 @@ def test_a_clip_of_the_users_name_is_not_replaced(config, noise, tmp_path):
     assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_are_no_clip(config, sampler):
     def step(carry, row):
         return Carry(carry.latents / (row[0] - 0.5))
@@ -449,6 +452,7 @@ def test_seeds_and_references_are_one_a_prompt(sampler, config):
             sampler.latents([PROMPT], *given)
 
 
+@pytest.mark.slow
 def test_an_expert_without_a_step_is_not_compiled(two):
     config, files = two
     single = Sampler.load(replace(config, "sample", steps=1), [files["high"], files["low"]])

@@ -67,6 +67,7 @@ def test_a_cut_or_altered_encoder_is_named(file):
             load_encoder(file)
 
 
+@pytest.mark.slow
 def test_an_altered_header_of_an_encoder_is_refused(file):
     content = file.read_bytes()
     start, stop = content.index(b"__metadata__"), content.index(b"data_offsets")
@@ -125,6 +126,7 @@ def test_settings_that_the_weights_do_not_mention_have_their_defaults(config, tm
         load_dit(replace(older, "dit", eps=1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, load", [("dit", load_dit), ("vae", load_vae), ("text", load_umt5), ("tokenizer", load_umt5)]
 )

@@ -75,6 +75,7 @@ def assert_close(found, wanted, dtype="float32"):
         np.testing.assert_allclose(x.astype(jnp.float32) / scale, y / scale, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize(
     "backend, dtype, tokens, keys",

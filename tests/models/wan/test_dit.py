@@ -87,6 +87,7 @@ def test_patches_by_hand():
     np.testing.assert_array_equal(_unpatchify(patches, (1, 1, 2), (1, 2, 2)), x)
 
 
+@pytest.mark.slow
 def test_memory_changes_the_velocity(network, inputs):
     *plain, memory = inputs
     assert np.abs(run(network, *plain) - run(network, *plain, memory)).max() > 1e-3
@@ -109,12 +110,14 @@ def test_an_absent_row_is_a_row_left_out(network, inputs):
     np.testing.assert_allclose(run(network, *plain, absent), run(network, *plain, left_out), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_rows_have_no_order(network, inputs):
     *plain, memory = inputs
     turned = Memory(memory.tokens[:, ::-1], memory.bias[:, ::-1])
     np.testing.assert_allclose(run(network, *plain, turned), run(network, *plain, memory), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_sample_is_its_own(network, inputs):
     whole = run(network, *inputs)
     last = run(network, *jax.tree.map(lambda x: x[1:], inputs))
@@ -172,6 +175,7 @@ def test_timesteps_that_do_not_divide_the_tokens(network, inputs):
         network[0].merge(network[1])(latents, jnp.zeros((B, 4)), context)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [3, 18], ids=["frame", "token"])
 def test_equal_timesteps_of_all_frames_or_tokens_are_one(network, inputs, runs):
     latents, time, context, memory = inputs
@@ -232,6 +236,7 @@ def test_timesteps_are_embedded_in_float32():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("high", [True, False])
 def test_one_of_two_experts_serves(network, inputs, high):
     structure, arrays = network
@@ -244,6 +249,7 @@ def test_one_of_two_experts_serves(network, inputs, high):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_sum_of_blocks_is_float32():
     """In bfloat16 it would be rounded three times a block: 0.014 here instead of 0.007."""
     config = dataclasses.replace(CONFIG, num_layers=24)
