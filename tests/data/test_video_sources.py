@@ -354,6 +354,28 @@ def test_bad_rows_are_told_by_number_and_the_others_read(tmp_path):
     assert (good[0].id, other[0].id) == ("a.mp4", "c.mp4") and "line 2 of" in str(problem[1])
 
 
+def test_rows_that_name_no_video_are_told_by_number(tmp_path):
+    rows = [{"video": "a.mp4", "caption": "x"}, {"video": None, "caption": "y"}, {"caption": "z"}]
+    rows += [{"video": "b.mp4", "caption": ["one", "two"]}, {"video": ["c.mp4"], "caption": "x"}]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    good, *bad = read_table(tmp_path / "t.json")
+    assert good[0].id == "a.mp4"
+    for number, (entry, problem) in enumerate(bad, start=2):
+        assert entry.id == f"row {number}" and f"row {number} of" in str(problem)
+
+
+def test_a_zip_file_that_was_replaced_is_opened_anew(folder, tmp_path):
+    states = []
+    for name in ("a.mp4", "deep/b.mp4"):
+        with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
+            archive.write(folder / name, "a.mp4")
+        (tmp_path / "new.zip").replace(tmp_path / "v.zip")
+        place = Videos([tmp_path / "v.zip"]).find("a.mp4")
+        states.append(place.stamp())
+        assert place.read() == (folder / name).read_bytes()
+    assert states[0].modified != states[1].modified and states[0].digest != states[1].digest
+
+
 def test_tables_in_other_spellings(tmp_path):
     want = [(Entry("a.mp4", "a ball", "a.mp4", extra={"motion": "0.5"}), "a.mp4")]
     (tmp_path / "t.tsv").write_text("file_name\ttext\tmotion\na.mp4\ta ball\t0.5\n", "utf-16")
@@ -362,7 +384,8 @@ def test_tables_in_other_spellings(tmp_path):
         '{"version": 1, "data": [{"path": "a.mp4", "text": "a ball", "motion": 0.5}]}'
     )
     (tmp_path / "l.json").write_text('{"video": "a.mp4", "caption": "a ball", "motion": 0.5}\n\n')
-    for name in ("t.tsv", "t.json", "u.json", "l.json"):
+    (tmp_path / "caps.csv").write_text("File Name,Text,motion\na.mp4,a ball,0.5\n")
+    for name in ("t.tsv", "t.json", "u.json", "l.json", "caps.csv"):
         assert read_table(tmp_path / name) == want, name
     (tmp_path / "n.csv").write_text("video,clipname,words,caption\n1,a.mp4,a ball,no\n")
     ((entry, video),) = read_table(tmp_path / "n.csv", video="clipname", caption="words")
