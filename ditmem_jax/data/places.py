@@ -230,7 +230,7 @@ class InParquet(Place):
 
 
 def list_folder(folder: Path) -> list[Place]:
-    """Every file below a folder, also below linked folders, each of which is entered once."""
+    """Every file below a folder, also below linked folders; each is entered once, by its own name rather than a link."""
     places, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(root)
@@ -238,6 +238,7 @@ def list_folder(folder: Path) -> list[Place]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))
         names = (Path(root, file) for file in files)
         places += [InFolder(str(folder), p.relative_to(folder).as_posix()) for p in names if p.is_file()]
     return places

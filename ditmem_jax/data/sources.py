@@ -243,9 +243,10 @@ class Videos:
         self.left_out = []
         for places in [*map(list_folder, self._folders), *self._archives]:
             by_name, taken = {place.name: place for place in places}, set()
+            composed = {_composed(name): place for name, place in by_name.items()}
             for name in sorted(filter(_is_video, by_name)):
-                stem = str(PurePosixPath(name).with_suffix(""))
-                beside = [by_name[stem + suffix] for suffix in BESIDE if stem + suffix in by_name]
+                stem = _composed(str(PurePosixPath(name).with_suffix("")))
+                beside = [composed[stem + suffix] for suffix in BESIDE if stem + suffix in composed]
                 taken |= {name, *(place.name for place in beside)}
                 try:
                     caption, extra = _beside(beside)

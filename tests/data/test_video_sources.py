@@ -457,6 +457,8 @@ def test_accents_of_one_letter_or_two(folder, tmp_path):
     (tmp_path / "v" / parts).write_bytes((folder / "a.mp4").read_bytes())
     with zipfile.ZipFile(tmp_path / "v.zip", "w") as z, tarfile.open(tmp_path / "v.tar", "w") as t:
         z.write(tmp_path / "v" / parts, parts), t.add(tmp_path / "v" / parts, parts)
+    (tmp_path / "v" / whole.replace("mp4", "txt")).write_text("a café")
+    assert [entry.caption for entry, _ in Videos([tmp_path / "v"]).rows()] == ["a café"]
     for place in ("v", "v.zip", "v.tar"):
         assert Videos([tmp_path / place]).find(whole).name == parts
         assert Videos([tmp_path / place]).find(parts).name == parts
@@ -468,7 +470,9 @@ def test_folders_without_a_table(folder, tmp_path):
     here.mkdir(), far.mkdir()
     ring.symlink_to(here)
     (here / "link").symlink_to(far)
-    names = ("a.mp4", "c.TS", "link/b.mp4", "bad.mp4", "j.mp4")
+    (here / "own").mkdir()
+    (here / "again").symlink_to(here / "own")
+    names = ("a.mp4", "c.TS", "link/b.mp4", "own/d.mp4", "bad.mp4", "j.mp4")
     for name in names:
         (here / name).write_bytes(b"")
         (here / name).with_suffix(".txt").write_bytes(b"it\x92s" if name == "bad.mp4" else name.encode())
