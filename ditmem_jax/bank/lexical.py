@@ -64,17 +64,30 @@ _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")  # a number or a word; marks say 
 
 
 def words(text: str) -> list[str]:
-    """The words and numbers of a text, normalised (NFKC) and in lower case.
+    """The words and numbers of a text, normalised (NFKC), in lower case and without accents.
 
     Scripts without spaces give the pairs of neighbouring letters, and Han single ones as well.
     """
     if text.isascii():
         return _WORD.findall(text.lower())
     found = []
-    for word in _any_word().findall(unicodedata.normalize("NFKC", text).casefold()):
+    for word in _any_word().findall(_without_accents(unicodedata.normalize("NFKC", text).casefold())):
         for run in _runs().findall(word):
             found += _pairs(run) if _spaceless().match(run) else [run]
     return found
+
+
+def _without_accents(text: str) -> str:
+    """Drop the marks above and below letters, and the points of Hebrew and Arabic, which many leave out.
+
+    Vowel signs of Indic scripts and Thai, and what tells kana apart, are of other combining classes, and stay.
+    """
+    plain = (x for x in unicodedata.normalize("NFKD", text) if not _is_accent(unicodedata.combining(x)))
+    return unicodedata.normalize("NFKC", "".join(plain))
+
+
+def _is_accent(combining: int) -> bool:
+    return combining >= 200 or 10 <= combining <= 36
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32
 
-from ditmem_jax.bank.search import QUERIES_AT_ONCE, WITH_RECORD, Bank, cosines
+from ditmem_jax.bank.search import DIGITS, QUERIES_AT_ONCE, WITH_RECORD, Bank, cosines
 from ditmem_jax.bank.sketches import Sketches
 from ditmem_jax.bank.table import Table
 from ditmem_jax.data.record import Entry
@@ -173,7 +173,8 @@ def find(
             rows.append({"id": entry.id} | {name: [hit[name] for hit in kept] for name in SCHEMA.names[1:]})
     uri = bank.table.uri if "://" in bank.table.uri else str(Path(bank.table.uri).resolve())
     table = pa.Table.from_pylist(rows, SCHEMA)
-    wordless = sum(score == 0 for row in rows for score in row["scores"]) if bank.by_words else 0
+    scores = [score for row in rows for score in row["scores"]] if bank.by_words else []
+    wordless = sum(round(score, DIGITS) == 0 for score in scores)
     return Matches(table, uri, bank.version, digest(records), k, threshold, dict(left_out), latents, wordless)
 
 

@@ -37,7 +37,7 @@ WITH_RECORD = "records IS NOT NULL"
 class Results:
     """For each query the k best videos, best first: their ids and scores.
 
-    A video that shares no word with a text has score 0 and is no match of it; see `matched`.
+    A video that shares no word with a text, or only such as nearly all have, has score 0 and is no match; see `matched`.
     """
 
     ids: list[list[str]]
@@ -50,7 +50,7 @@ class Results:
         """How many of the videos match each query; they come first."""
         if not self._bank.by_words:
             return [len(ids) for ids in self.ids]
-        return [int((scores > 0).sum()) for scores in self.scores]
+        return [int((np.round(scores, DIGITS) > 0).sum()) for scores in self.scores]
 
     @functools.cached_property
     def rows(self) -> list[list[dict[str, Any]]]:

@@ -66,6 +66,7 @@ CONTAINERS = {
 SUFFIXES = tuple(" ".join(CONTAINERS.values()).split())
 OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+TS_PACKETS = (188, 192, 204)  # bytes: plain, with a time stamp, with a code against errors
 FAR = 2.0  # seconds between two wanted frames that make it worth to go on from a later keyframe
 
 
@@ -232,6 +233,8 @@ def _best_stream(path: VideoFile, container: InputContainer) -> Stream:
     end, size = (index[-1].pos + index[-1].size if len(index) else 0), container.size
     if end > size:
         raise UserError(f"{path} is cut off", expected=f"at least {end} bytes", found=size)
+    if container.format.name == "mpegts" and all(size % packet for packet in TS_PACKETS):
+        raise UserError(f"{path} is cut off", expected="whole packets", found=f"{size} bytes")
     best.codec_context.thread_count = 1
     return best
 
@@ -255,6 +258,8 @@ def _timeline(path: VideoFile) -> Timeline:
                 f"{path} is damaged", found=f"{error.strerror} after {len(pts)} frames"
             ) from error
         declared, there = (container.duration or 0) / av.time_base, max(0.0, end - begin)
+        if container.format.name.startswith("matroska"):  # declares when it ends
+            there = max(there, end)
         if declared - there > 0.2 + 0.01 * declared:
             raise UserError(f"{path} is cut off", expected=f"{declared:.2f} s", found=f"{there:.2f} s")
         rate = stream.average_rate or stream.guessed_rate

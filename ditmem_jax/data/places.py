@@ -230,7 +230,7 @@ class InParquet(Place):
 
 
 def list_folder(folder: Path) -> list[Place]:
-    """Every file below a folder, also below linked folders, each of which is entered once."""
+    """Every file below a folder, also below linked folders; each is entered once, by its own name rather than a link."""
     places, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(root)
@@ -238,6 +238,7 @@ def list_folder(folder: Path) -> list[Place]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))
         names = (Path(root, file) for file in files)
         places += [InFolder(str(folder), p.relative_to(folder).as_posix()) for p in names if p.is_file()]
     return places
@@ -287,11 +288,11 @@ def _plain_tar(path: str) -> str:
     if opener is None:
         return path
     with _unpacking:  # one of many threads does it
-        return _unpacked(path, opener)
+        return _unpacked(path, _version(path), opener)
 
 
 @functools.lru_cache(maxsize=256)
-def _unpacked(path: str, opener: Any) -> str:
+def _unpacked(path: str, version: tuple[int, int, int], opener: Any) -> str:
     folder = tempfile.mkdtemp(prefix="ditmem-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     plain = Path(folder, "plain.tar")
@@ -306,12 +307,22 @@ def _refuse_doubles(path: Path, names: list[str]) -> None:
         raise UserError(f"{path} has several members of the same name", found=", ".join(double[:5]))
 
 
-@functools.lru_cache(maxsize=256)
 def _open_zip(path: str) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
+        return _zip(path, _version(path))
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:  # the last for unknown versions
         raise UserError(f"cannot read {path}", expected="a whole zip file", found=error) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _zip(path: str, version: tuple[int, int, int]) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def _version(path: str) -> tuple[int, int, int]:
+    """What tells that a file has been replaced since it was opened."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # --- input records ----------------------------------------------------------------------------------------------
@@ -354,12 +365,16 @@ def list_input_records(folder: Path) -> list[tuple[Entry, Place]]:
     return rows
 
 
-@functools.lru_cache(maxsize=256)
 def _open_input_records(path: str) -> ArrayRecordDataSource:
     try:
-        return ArrayRecordDataSource(path)
-    except (RuntimeError, ValueError) as error:
+        return _records(path, _version(path))
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot read {path}", expected="input records", found=str(error)[:200]) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _records(path: str, version: tuple[int, int, int]) -> ArrayRecordDataSource:
+    return ArrayRecordDataSource(path)
 
 
 def _read_input_record(path: str, index: int) -> tuple[Entry, bytes | Video]:

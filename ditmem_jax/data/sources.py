@@ -71,7 +71,11 @@ def read_table(
         raise UserError(f"{path} has no rows", expected="a row for each video")
     counts = collections.Counter()
     entries: list[tuple[Entry, str | Place | UserError]] = []
+    problems = list(table.problems)
     for number, row in table.rows:
+        if problem := _problem(f"row {number} of {path}", names, row, table.embedded):
+            problems.append((number, problem))
+            continue
         extra = {
             name: tables.text(value)
             for name, value in row.items()
@@ -89,11 +93,31 @@ def read_table(
         counts[name] += 1
         id = name if counts[name] == 1 else f"{name}#{counts[name]}"
         entries.append((Entry(id, about, source or name, extra=extra), place))
-    return entries + [(Entry(f"row {number}", "", ""), problem) for number, problem in table.problems]
+    return entries + [
+        (Entry(f"row {number}", "", ""), problem) for number, problem in sorted(problems, key=lambda x: x[0])
+    ]
+
+
+def _problem(
+    what: str, names: Sequence[str], row: Mapping[str, Any], embedded: Sequence[str]
+) -> UserError | None:
+    """Say why a row tells of no video."""
+    for kind, name in zip(("video", "caption"), names, strict=False):
+        if name not in embedded and isinstance(row.get(name), (list, dict)):
+            found = f"{name} = {tables.text(row[name])[:80]}"
+            return UserError(f"{what} has no {kind} that is one text", found=found)
+    if names[0] not in embedded and not tables.text(row.get(names[0])).strip():
+        return UserError(f"{what} names no video", found=f"nothing in {names[0]}")
+    return None
 
 
 def _column(table: tables.Rows, kind: str, known: Sequence[str], named: str | None) -> str:
-    found = next((name for name in ([named] if named else known) if name in table.columns), None)
+    if named:
+        found = named if named in table.columns else None
+    else:  # "File Name" is file_name
+        there = {re.sub(r"[\W_]", "", name).lower(): name for name in reversed(table.columns)}
+        plain = (name.replace("_", "") for name in known)
+        found = next((there[name] for name in plain if name in there), None)
     if found is None:
         raise UserError(
             f"{table.path} lacks the column {named or kind}",
@@ -189,16 +213,21 @@ class Videos:
             raise UserError(f"no video can be called {name[:80]!r}", found=error) from error
         composed = _composed(name)
         if not found and not name.isascii():
-            found = [
-                InFolder(str(path), other)
-                for path in self._folders
-                for other in _composed_names(path).get(composed, ())
-            ]
+            found = self._with_accents.get(composed, [])
         members = self._by_last_part.get(PurePosixPath(composed).name, [])
         exact = [place for place in members if _composed(place.name) == composed]
         return found + (
             exact or [place for place in members if _composed(place.name).endswith(f"/{composed}")]
         )
+
+    @functools.cached_property
+    def _with_accents(self) -> dict[str, list[Place]]:
+        """The files in folders whose names are not of ASCII alone, by their composed names."""
+        places: dict[str, list[Place]] = collections.defaultdict(list)
+        for place in itertools.chain(*map(list_folder, self._folders)):
+            if not place.name.isascii():
+                places[_composed(place.name)].append(place)
+        return places
 
     def rows(self, table: Iterable[tuple[Entry, "str | Place | UserError"]] | None = None) -> list[Row]:
         """The videos of a table (see `read_table`); without a table all that there are, captioned by files beside them.
@@ -214,9 +243,10 @@ class Videos:
         self.left_out = []
         for places in [*map(list_folder, self._folders), *self._archives]:
             by_name, taken = {place.name: place for place in places}, set()
+            composed = {_composed(name): place for name, place in by_name.items()}
             for name in sorted(filter(_is_video, by_name)):
-                stem = str(PurePosixPath(name).with_suffix(""))
-                beside = [by_name[stem + suffix] for suffix in BESIDE if stem + suffix in by_name]
+                stem = _composed(str(PurePosixPath(name).with_suffix("")))
+                beside = [composed[stem + suffix] for suffix in BESIDE if stem + suffix in composed]
                 taken |= {name, *(place.name for place in beside)}
                 try:
                     caption, extra = _beside(beside)
@@ -339,16 +369,6 @@ def _is_hidden(name: str) -> bool:
 def _composed(name: str) -> str:
     """The name with accents as one letter (NFC); Macs write two."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-@functools.lru_cache(maxsize=16)
-def _composed_names(folder: Path) -> dict[str, list[str]]:
-    """The names in a folder that are not of ASCII alone, by their composed names."""
-    names: dict[str, list[str]] = collections.defaultdict(list)
-    for place in list_folder(folder):
-        if not place.name.isascii():
-            names[_composed(place.name)].append(place.name)
-    return names
 
 
 def _some(names: Sequence[str], count: int = 5) -> str:

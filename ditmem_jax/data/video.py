@@ -210,7 +210,7 @@ def _choose(
         places = np.searchsorted(inside, begin + np.arange(count) * step + min(SLACK, step / 4), "right") - 1
     elif len(inside) > 1 and np.abs(inside - np.linspace(inside[0], inside[-1], len(inside))).max() > mean:
         wanted = np.linspace(inside[0], inside[-1], count)
-        places, step = np.searchsorted(inside, wanted + SLACK, "right") - 1, wanted[-1] - wanted[0]
+        places, step = np.searchsorted(inside, wanted + SLACK, "right") - 1, float(wanted[-1] - wanted[0])
         step = step / (count - 1) if count > 1 else None
     else:
         places = sample_frames(len(inside), count)

@@ -44,6 +44,8 @@ def main() -> None:
     options |= dict(video_column=VIDEO_COLUMN.value, caption_column=CAPTION_COLUMN.value)
     summary = encode_videos(config, OUT.value, VIDEOS.value, TABLE.value, engine, **options)
     print(f"{summary}: {OUT.value}")
+    if summary.again or summary.retold or summary.removed:
+        print("banks that were made of these records hold what they were before: build them again")
     if summary.left_out:
         suffixes = collections.Counter(Path(name).suffix.lower() or "no suffix" for name in summary.left_out)
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())

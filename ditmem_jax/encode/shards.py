@@ -144,6 +144,7 @@ def describe(config: Config, networks: Networks) -> Meta:
             "width": video.width,
             "resize": video.resize,
             **({"sampling": f"{video.fps} fps", "clips": video.clips} if video.sampling == "rate" else {}),
+            **({"hdr": video.hdr} if video.hdr != "map" else {}),
             "text_len": tokenizer.length,
             "vae": fingerprint(vae),
             "text": fingerprint(umt5),

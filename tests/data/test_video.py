@@ -513,16 +513,25 @@ def test_only_what_leads_up_to_the_frames_is_decoded(film, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, codec", [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mp4", "libx264")]
+    "name, codec",
+    [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mp4", "libx264"), ("a.ts", "libx264")],
 )
 def test_what_the_header_promises_must_be_there(tmp_path, name, codec):
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
     encode(tmp_path / name, noise, codec, rate=8, options={"g": "8"})
     assert len(read_video(tmp_path / name).frames) == 32
     data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(data[: len(data) * 8 // 10])
-    with pytest.raises(UserError, match=r"cut off\n.*expected: +(4.00 s|at least)|damaged|cannot read"):
+    (tmp_path / name).write_bytes(data[: len(data) * 8 // 10 + 1])
+    told = r"cut off\n.*expected: +(4.00 s|at least|whole packets)|damaged|cannot read"
+    with pytest.raises(UserError, match=told):
         read_clip(tmp_path / name, 5, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts"])
+def test_a_video_whose_times_begin_late_is_whole(tmp_path, name):
+    encode(tmp_path / name, grey(np.arange(16)), times=60 + np.arange(16) / 16)
+    clip = read_clip(tmp_path / name, 4, 16, 16)
+    assert clip.facts.frames == 16 and clip.facts.start == 0
 
 
 def test_pictures_that_were_concealed_are_refused(tmp_path):

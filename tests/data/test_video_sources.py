@@ -354,6 +354,28 @@ def test_bad_rows_are_told_by_number_and_the_others_read(tmp_path):
     assert (good[0].id, other[0].id) == ("a.mp4", "c.mp4") and "line 2 of" in str(problem[1])
 
 
+def test_rows_that_name_no_video_are_told_by_number(tmp_path):
+    rows = [{"video": "a.mp4", "caption": "x"}, {"video": None, "caption": "y"}, {"caption": "z"}]
+    rows += [{"video": "b.mp4", "caption": ["one", "two"]}, {"video": ["c.mp4"], "caption": "x"}]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    good, *bad = read_table(tmp_path / "t.json")
+    assert good[0].id == "a.mp4"
+    for number, (entry, problem) in enumerate(bad, start=2):
+        assert entry.id == f"row {number}" and f"row {number} of" in str(problem)
+
+
+def test_a_zip_file_that_was_replaced_is_opened_anew(folder, tmp_path):
+    states = []
+    for name in ("a.mp4", "deep/b.mp4"):
+        with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
+            archive.write(folder / name, "a.mp4")
+        (tmp_path / "new.zip").replace(tmp_path / "v.zip")
+        place = Videos([tmp_path / "v.zip"]).find("a.mp4")
+        states.append(place.stamp())
+        assert place.read() == (folder / name).read_bytes()
+    assert states[0].modified != states[1].modified and states[0].digest != states[1].digest
+
+
 def test_tables_in_other_spellings(tmp_path):
     want = [(Entry("a.mp4", "a ball", "a.mp4", extra={"motion": "0.5"}), "a.mp4")]
     (tmp_path / "t.tsv").write_text("file_name\ttext\tmotion\na.mp4\ta ball\t0.5\n", "utf-16")
@@ -362,7 +384,8 @@ def test_tables_in_other_spellings(tmp_path):
         '{"version": 1, "data": [{"path": "a.mp4", "text": "a ball", "motion": 0.5}]}'
     )
     (tmp_path / "l.json").write_text('{"video": "a.mp4", "caption": "a ball", "motion": 0.5}\n\n')
-    for name in ("t.tsv", "t.json", "u.json", "l.json"):
+    (tmp_path / "caps.csv").write_text("File Name,Text,motion\na.mp4,a ball,0.5\n")
+    for name in ("t.tsv", "t.json", "u.json", "l.json", "caps.csv"):
         assert read_table(tmp_path / name) == want, name
     (tmp_path / "n.csv").write_text("video,clipname,words,caption\n1,a.mp4,a ball,no\n")
     ((entry, video),) = read_table(tmp_path / "n.csv", video="clipname", caption="words")
@@ -434,6 +457,8 @@ def test_accents_of_one_letter_or_two(folder, tmp_path):
     (tmp_path / "v" / parts).write_bytes((folder / "a.mp4").read_bytes())
     with zipfile.ZipFile(tmp_path / "v.zip", "w") as z, tarfile.open(tmp_path / "v.tar", "w") as t:
         z.write(tmp_path / "v" / parts, parts), t.add(tmp_path / "v" / parts, parts)
+    (tmp_path / "v" / whole.replace("mp4", "txt")).write_text("a café")
+    assert [entry.caption for entry, _ in Videos([tmp_path / "v"]).rows()] == ["a café"]
     for place in ("v", "v.zip", "v.tar"):
         assert Videos([tmp_path / place]).find(whole).name == parts
         assert Videos([tmp_path / place]).find(parts).name == parts
@@ -445,7 +470,9 @@ def test_folders_without_a_table(folder, tmp_path):
     here.mkdir(), far.mkdir()
     ring.symlink_to(here)
     (here / "link").symlink_to(far)
-    names = ("a.mp4", "c.TS", "link/b.mp4", "bad.mp4", "j.mp4")
+    (here / "own").mkdir()
+    (here / "again").symlink_to(here / "own")
+    names = ("a.mp4", "c.TS", "link/b.mp4", "own/d.mp4", "bad.mp4", "j.mp4")
     for name in names:
         (here / name).write_bytes(b"")
         (here / name).with_suffix(".txt").write_bytes(b"it\x92s" if name == "bad.mp4" else name.encode())

@@ -356,8 +356,13 @@ def test_clips_beyond_what_was_trained_are_warned_of(config, encoder, tmp_path, 
 def test_a_prompt_that_nothing_resembles_is_warned_of(config, capsys):
     retrieve(config, PROMPT)
     assert not capsys.readouterr().err
-    assert len(retrieve(config, "Zebras run over a bridge").videos) == 2
+    assert retrieve(config, "Zebras run over a bridge").videos == []
     assert "resembles the prompt 'Zebras" in capsys.readouterr().err
+    assert (
+        len(retrieve(config, "Zebras fall in front of a bridge over a river with a ball, take 0").videos) == 2
+    )
+    told = capsys.readouterr().err
+    assert "resembles the prompt 'Zebras" in told and "no memory" not in told
     strict = replace(config, "sample", min_score=0.5)
     assert len(retrieve(strict, PROMPT).videos) == 2
     assert retrieve(strict, "Zebras run over a bridge").videos == []
