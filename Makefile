@@ -37,7 +37,7 @@ notebooks: $(NOTEBOOKS)/installed ## the notebooks, run at their least sizes [FL
 
 peers: peers-installed ## tests against peers, with torch and the TPU compiler, in Python 3.11
 ifneq ($(PYTHON_3_11),)
-	$(PEERS)/bin/python -m pytest -q tests/convert/test_peers.py tests/convert/test_peft.py tests/convert/test_pth.py \
+	$(PEERS)/bin/python -m pytest -q -n 2 --dist loadfile tests/convert/test_peers.py tests/convert/test_peft.py tests/convert/test_pth.py \
 		tests/bank/test_sentence_transformers.py tests/bank/test_released.py tests/aot/test_compile.py tests/experiments/test_benchmarks.py \
 		tests/diffusion/test_solvers.py
 else
